@@ -1,0 +1,151 @@
+"""The `charlm` command: what one does with a run that has been trained. Training itself is `python train.py`."""
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from charlm import __version__
+from charlm.errors import InputError, one_line_errors
+
+# torch and Lightning are imported by the commands that need them, so that --help and mistakes answer at once.
+
+EXAMPLES = """
+\b
+Examples:
+  python train.py                                  train (see python train.py --help)
+  charlm generate outputs/RUN                      text from what it learned
+  charlm generate outputs/RUN --prompt "ROMEO:" --temperature 0.8 --num-samples 3
+  charlm evaluate outputs/RUN --split val          its exact loss, beside that of counting
+  tensorboard --logdir outputs                     all runs in one dashboard
+"""
+RUN = click.argument("run", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, and nothing else.")
+PROBABILITY = click.FloatRange(0, 1, min_open=True)
+COUNT = click.IntRange(min=1)
+
+
+class Finite(click.FloatRange):
+    """A range that infinity and NaN are outside of."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number.", param, ctx)
+        return number
+
+
+def check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    import torch
+
+    if value == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=value)
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {value} is not there on this machine: use --device cpu, or auto") from None
+    return value
+
+
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, callback=check_device, help="cpu, cuda, cuda:1, mps, or auto."
+)
+
+
+@click.group(epilog=EXAMPLES, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="charlm")
+def charlm() -> None:
+    """Small language models on text: write with them, and measure them exactly.
+
+    RUN_OR_CHECKPOINT is a run folder, such as one under outputs/, or a checkpoint file.
+    """
+
+
+@charlm.command()
+@RUN
+@click.option("--prompt", help="What to continue. Without one, text starts as a new line does.")
+@click.option("--length", type=COUNT, default=500, show_default=True, help="Characters to write.")
+@click.option(
+    "--temperature",
+    type=Finite(min=0),
+    default=1.0,
+    show_default=True,
+    help="Below 1 bolder in what is likely, above 1 wilder; 0 always takes the likeliest character.",
+)
+@click.option("--top-k", type=COUNT, help="Choose among the K likeliest characters only.")
+@click.option("--top-p", type=PROBABILITY, help="Choose among the fewest characters that together reach probability P.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=1337, show_default=True, help="Same seed, same text."
+)
+@click.option("--num-samples", type=COUNT, default=1, show_default=True, help="How many texts.")
+@DEVICE
+@AS_JSON
+def generate(
+    run: Path, prompt: str | None, length: int, num_samples: int, device: str, as_json: bool, **sampling: Any
+) -> None:
+    """Write text, character by character."""
+    from charlm import checkpoint
+    from charlm.generate import write
+
+    loaded = checkpoint.load(run, device)
+    stream = write(loaded.model, loaded.tokenizer, length, prompt, num_samples=num_samples, **sampling)
+    if num_samples == 1 and not as_json:
+        sys.stdout.write(prompt or "")
+        for character in stream:
+            sys.stdout.write(character)
+            sys.stdout.flush()
+        print()
+        return
+    texts = [(prompt or "") + "".join(characters) for characters in zip(*stream, strict=True)]
+    if as_json:
+        print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, "samples": texts}, ensure_ascii=False))
+        return
+    for number, text in enumerate(texts, start=1):
+        print(f"--- sample {number} of {num_samples} ---\n{text}")
+
+
+@charlm.command()
+@RUN
+@click.option(
+    "--split", "splits", multiple=True, help="train, val or test; may be repeated. Default: those of the run."
+)
+@click.option("--stride", type=COUNT, help="Step between windows; below block_size every target has more context.")
+@DEVICE
+@AS_JSON
+def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str, as_json: bool) -> None:
+    """Measure the exact loss over whole splits: every character predicted once."""
+    from charlm import checkpoint, report, terminal
+    from charlm.data import CharDataModule
+    from charlm.evaluate import figures
+
+    loaded = checkpoint.load(run, device)
+    settings = {k: v for k, v in loaded.config["data"].items() if not k.startswith("_")}
+    data = CharDataModule(**settings, tokenizer=lambda text: loaded.tokenizer)
+    data.setup()
+    if data.corpus.sha256 != loaded.corpus["sha256"]:
+        raise InputError(f"{data.corpus.source} has changed since {run} was trained on it: put the old text back")
+    with terminal.tracked("evaluating") as progress:
+        found = figures(loaded.model, data, list(splits) or loaded.config["evaluate"], progress, stride)
+    found = {"checkpoint": str(loaded.path), "step": loaded.step, "corpus": data.corpus.name} | found
+    if as_json:
+        print(json.dumps(report.plain(found), indent=2))
+    else:
+        terminal.console.print(terminal.figures(found, f"{report.name_of(loaded.config['model'])} at {loaded.step:,}"))
+
+
+def main() -> None:
+    """Run the command; a mistake is one line on standard error and exit code 2."""
+    with one_line_errors():
+        try:
+            charlm(standalone_mode=False)
+        except click.exceptions.NoArgsIsHelpError as nothing_given:
+            print(nothing_given.format_message())
+        except click.Abort:
+            raise KeyboardInterrupt from None
+        except click.ClickException as error:
+            usage = error.ctx if isinstance(error, click.UsageError) else None
+            hint = f" (see {usage.command_path} --help)" if usage else ""
+            raise InputError(" ".join(error.format_message().split()) + hint) from None

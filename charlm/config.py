@@ -1,0 +1,162 @@
+"""Is this configuration possible? Constructor signatures are the schema; YAML only chooses values.
+
+Every node with a `_target_` is held against the signature of what it names: no unknown key, every value of the
+annotated type and within its annotated range. Nothing is built and no data is touched.
+"""
+
+import difflib
+import importlib.util
+import inspect
+import pkgutil
+from collections.abc import Iterable, Iterator, Sequence
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from annotated_types import DocInfo, Ge, Gt, Le, Len, Lt, doc
+from pydantic import ConfigDict, PydanticUserError, StringConstraints, TypeAdapter, ValidationError
+
+from charlm.errors import InputError
+
+HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+Positive = Annotated[int, Ge(1)]
+# L.seed_everything takes 32 bits.
+Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
+# The settings at the top of conf/train.yaml.
+ROOT = {"seed": Seed, "evaluate": list[str], "sample_length": Annotated[int, Ge(0)], "run_dir": str}
+GROUPS = {"data", "tokenizer", "model", "optimizer", "scheduler", "trainer", "callbacks", "logger"}
+# Ranges that Lightning's own signatures leave to its constructor, or to chance.
+RANGES = {
+    "lightning.Trainer": {
+        "max_steps": Positive,
+        "val_check_interval": Positive,
+        "log_every_n_steps": Positive,
+        "accumulate_grad_batches": Positive,
+        "num_nodes": Positive,
+        "gradient_clip_val": Annotated[float, Gt(0)] | None,
+        "devices": Annotated[int, Ge(-1)] | Annotated[list[Annotated[int, Ge(0)]], Len(1)] | str,
+        "max_time": Annotated[str, StringConstraints(pattern=r"^\d+:\d\d:\d\d:\d\d$"), doc("a time as DD:HH:MM:SS")]
+        | None,
+        "deterministic": bool,
+        "precision": Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"],
+        "max_epochs": Annotated[int, Ge(1)] | None,
+    }
+}
+# Loggers of Lightning that need a package which charlm does not bring.
+NEEDS = {"lightning.pytorch.loggers.WandbLogger": "wandb", "lightning.pytorch.loggers.MLFlowLogger": "mlflow"}
+WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", NoneType: "null"}
+LIMITS = {
+    Ge: "of at least {}",
+    Gt: "above {}",
+    Le: "of at most {}",
+    Lt: "below {}",
+}
+STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+def check(config: dict[str, Any]) -> None:
+    """Hold a resolved configuration, as plain types, against the signatures that it names.
+
+    Raises:
+        InputError: for the first setting that is unknown, of a wrong type or out of range.
+    """
+    for key, value in config.items():
+        if key in ROOT:
+            check_value(key, value, ROOT[key])
+        elif key not in GROUPS:
+            known = {name: config[name] for name in GROUPS & config.keys()}
+            raise InputError(unknown_key(key, [*ROOT, *leaves(known)]))
+    for name in sorted(GROUPS & config.keys()):
+        check_node(name, config[name])
+
+
+def check_node(path: str, node: Any) -> None:
+    """A node that names a `_target_`, or a set of such nodes (callbacks), or an empty one (logger=none)."""
+    if node is None or node == {}:
+        return
+    if not isinstance(node, dict):
+        raise InputError(f"{path}={node!r} is not a choice of this group: see python train.py --help")
+    if "_target_" not in node:
+        for name, child in node.items():
+            check_node(f"{path}.{name}", child)
+        return
+    target = resolve(path, node["_target_"])
+    needed = NEEDS.get(node["_target_"])
+    if needed and importlib.util.find_spec(needed) is None:
+        raise InputError(f"{path}={needed} needs a package that is not there: pip install {needed}")
+    parameters = inspect.signature(target).parameters
+    hints = annotations(target) | RANGES.get(node["_target_"], {})
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for key, value in node.items():
+        if key in HYDRA_KEYS:
+            continue
+        if key not in parameters and not open_ended:
+            raise InputError(unknown_key(f"{path}.{key}", [f"{path}.{name}" for name in parameters if name != "self"]))
+        if isinstance(value, dict) and "_target_" in value:
+            check_node(f"{path}.{key}", value)
+        elif key in hints:
+            check_value(f"{path}.{key}", value, hints[key])
+
+
+def check_value(path: str, value: Any, hint: Any) -> None:
+    try:
+        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=STRICT)
+    except PydanticUserError:  # the type brings a configuration of its own
+        adapter = TypeAdapter(hint)
+    try:
+        adapter.validate_python(value)
+    except ValidationError:
+        given = "null" if value is None else value
+        raise InputError(f"{path}={given} is not possible: give {allowed(hint)}") from None
+
+
+def allowed(hint: Any) -> str:
+    """What a type annotation allows, in words."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        said = [m.documentation for m in hint.__metadata__ if isinstance(m, DocInfo)]
+        limits = [LIMITS[type(m)].format(*vars_of(m)) for m in hint.__metadata__ if type(m) in LIMITS]
+        return said[0] if said else " ".join([allowed(hint.__origin__), " and ".join(limits)]).strip()
+    if origin in (Union, UnionType):
+        return " or ".join(allowed(a) for a in arguments)
+    if origin is Literal:
+        return f"one of {', '.join(str(a) for a in arguments)}"
+    if origin in (list, Sequence) and arguments:
+        return f"a list, each {allowed(arguments[0])}"
+    return WORDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+def vars_of(limit: Any) -> list[Any]:
+    return [getattr(limit, name) for name in limit.__dataclass_fields__]
+
+
+def resolve(path: str, target: str) -> Any:
+    try:
+        return pkgutil.resolve_name(target)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"{path}._target_={target} cannot be imported ({error}): name a class or a function") from None
+
+
+def annotations(target: Any) -> dict[str, Any]:
+    """Parameter annotations, or none where the target does not reveal them."""
+    try:
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
+    except (NameError, TypeError):
+        return {}
+
+
+def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The dotted names of all settings."""
+    for key, value in config.items():
+        if key not in HYDRA_KEYS:
+            yield prefix + key
+            if isinstance(value, dict):
+                yield from leaves(value, f"{prefix}{key}.")
+
+
+def unknown_key(key: str, known: Iterable[str]) -> str:
+    """The one line for a setting that there is not, with the nearest that there is."""
+    known = sorted(set(known))
+    same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    nearest = same_leaf[:1] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {nearest[0]}?" if nearest else "see python train.py --help for all there are"
+    return f"there is no setting {key}: {hint}"

@@ -1,0 +1,147 @@
+"""Ids in, batches out: random chunks to train on, and every target exactly once to evaluate on.
+
+Shape legend: B chunks in a batch, T = block_size.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from charlm.errors import InputError
+
+# Batches whose random starts are drawn together: one call of the generator serves this many steps.
+BATCHES_PER_DRAW = 256
+# A target that cross_entropy leaves out; PyTorch's own default for `ignore_index`.
+IGNORE = -100
+
+
+def gather_chunks(ids: Tensor, starts: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """The chunks of `ids` (N,) that begin at `starts` (B,): inputs and targets, (B, T) int64 each.
+
+    `unfold` is a view, so the whole batch is one gather; targets are the inputs one character on.
+    """
+    chunks = ids.unfold(0, block_size + 1, 1)[starts].long()  # (B, T + 1)
+    return chunks[:, :-1], chunks[:, 1:]
+
+
+class RandomChunks:
+    """An endless stream of training batches; batch k is a pure function of (seed, rank, k).
+
+    There is no state to save: a run continues at any k, and no two ranks share a stream.
+
+    Args:
+        ids: the training split, (N,), any integer type, on the device where batches are wanted.
+        start: the first batch of an iteration.
+
+    Raises:
+        InputError: if the split is shorter than block_size + 1.
+    """
+
+    def __init__(self, ids: Tensor, block_size: int, batch_size: int, seed: int, rank: int = 0, start: int = 0):
+        check_length(ids, block_size, "train")
+        self.ids, self.block_size, self.batch_size = ids, block_size, batch_size
+        self.seed, self.rank, self.start = seed, rank, start
+        self._draw = -1
+        self._starts = torch.empty(0)
+
+    def starts(self, k: int) -> Tensor:
+        """Where the chunks of batch k begin, (B,): uniform over every place that leaves room for a target."""
+        draw, row = divmod(k, BATCHES_PER_DRAW)
+        if draw != self._draw:
+            # A list as the seed is NumPy's documented way to independent streams (SeedSequence).
+            generator = np.random.default_rng([self.seed, self.rank, draw])
+            places = len(self.ids) - self.block_size
+            drawn = generator.integers(places, size=(BATCHES_PER_DRAW, self.batch_size))
+            self._starts = torch.from_numpy(drawn).to(self.ids.device)
+            self._draw = draw
+        return self._starts[row]
+
+    def batch(self, k: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of batch k, (B, T) each."""
+        return gather_chunks(self.ids, self.starts(k), self.block_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for k in itertools.count(self.start):
+            yield self.batch(k)
+
+
+class EvalBatch(NamedTuple):
+    """Windows to score: inputs (B, T), targets (B, T) with IGNORE where not counted, window numbers (B,)."""
+
+    x: Tensor
+    y: Tensor
+    windows: Tensor
+
+
+class Windows:
+    """Windows of block_size over a whole split; each of its N - 1 targets is counted exactly once.
+
+    Windows begin every `stride` characters and count their last `stride` targets (the first window counts
+    all), so a stride below block_size gives every target at least block_size - stride characters of context.
+    The last window ends with the split and counts only what is left: every window has the same shape.
+
+    With several ranks, batch j goes to rank j modulo `world_size`; its content does not depend on how many there
+    are, so neither do the losses. Each rank yields equally many batches, the last perhaps with nothing to count,
+    because sharded models must step together.
+
+    Raises:
+        InputError: if the split is shorter than block_size + 1.
+    """
+
+    def __init__(
+        self,
+        ids: Tensor,
+        block_size: int,
+        stride: int | None = None,
+        tokens_per_batch: int = 16_384,
+        rank: int = 0,
+        world_size: int = 1,
+        split: str = "val",
+    ):
+        check_length(ids, block_size, split)
+        self.ids, self.block_size, self.stride = ids, block_size, stride or block_size
+        if not 1 <= self.stride <= block_size:
+            raise InputError(f"stride={stride} is not possible: give 1 to block_size ({block_size})")
+        self.batch_size = max(1, tokens_per_batch // block_size)
+        self.rank, self.world_size = rank, world_size
+        self.n_targets = len(ids) - 1
+        self.n_windows = 1 + -(-(self.n_targets - block_size) // self.stride)
+        self.n_batches = -(-self.n_windows // self.batch_size)
+
+    def counts(self) -> Tensor:
+        """How many targets each window counts, (n_windows,); they add up to N - 1."""
+        counts = torch.full((self.n_windows,), self.stride)
+        counts[0] = self.block_size
+        if self.n_windows > 1:
+            counts[-1] = self.n_targets - self.block_size - (self.n_windows - 2) * self.stride
+        return counts
+
+    def batch(self, j: int) -> EvalBatch:
+        """Batch j of the split; past the last one, that one again with nothing to count."""
+        first = min(j, self.n_batches - 1) * self.batch_size
+        windows = torch.arange(first, min(first + self.batch_size, self.n_windows), device=self.ids.device)
+        starts = (windows * self.stride).clamp_max(self.n_targets - self.block_size)
+        x, y = gather_chunks(self.ids, starts, self.block_size)
+        counted = self.counts().to(y.device)[windows] if j < self.n_batches else torch.zeros_like(windows)
+        place = torch.arange(self.block_size, device=y.device)
+        y = y.masked_fill(place < (self.block_size - counted)[:, None], IGNORE)
+        return EvalBatch(x, y, windows)
+
+    def __len__(self) -> int:
+        return -(-self.n_batches // self.world_size)
+
+    def __iter__(self) -> Iterator[EvalBatch]:
+        for j in range(len(self)):
+            yield self.batch(j * self.world_size + self.rank)
+
+
+def check_length(ids: Tensor, block_size: int, split: str) -> None:
+    if len(ids) < block_size + 1:
+        raise InputError(
+            f"the {split} split has {len(ids)} characters, and data.block_size={block_size} needs at least "
+            f"{block_size + 1}: choose a smaller data.block_size, a longer text or other split fractions"
+        )

@@ -1,0 +1,138 @@
+"""The LightningDataModule: corpus -> tokenizer -> ids -> chunks."""
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import lightning as L
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor
+
+from charlm.data.chunks import EvalBatch, RandomChunks, Windows, check_length
+from charlm.data.corpus import Corpus, load_corpus
+from charlm.errors import InputError
+from charlm.tokenizer import CharTokenizer
+
+
+class CharDataModule(L.LightningDataModule):
+    """A text, cut into contiguous train, val and test splits, served as chunks of block_size characters.
+
+    Args:
+        corpus: the name of a corpus (see `charlm.data.corpus`).
+        path: the file, folder or glob that `corpus=text` reads.
+        fallback: the corpus to train on where this one cannot be had; None makes that an error.
+        block_size: characters in a chunk, T.
+        batch_size: chunks in a batch of one process, B.
+        val_fraction, test_fraction: the part of the text, at its end, that is kept for val, and after it for test.
+        seed: of the random chunks.
+        tokenizer: makes a tokenizer from the whole text.
+
+    Raises (from `setup`):
+        InputError: for a text that cannot be read, or a split shorter than block_size + 1.
+    """
+
+    def __init__(
+        self,
+        corpus: str,
+        block_size: Annotated[int, Ge(1)],
+        batch_size: Annotated[int, Ge(1)],
+        path: str | None = None,
+        fallback: str | None = None,
+        val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1,
+        test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        seed: Annotated[int, Ge(0)] = 0,
+        tokenizer: Callable[[str], CharTokenizer] = CharTokenizer.from_text,
+    ):
+        super().__init__()
+        self.corpus_name, self.path, self.fallback = corpus, path, fallback
+        self.block_size, self.batch_size = block_size, batch_size
+        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.seed = seed
+        self.make_tokenizer = tokenizer
+        self.splits: dict[str, Tensor] = {}
+        self.corpus: Corpus
+        self.tokenizer: CharTokenizer
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read, tokenize and split the text; a second call does nothing."""
+        if self.splits:
+            return
+        self.corpus = load_corpus(self.corpus_name, self.path)
+        self.tokenizer = self.make_tokenizer(self.corpus.text)
+        ids = self.tokenizer.encode(self.corpus.text).to(smallest_dtype(self.tokenizer.vocab_size))
+        self.splits = self.split(ids)
+
+    def split(self, ids: Tensor) -> dict[str, Tensor]:
+        """Contiguous views, in the order of the text: train, val and, if asked for, test."""
+        if self.val_fraction + self.test_fraction >= 1:
+            raise InputError(
+                f"data.val_fraction={self.val_fraction} and data.test_fraction={self.test_fraction} leave nothing to "
+                f"train on: their sum must be below 1"
+            )
+        n = len(ids)
+        # As in the lecture: int(0.9 * n). One rounding keeps 0.1 + 0.1 from moving a boundary by a character.
+        train_end = int(round(1 - self.val_fraction - self.test_fraction, 12) * n)
+        val_end = int(round(1 - self.test_fraction, 12) * n) if self.test_fraction else n
+        splits = {"train": ids[:train_end], "val": ids[train_end:val_end]}
+        if self.test_fraction:
+            splits["test"] = ids[val_end:]
+        for name, part in splits.items():
+            check_length(part, self.block_size, name)
+        return splits
+
+    def home(self, device: torch.device) -> torch.device:
+        """Where batches for `device` are made: on it, unless the ids take over a quarter of a GPU's free memory."""
+        if device.type != "cuda":
+            return device
+        free, _ = torch.cuda.mem_get_info(device)
+        return device if sum(ids.nbytes for ids in self.splits.values()) <= free / 4 else torch.device("cpu")
+
+    def train_dataloader(self) -> RandomChunks:
+        """An endless stream of (x, y), (B, T) each; another one on each rank."""
+        device, rank, _ = self.place()
+        ids = self.splits["train"].to(self.home(device))
+        return RandomChunks(ids, self.block_size, self.batch_size, self.seed, rank)
+
+    def val_dataloader(self) -> Windows:
+        """The whole val split once, shared among the ranks."""
+        return self.windows("val", *self.place())
+
+    def test_dataloader(self) -> Windows:
+        """The whole test split once, shared among the ranks, if the configuration keeps one."""
+        return self.windows("test", *self.place())
+
+    def place(self) -> tuple[torch.device, int, int]:
+        """Device, rank and number of ranks: the trainer's, if there is one."""
+        if self.trainer is None:
+            return torch.device("cpu"), 0, 1
+        return self.trainer.strategy.root_device, self.trainer.global_rank, self.trainer.world_size
+
+    def windows(
+        self,
+        split: str,
+        device: torch.device | str = "cpu",
+        rank: int = 0,
+        world_size: int = 1,
+        stride: int | None = None,
+    ) -> Windows:
+        """Every target of `split` exactly once.
+
+        Raises:
+            InputError: for a split that there is not.
+        """
+        if split not in self.splits:
+            raise InputError(f"there is no split {split!r} in this run: choose one of {', '.join(self.splits)}")
+        ids = self.splits[split].to(self.home(torch.device(device)))
+        return Windows(ids, self.block_size, stride, rank=rank, world_size=world_size, split=split)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Batches are made on the device; only those of a corpus that did not fit travel."""
+        if batch[0].device == device:
+            return batch
+        moved = (part.to(device, non_blocking=True) for part in batch)
+        return EvalBatch(*moved) if isinstance(batch, EvalBatch) else tuple(moved)
+
+
+def smallest_dtype(vocab_size: int) -> torch.dtype:
+    """The smallest integer type that holds every id: ids are kept, batches are int64."""
+    return torch.uint8 if vocab_size <= 256 else torch.int16 if vocab_size <= 32_768 else torch.int32

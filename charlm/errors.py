@@ -1,0 +1,51 @@
+"""What a person gave cannot work: raised with one line to read, told where a command begins."""
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+# Reasons of the file system that a person can do something about; any other OSError is a defect of ours.
+DISK_TROUBLE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EFBIG
+}  # fmt: skip
+
+
+class InputError(ValueError):
+    """A mistake of the user's, told in one line: what was given, what is allowed, what to do."""
+
+
+class CorpusUnavailable(InputError):
+    """A corpus that exists but cannot be had from here, for example without internet."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Tell a person's mistake in one line on standard error, with exit code 2; 1 for trouble with the disk."""
+    try:
+        yield
+    except InputError as error:
+        stop(str(error), 2)
+    except KeyboardInterrupt:
+        stop("interrupted", 130)
+    except SystemExit as ended:
+        # Lightning ends a run on SIGTERM with exit code 0, which would say that it finished.
+        if type(ended).__name__ != "SIGTERMException":
+            raise
+        stop("terminated before the end", 143)
+    except BrokenPipeError:
+        # The reader of our output is gone (| head): no more to say. Python's own flush at exit would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:
+        if error.errno not in DISK_TROUBLE:
+            raise
+        stop(f"{error.filename or 'the disk'}: {error.strerror}; choose another folder, or make room", 1)
+
+
+def stop(line: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    print(f"charlm: {line}", file=sys.stderr)
+    sys.exit(code)

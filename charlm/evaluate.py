@@ -1,0 +1,151 @@
+"""The exact loss of a model over a whole split, and the closed-form losses of counting to hold beside it."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from charlm.data.chunks import IGNORE, EvalBatch, Windows
+from charlm.data.datamodule import CharDataModule
+
+
+class Reporter(Protocol):
+    """Told how far an evaluation is: batches done, of how many."""
+
+    def __call__(self, done: int, total: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """A loss over a split, in nats per character, with its standard error."""
+
+    loss: float
+    loss_se: float
+    n_targets: int
+
+    @property
+    def bits_per_char(self) -> float:
+        return self.loss / math.log(2)
+
+    @property
+    def bits_per_char_se(self) -> float:
+        return self.loss_se / math.log(2)
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+    @property
+    def perplexity_se(self) -> float:
+        """By the delta method: d exp(x) = exp(x) dx."""
+        return self.perplexity * self.loss_se
+
+    @classmethod
+    def of(cls, window_nll: Tensor, counts: Tensor) -> "Score":
+        """From the summed loss of each window, (n_windows,), and how many targets each counts, (n_windows,).
+
+        Neighbouring characters are not independent, so the error comes from the spread over blocks of about
+        sqrt(N) consecutive targets (batch means: Flegal and Jones 2010, "Batch means and spectral variance
+        estimators", section 3), as that of a ratio of sums, since blocks need not be equally long.
+        """
+        nll, n = window_nll.double().cpu(), counts.double().cpu()
+        n_targets = int(n.sum())
+        loss = float(nll.sum() / n_targets)
+        per_block = max(1, round(math.sqrt(n_targets) / float(n[0])))  # windows in a block
+        block = torch.arange(len(nll)) // per_block
+        n_blocks = int(block[-1]) + 1
+        if n_blocks < 2:
+            return cls(loss, math.nan, n_targets)
+        residual = torch.zeros(n_blocks, dtype=torch.float64).index_add_(0, block, nll - loss * n)
+        variance = n_blocks / (n_blocks - 1) * float(residual.square().sum()) / n_targets**2
+        return cls(loss, math.sqrt(variance), n_targets)
+
+    def figures(self, split: str) -> dict[str, float]:
+        """The names that results files and dashboards use."""
+        return {
+            f"{split}/loss": self.loss,
+            f"{split}/loss_se": self.loss_se,
+            f"{split}/bits_per_char": self.bits_per_char,
+            f"{split}/bits_per_char_se": self.bits_per_char_se,
+            f"{split}/perplexity": self.perplexity,
+            f"{split}/perplexity_se": self.perplexity_se,
+            f"{split}/targets": self.n_targets,
+        }
+
+
+def window_losses(model: nn.Module, batch: EvalBatch) -> Tensor:
+    """The loss of each window, summed over the targets that it counts, in nats: (B,) float32."""
+    logits = model(batch.x)  # (B, T, V)
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), batch.y.flatten(), reduction="none", ignore_index=IGNORE)
+    return nll.view_as(batch.y).sum(1)
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, windows: Windows, report: Reporter | None = None) -> Score:
+    """The exact loss of `model` over the split behind `windows`, on the device where the model is.
+
+    The model is left in the mode, training or not, in which it came.
+    """
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    window_nll = torch.zeros(windows.n_windows, device=device)
+    for j, batch in enumerate(windows, start=1):
+        batch = EvalBatch(*(part.to(device) for part in batch))
+        window_nll[batch.windows] += window_losses(model, batch)
+        if report:
+            report(j, len(windows))
+    model.train(was_training)
+    return Score.of(window_nll, windows.counts())
+
+
+def references(train: Tensor, split: Tensor, vocab_size: int, smoothing: float) -> dict[str, float]:
+    """The losses on `split`, nats per character, of models that are counted on `train` and not learned.
+
+    Args:
+        train, split: ids, (N,), any integer type.
+        smoothing: added to each count. 0 with `split` = `train` gives the optimum: no table can do better.
+
+    Returns:
+        uniform: log V. unigram, bigram: from the frequencies of characters, and of pairs of them.
+    """
+    train, split, v = train.long(), split.long(), vocab_size
+    targets = split[1:]
+    unigram = torch.bincount(train[1:], minlength=v).double() + smoothing
+    # Pairs are looked up among those that occur, so that memory is bounded by the text and not by V squared.
+    pairs, pair_counts = (train[:-1] * v + train[1:]).unique(return_counts=True)
+    wanted = split[:-1] * v + targets
+    place = torch.searchsorted(pairs, wanted).clamp_max(len(pairs) - 1)
+    count = torch.where(pairs[place] == wanted, pair_counts[place], 0).double()
+    row = torch.bincount(train[:-1], minlength=v).double()[split[:-1]]
+    bigram = (count + smoothing) / (row + smoothing * v)
+    return {
+        "uniform": math.log(v),
+        "unigram": float(-(unigram[targets] / unigram.sum()).log().mean()),
+        "bigram": float(-bigram.log().mean()),
+    }
+
+
+def figures(
+    model: nn.Module,
+    data: CharDataModule,
+    splits: list[str],
+    report: Reporter | None = None,
+    stride: int | None = None,
+) -> dict[str, Any]:
+    """The exact figures of a model over whole splits, and beside them the references of counting.
+
+    On train the counts are unsmoothed, which is the optimum: no bigram has a lower loss there. Elsewhere one is added
+    to each count, so that a pair that train never showed is possible.
+    """
+    device = next(model.parameters()).device
+    found: dict[str, Any] = {"references": {}}
+    for split in splits:
+        found |= evaluate(model, data.windows(split, device, stride=stride), report).figures(split)
+        ids, vocab_size = data.splits, data.tokenizer.vocab_size
+        smoothing = 0.0 if split == "train" else 1.0
+        found["references"][split] = references(ids["train"], ids[split], vocab_size, smoothing)
+    return found

@@ -1,0 +1,97 @@
+"""Text from a model, one character at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from charlm.errors import InputError
+from charlm.tokenizer import CharTokenizer
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    idx: Tensor,
+    length: int,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Iterator[Tensor]:
+    """Yield the next ids, (B,) int64, `length` times, so that text can be shown as it comes.
+
+    Args:
+        model: forward(idx) -> logits, with a `block_size`; at most that many last characters are given to it.
+        idx: the prompt, (B, T) int64 with T >= 1, on the model's device.
+        generator: the randomness, on the model's device; sampling takes nothing from the global one if given.
+        temperature: divides the logits; 0 takes the most likely character.
+        top_k: sample among the k most likely characters only.
+        top_p: sample among the fewest characters whose probability reaches p ("nucleus", Holtzman 2020).
+
+    Raises:
+        ValueError: for an empty prompt.
+    """
+    if idx.shape[1] == 0:
+        raise ValueError("the prompt is empty: generation continues at least one character")
+    was_training = model.training
+    model.eval()
+    try:
+        for _ in range(length):
+            idx = idx[:, -model.block_size :]  # what it can look back over
+            logits = model(idx)[:, -1].float()  # (B, V)
+            next_idx = sample(logits, generator, temperature, top_k, top_p)  # (B,)
+            idx = torch.cat((idx, next_idx[:, None]), dim=1)
+            yield next_idx
+    finally:
+        model.train(was_training)
+
+
+def sample(
+    logits: Tensor,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Tensor:
+    """One id per row of logits (B, V): (B,) int64."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)  # (B, V)
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all that is likelier
+        logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
+    return torch.multinomial(logits.softmax(-1), num_samples=1, generator=generator)[:, 0]
+
+
+def write(
+    model: nn.Module,
+    tokenizer: CharTokenizer,
+    length: int,
+    prompt: str | None = None,
+    seed: int = 1337,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Iterator[str]:
+    """Yield the next character of each sample, `length` times: strings of `num_samples` characters.
+
+    Args:
+        prompt: what to continue; None starts as a new line does, or with the first character of the alphabet.
+
+    Raises:
+        InputError: for an empty prompt, or one with a character that the model does not know.
+    """
+    if prompt is None:
+        prompt = "\n" if "\n" in tokenizer.chars else tokenizer.chars[0]
+    if not prompt:
+        raise InputError("the prompt is empty: give at least one character, or no prompt at all")
+    device = next(model.parameters()).device
+    idx = tokenizer.encode(prompt).to(device).expand(num_samples, -1)
+    generator = torch.Generator(device).manual_seed(seed)
+    for next_idx in generate(model, idx, length, generator, temperature, top_k, top_p):
+        yield tokenizer.decode(next_idx)

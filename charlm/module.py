@@ -1,0 +1,74 @@
+"""The one LightningModule: step, loss and logging for every model."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.lr_scheduler import LRScheduler
+
+from charlm.data.chunks import EvalBatch
+from charlm.evaluate import Score, window_losses
+
+
+class LanguageModel(L.LightningModule):
+    """Trains a model to predict the next character.
+
+    Args:
+        model: forward(idx (B, T)) -> logits (B, T, V).
+        optimizer: makes the optimizer from the parameters.
+        scheduler: makes the learning-rate schedule from the optimizer, or None for a constant rate.
+        record: what a later command needs to know of this run, in plain types; saved in every checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], LRScheduler | None],
+        record: dict[str, Any] | None = None,
+    ):
+        super().__init__()
+        self.model = model
+        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.record = record or {}
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        x, y = batch
+        logits = self.model(x)  # (B, T, V)
+        loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
+        if (
+            self.global_step + 1
+        ) % self.trainer.log_every_n_steps == 0:  # log only when due: it costs a small model more than its step
+            self.log_training(loss.detach())
+        return loss
+
+    def log_training(self, loss: Tensor) -> None:
+        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
+        self.log_dict({"train/loss": loss, "train/bits_per_char": loss / math.log(2), "train/lr": lr})
+
+    def on_validation_epoch_start(self) -> None:
+        self.window_nll = torch.zeros(self.trainer.val_dataloaders.n_windows, device=self.device)
+
+    def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
+        self.window_nll[batch.windows] += window_losses(self.model, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        # Every window was scored by one rank and is zero on the others: the sum is exact, whatever the world size.
+        window_nll = self.trainer.strategy.reduce(self.window_nll, reduce_op="sum")
+        score = Score.of(window_nll, self.trainer.val_dataloaders.counts())
+        figures = {"val/loss": score.loss, "val/bits_per_char": score.bits_per_char, "val/perplexity": score.perplexity}
+        self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()})
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.model.parameters())
+        scheduler = self.make_scheduler(optimizer)
+        if scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["charlm"] = self.record

@@ -1,0 +1,1 @@
+"""Optimizers: a model's parameters in, a `torch.optim.Optimizer` out. One file each."""

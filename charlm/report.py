@@ -1,0 +1,83 @@
+"""What runs found: one results.json for each, one table for many."""
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from charlm.checkpoint import write_atomically
+
+RESULTS = "results.json"
+
+
+def write_results(run_dir: Path, results: dict[str, Any]) -> Path:
+    """The final figures of a run, whole or not at all; written last, so that its presence means a finished run."""
+    path = run_dir / RESULTS
+    text = json.dumps(plain(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+    return path
+
+
+def read_results(run_dir: Path) -> dict[str, Any] | None:
+    """What `write_results` wrote, or None if the run did not get that far."""
+    path = run_dir / RESULTS
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def name_of(node: dict[str, Any]) -> str:
+    """What a configuration node is called: the last part of its `_target_`, which is also the name of its file."""
+    return str(node["_target_"]).rpartition(".")[2].lower()
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: both become null."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Failures first, since they want a decision; then by val loss, best first, and NaN last."""
+
+    def key(row: dict[str, Any]) -> tuple[bool, float]:
+        loss = row.get("val/loss")
+        return row["status"] == "finished", loss if loss is not None else math.inf
+
+    return sorted(rows, key=key)
+
+
+def table(rows: list[dict[str, Any]], settings: list[str], title: str) -> Table:
+    """Runs as lines: what was set, and what came of it."""
+    shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
+    for setting in settings:
+        shown.add_column(setting.rpartition(".")[2], justify="right")
+    for column in ("val loss", "bits per char", "perplexity", "seconds", "status"):
+        shown.add_column(column, justify="right", overflow="fold")
+    for row in rows:
+        if row.get("val/loss") is None:
+            figures = ["-"] * 4
+        else:
+            error = row["val/loss_se"]
+            loss = f"{row['val/loss']:.4f} ± " + ("-" if error is None else f"{error:.4f}")
+            bits, perplexity = f"{row['val/bits_per_char']:.4f}", f"{row['val/perplexity']:.3f}"
+            figures = [loss, bits, perplexity, f"{row['train/seconds']:.1f}"]
+        style = None if row["status"] == "finished" else "bold red"
+        shown.add_row(*(str(row[setting]) for setting in settings), *figures, row["status"], style=style)
+    return shown
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The same lines for a spreadsheet or a notebook."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))

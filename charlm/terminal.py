@@ -1,0 +1,193 @@
+"""What a person reads on the terminal: what will be trained, what was found, what went wrong."""
+
+import io
+import logging
+import os
+import shlex
+import shutil
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from hydra.errors import InstantiationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from rich import box
+from rich.console import Console, RenderableType
+from rich.panel import Panel
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+from torch import nn
+
+from charlm.data import CharDataModule
+from charlm.errors import InputError
+from charlm.report import name_of, table
+
+console = Console(highlight=False)
+log = logging.getLogger("charlm")
+
+LEVELS = {"uniform": "uniform", "unigram": "counted unigram", "bigram": "counted bigram"}
+
+
+@contextmanager
+def logged() -> Iterator[None]:
+    """Inside a run: warnings and messages of libraries, and the traceback of a failure, go to the run's own log."""
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+    for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
+        library = logging.getLogger(name)
+        library.handlers.clear()
+        library.propagate = True
+    try:
+        yield
+    except InputError as error:
+        log.error(str(error))
+        raise
+    except InstantiationException as error:
+        # Combinations of settings that only Lightning knows to be impossible.
+        if isinstance(error.__cause__, MisconfigurationException):
+            raise InputError(" ".join(str(error.__cause__).split())) from error
+        log.exception("the run failed")
+        raise
+    except Exception:
+        log.exception("the run failed")
+        raise
+
+
+def say(thing: RenderableType) -> None:
+    """To the terminal and, as plain text, to the run's log."""
+    console.print(thing)
+    plain = Console(file=io.StringIO(), width=100, highlight=False)
+    plain.print(thing)
+    log.info("\n%s", plain.file.getvalue().rstrip())  # type: ignore[attr-defined]
+
+
+def header(config: dict[str, Any], data: CharDataModule, model: nn.Module, trainer: L.Trainer) -> None:
+    """Before a run: what is trained, on what, how, and where it is written."""
+    corpus, sizes = data.corpus, {name: len(ids) for name, ids in data.splits.items()}
+    tokens = data.batch_size * data.block_size * trainer.world_size * trainer.accumulate_grad_batches
+    parameters = sum(p.numel() for p in model.parameters())
+    steps = trainer.max_steps
+    optimizer = config["optimizer"]
+    lines = {
+        "model": f"{name_of(config['model'])}, {parameters:,} parameters",
+        "corpus": f"{corpus.name}: {len(corpus.text):,} characters, {data.tokenizer.vocab_size} symbols; "
+        + ", ".join(f"{name} {n:,}" for name, n in sizes.items()),
+        "batches": f"{data.batch_size} chunks of {data.block_size} characters"
+        + (f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""),
+        "training": f"{steps:,} steps of {tokens:,} tokens ({steps * tokens / sizes['train']:.2g} times the text), "
+        f"{name_of(optimizer)} at lr {optimizer['lr']:g}, {name_of(config['scheduler'])}, seed {config['seed']}",
+        "device": f"{describe_device(trainer.strategy.root_device)}, {trainer.precision}",
+        "folder": quote(Path(config["run_dir"])),
+    }
+    table = Table.grid(padding=(0, 2))
+    for name, value in lines.items():
+        table.add_row(Text(name, style="bold cyan"), Text(value, overflow="fold"))
+    say(table)
+    console.print()
+
+
+def describe_device(device: torch.device) -> str:
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+
+
+@contextmanager
+def tracked(title: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar, on a terminal, for work that tells how much of it is done."""
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def notice_fallback(wanted: str, given: str, reason: Exception) -> None:
+    """Nobody must take the figures of one corpus for those of another."""
+    text = Text()
+    text.append(f"NOT {wanted}: this run trains on the {given} corpus instead.\n\n", style="bold")
+    text.append(
+        f"{reason}.\n\nEverything this run writes is called {given}. Its figures cannot be compared with those "
+    )
+    text.append(f"of {wanted}. To have an error instead: data.fallback=null")
+    console.print(Panel(text, title="ANOTHER CORPUS", border_style="bold red", box=box.HEAVY))
+    log.warning("NOT %s: trained on %s instead (%s)", wanted, given, reason)
+
+
+def figures(found: dict[str, Any], name: str) -> Table:
+    """The losses of a run beside those of counting, a column for each split."""
+    splits = list(found["references"])
+    table = Table(box=box.SIMPLE_HEAD, title="loss, nats per character", title_justify="left", title_style="bold")
+    table.add_column("")
+    for split in splits:
+        table.add_column(split, justify="right")
+    for level, title in LEVELS.items():
+        table.add_row(title, *(f"{found['references'][split][level]:.4f}" for split in splits), style="dim")
+    table.add_row(name, *(plus_minus(found, split, "loss", 4) for split in splits), style="bold")
+    above = [found[f"{split}/loss"] - found["references"][split]["bigram"] for split in splits]
+    table.add_row("  against the counted bigram", *(f"{d:+.4f}" for d in above))
+    table.add_section()
+    table.add_row("bits per character", *(plus_minus(found, split, "bits_per_char", 4) for split in splits))
+    table.add_row("perplexity", *(plus_minus(found, split, "perplexity", 3) for split in splits))
+    return table
+
+
+def plus_minus(found: dict[str, Any], split: str, figure: str, digits: int) -> str:
+    """A figure and its standard error, or a dash for an error that a short text cannot give."""
+    value, error = found[f"{split}/{figure}"], found[f"{split}/{figure}_se"]
+    return f"{value:.{digits}f} ± " + ("-" if error is None else f"{error:.{digits}f}")
+
+
+def summary(results: dict[str, Any], sample: str) -> None:
+    """After a run: its figures beside the references, and some text."""
+    title = f"{results['model']} after {results['steps']:,} steps"
+    say(figures(results, title))
+    speed = f"{results['train/tokens_per_second']:,.0f} tokens/s"
+    say(f"trained on {results['train/tokens']:,} tokens in {results['train/seconds']:.1f} s, {speed}\n")
+    if sample:
+        say(Panel(Text(sample), title="a sample", title_align="left", box=box.ROUNDED))
+
+
+def next_commands(run_dir: Path) -> None:
+    """What to type now, as it can be pasted."""
+    charlm, board = command("charlm", "charlm"), command("tensorboard", "tensorboard.main")
+    commands = {f"{board} --logdir {quote(run_dir.parent)}": "the dashboard of all runs there"}
+    if (run_dir / "checkpoints").is_dir():
+        commands = {
+            f"{charlm} generate {quote(run_dir)} --length 500": "more text",
+            f"{charlm} evaluate {quote(run_dir)}": "these figures again",
+        } | commands
+    console.print("\nWhat to type next:")
+    for line, purpose in commands.items():
+        # Not wrapped, so that it can be pasted.
+        console.print(Text.assemble("  ", (line, "green"), (f"   # {purpose}", "dim")), soft_wrap=True)
+
+
+def command(script: str, module: str) -> str:
+    """How to call a script of this environment, also where the environment is not activated."""
+    return script if shutil.which(script) else f"{sys.executable} -m {module}"
+
+
+def job_ended(number: int, total: int, name: str, row: dict[str, Any]) -> None:
+    """One job of a sweep has ended."""
+    loss = row["val/loss"]
+    told = f"val loss {loss:.4f}" if loss is not None else row["status"]
+    console.print(Text(f"[{number}/{total}] {name}  {told}"), soft_wrap=True)
+
+
+def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str]) -> None:
+    """After a sweep: all its jobs, failures first, then the best."""
+    console.print()
+    console.print(table(rows, swept, f"{len(rows)} runs, by val loss (nats per character, ± standard error)"))
+    console.print(f"All figures: {quote(sweep_dir / 'results.csv')}", soft_wrap=True)
+    next_commands(sweep_dir / "any")
+
+
+def quote(path: Path) -> str:
+    """A path as one types it: relative where that is shorter, quoted where the shell needs it."""
+    relative = os.path.relpath(path)
+    return shlex.quote(relative if len(relative) < len(str(path)) else str(path))

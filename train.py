@@ -1,0 +1,80 @@
+"""Train a language model on text: python train.py --help"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import hydra
+import lightning as L
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from charlm import checkpoint, report, terminal
+from charlm.callbacks import AtomicCheckpointIO, Throughput
+from charlm.data import CharDataModule
+from charlm.errors import one_line_errors
+from charlm.evaluate import figures
+from charlm.generate import write
+from charlm.logger import hyperparameters
+from charlm.module import LanguageModel
+from charlm.preflight import check_command
+
+
+@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+def train(cfg: DictConfig) -> None:
+    """Configuration -> parts -> fit -> evaluate."""
+    with terminal.logged():
+        L.seed_everything(cfg.seed, workers=True, verbose=False)
+        data: CharDataModule = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
+        data.setup()
+        model = instantiate(cfg.model, vocab_size=data.tokenizer.vocab_size)
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
+        record = checkpoint.record(config, data.tokenizer, data.corpus.card())
+        module = LanguageModel(model, instantiate(cfg.optimizer), instantiate(cfg.scheduler), record)
+        throughput = Throughput()
+        trainer: L.Trainer = instantiate(
+            cfg.trainer,
+            default_root_dir=cfg.run_dir,
+            logger=instantiate(cfg.logger) or False,
+            callbacks=[throughput, *instantiate(cfg.callbacks).values()],
+            plugins=[AtomicCheckpointIO()],
+        )
+        for logger in trainer.loggers:
+            logger.log_hyperparams(hyperparameters(config))
+        if trainer.is_global_zero:
+            terminal.header(config, data, module.model, trainer)
+        trainer.fit(module, data)
+        if trainer.is_global_zero:
+            finish(config, data, module, trainer, throughput)
+
+
+def finish(
+    config: dict[str, Any], data: CharDataModule, module: LanguageModel, trainer: L.Trainer, throughput: Throughput
+) -> None:
+    """The exact figures of the trained model: to the dashboard, to results.json and to the person who waits."""
+    run_dir, model = Path(config["run_dir"]), module.model.to(trainer.strategy.root_device)
+    with terminal.tracked("evaluating") as progress:
+        found = figures(model, data, config["evaluate"], report=progress)
+    for logger in trainer.loggers:
+        logger.log_metrics({f"final/{k}": v for k, v in found.items() if isinstance(v, float)}, trainer.global_step)
+        logger.finalize("success")
+    results = {
+        "status": "finished",
+        "corpus": data.corpus.name,
+        "model": report.name_of(config["model"]),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": trainer.global_step,
+        "train/tokens": throughput.tokens,
+        "train/seconds": throughput.seconds,
+        "train/tokens_per_second": throughput.tokens_per_second,
+        **found,
+    }
+    terminal.summary(results, "".join(write(model, data.tokenizer, config["sample_length"], seed=config["seed"])))
+    terminal.next_commands(run_dir)
+    report.write_results(run_dir, results)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        sys.argv = check_command(sys.argv, Path(__file__).with_name("conf"))
+        train()
