@@ -1,8 +1,9 @@
 """The exact loss of a model over a whole split, and the closed-form losses of counting to hold beside it."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,11 +12,8 @@ from torch.nn import functional as F
 from charlm.data.chunks import IGNORE, EvalBatch, Windows
 from charlm.data.datamodule import CharDataModule
 
-
-class Reporter(Protocol):
-    """Told how far an evaluation is: batches done, of how many."""
-
-    def __call__(self, done: int, total: int) -> None: ...
+# Told how far an evaluation is: batches done, of how many.
+Reporter = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

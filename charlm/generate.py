@@ -34,11 +34,11 @@ def generate(
     """
     if idx.shape[1] == 0:
         raise ValueError("the prompt is empty: generation continues at least one character")
-    was_training = model.training
+    was_training, block_size = model.training, int(model.block_size)  # type: ignore[arg-type]
     model.eval()
     try:
         for _ in range(length):
-            idx = idx[:, -model.block_size :]  # what it can look back over
+            idx = idx[:, -block_size:]  # what it can look back over
             logits = model(idx)[:, -1].float()  # (B, V)
             next_idx = sample(logits, generator, temperature, top_k, top_p)  # (B,)
             idx = torch.cat((idx, next_idx[:, None]), dim=1)
@@ -91,7 +91,7 @@ def write(
     if not prompt:
         raise InputError("the prompt is empty: give at least one character, or no prompt at all")
     device = next(model.parameters()).device
-    idx = tokenizer.encode(prompt).to(device).expand(num_samples, -1)
+    idx = tokenizer.encode(prompt).to(device).long().expand(num_samples, -1)  # (B, T)
     generator = torch.Generator(device).manual_seed(seed)
     for next_idx in generate(model, idx, length, generator, temperature, top_k, top_p):
         yield tokenizer.decode(next_idx)

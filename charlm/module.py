@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LRScheduler
 
-from charlm.data.chunks import EvalBatch
+from charlm.data.chunks import EvalBatch, Windows
 from charlm.evaluate import Score, window_losses
 
 
@@ -37,21 +37,25 @@ class LanguageModel(L.LightningModule):
         self.record = record or {}
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
+        x, y = batch  # (B, T) each
         logits = self.model(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
-        if (
-            self.global_step + 1
-        ) % self.trainer.log_every_n_steps == 0:  # log only when due: it costs a small model more than its step
+        if (batch_idx + 1) % self.log_every_n_batches == 0:
             self.log_training(loss.detach())
         return loss
+
+    def on_train_start(self) -> None:
+        # To log costs a small model more than its step: it is done when it is due, and not at every step.
+        trainer: Any = self.trainer
+        self.log_every_n_batches = trainer.log_every_n_steps * trainer.accumulate_grad_batches
 
     def log_training(self, loss: Tensor) -> None:
         lr = self.trainer.optimizers[0].param_groups[0]["lr"]
         self.log_dict({"train/loss": loss, "train/bits_per_char": loss / math.log(2), "train/lr": lr})
 
     def on_validation_epoch_start(self) -> None:
-        self.window_nll = torch.zeros(self.trainer.val_dataloaders.n_windows, device=self.device)
+        self.windows: Windows = self.trainer.val_dataloaders  # type: ignore[assignment]
+        self.window_nll = torch.zeros(self.windows.n_windows, device=self.device)
 
     def validation_step(self, batch: EvalBatch, batch_idx: int) -> None:
         self.window_nll[batch.windows] += window_losses(self.model, batch)
@@ -59,7 +63,7 @@ class LanguageModel(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         # Every window was scored by one rank and is zero on the others: the sum is exact, whatever the world size.
         window_nll = self.trainer.strategy.reduce(self.window_nll, reduce_op="sum")
-        score = Score.of(window_nll, self.trainer.val_dataloaders.counts())
+        score = Score.of(window_nll, self.windows.counts())
         figures = {"val/loss": score.loss, "val/bits_per_char": score.bits_per_char, "val/perplexity": score.perplexity}
         self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()})
 
@@ -72,3 +76,16 @@ class LanguageModel(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["charlm"] = self.record
+
+    # What follows only spares a small model the cost of Lightning's hooks around each step, which exceeds that of its
+    # arithmetic. A hook that is None is not called; a subclass may define any of them again.
+    on_train_batch_start = on_train_batch_end = None  # type: ignore[assignment]
+    on_before_zero_grad = on_before_optimizer_step = None  # type: ignore[assignment]
+    on_before_backward = on_after_backward = None  # type: ignore[assignment]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Lightning notes the name of every hook it enters and leaves; nn.Module would look for parameters in it.
+        if name == "_current_fx_name":
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)

@@ -14,6 +14,16 @@ def code_points(text: str) -> np.ndarray:
     return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
+def characters(points: np.ndarray) -> str:
+    """Code points (N,) -> text of N characters."""
+    return points.tobytes().decode("latin-1" if points.itemsize == 1 else "utf-32-le", "surrogatepass")
+
+
+def smallest_dtype(vocab_size: int) -> np.dtype:
+    """The smallest type for ids, with one value to spare for what is not in the vocabulary."""
+    return np.dtype(np.uint8 if vocab_size < 256 else np.int16 if vocab_size < 2**15 else np.int32)
+
+
 class CharTokenizer:
     """One id per character: its place in the sorted set of characters of the corpus.
 
@@ -27,44 +37,49 @@ class CharTokenizer:
     name = "char"
 
     def __init__(self, chars: str):
-        self._points = np.unique(code_points(chars))
-        if not len(self._points):
+        points = np.unique(code_points(chars))
+        if not len(points):
             raise InputError("a tokenizer needs at least one character, and this text has none")
-        self.chars = self._points.tobytes().decode("utf-32-le", "surrogatepass")
-        # One entry per code point up to the largest: a lookup is then a single gather (4.5 MB at the most).
-        self._ids = np.full(int(self._points[-1]) + 1, -1, dtype=np.int64)
-        self._ids[self._points] = np.arange(len(self._points))
+        self.chars = characters(points)
+        self.vocab_size = len(points)
+        # One entry per code point and a last one for all beyond, so that a lookup is a single gather. Both tables
+        # are as narrow as they can be: the time goes into moving memory.
+        dtype = smallest_dtype(self.vocab_size)
+        self._unknown = np.iinfo(dtype).max
+        self._ids = np.full(int(points[-1]) + 2, self._unknown, dtype=dtype)
+        self._ids[points] = np.arange(self.vocab_size)
+        self._points = points.astype(np.uint8) if points[-1] < 256 else points
 
     @classmethod
     def from_text(cls, text: str) -> Self:
         """The tokenizer of a corpus: its sorted set of characters."""
         return cls(text)
 
-    @property
-    def vocab_size(self) -> int:
-        return len(self._points)
-
     def encode(self, text: str) -> Tensor:
-        """Text of N characters -> ids, (N,) int64.
+        """Text of N characters -> ids, (N,), of the smallest integer type that holds the vocabulary.
 
         Raises:
             InputError: for a character outside the vocabulary, saying which and where.
         """
-        points = code_points(text)
-        ids = self._ids[np.minimum(points, len(self._ids) - 1)]
-        ids = np.where(points < len(self._ids), ids, -1)
-        if len(ids) and ids.min() < 0:
-            where = int(np.argmax(ids < 0))
+        ids = self._ids.take(code_points(text), mode="clip")
+        if len(ids) and ids.max() == self._unknown:
+            where = int(np.argmax(ids == self._unknown))
             raise InputError(
-                f"the character {text[where]!r} (U+{int(points[where]):04X}) at position {where} is not among the "
+                f"the character {text[where]!r} (U+{ord(text[where]):04X}) at position {where} is not among the "
                 f"{self.vocab_size} characters that this model knows: {self._sketch()}"
             )
         return torch.from_numpy(ids)
 
     def decode(self, ids: Tensor) -> str:
-        """Ids (N,), any integer type, on any device -> text of N characters."""
-        points = self._points[ids.detach().cpu().numpy().astype(np.int64)]
-        return points.tobytes().decode("utf-32-le", "surrogatepass")
+        """Ids (N,), any integer type, on any device -> text of N characters.
+
+        Raises:
+            IndexError: for an id outside the vocabulary.
+        """
+        array = ids.detach().cpu().numpy()
+        if len(array) and not (array.min() >= 0 and array.max() < self.vocab_size):
+            raise IndexError(f"ids go from 0 to {self.vocab_size - 1}, not from {array.min()} to {array.max()}")
+        return characters(self._points.take(array, mode="clip"))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only, so that a checkpoint loads without running code."""
@@ -72,8 +87,7 @@ class CharTokenizer:
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        points = np.asarray(state["points"], dtype="<u4")
-        return cls(points.tobytes().decode("utf-32-le", "surrogatepass"))
+        return cls(characters(np.asarray(state["points"], dtype="<u4")))
 
     def _sketch(self, most: int = 100) -> str:
         shown = repr(self.chars[:most])[1:-1]

@@ -1,12 +1,219 @@
-"""The whole road through the public command."""
+"""Training through the public command: reproducible to the bit, whoever watches, on one process or two."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from charlm import checkpoint
+from charlm.data.chunks import RandomChunks
+from charlm.data.datamodule import CharDataModule
+
+ROOT = Path(__file__).parent.parent
 
 
-def test_a_run_leaves_its_figures_in_one_file(train, charlm, tmp_path, text_file):
-    ended = train("data=text", f"data.path={text_file}", "trainer.max_steps=60", "hydra.run.dir=run")
-    assert ended.code == 0, ended.err
-    results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["status"] == "finished"
-    assert results["steps"] == 60
+@pytest.fixture
+def run(train, tmp_path, text_file):
+    """Train for a few steps into the folder `name`; returns what it left there."""
+
+    def run(name: str, *overrides: str) -> Path:
+        ended = train(
+            "data=text",
+            f"data.path={text_file}",
+            "trainer.accelerator=cpu",
+            "trainer.max_steps=60",
+            "trainer.val_check_interval=25",
+            f"hydra.run.dir={name}",
+            *overrides,
+        )
+        assert ended.code == 0, ended.err + ended.out
+        assert ended.err == ""
+        return tmp_path / name
+
+    return run
+
+
+def weights(folder: Path) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in checkpoint.load(folder).model.parameters()])
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_run_leaves_its_figures_in_one_file(run, prose):
+    found = results(run("a"))
+    assert found["status"] == "finished"
+    assert found["corpus"] == "prose.txt"
+    assert found["model"] == "bigram"
+    assert found["steps"] == 60
+    assert found["train/tokens"] == 60 * 32 * 8
+    assert found["train/tokens_per_second"] == pytest.approx(found["train/tokens"] / found["train/seconds"])
+    assert found["val/targets"] == len(prose) - int(0.9 * len(prose)) - 1
+    for split in ("train", "val"):
+        assert found[f"{split}/bits_per_char"] == pytest.approx(found[f"{split}/loss"] / 0.6931471805599453)
+        assert set(found["references"][split]) == {"uniform", "unigram", "bigram"}
+
+
+def test_the_same_seed_gives_the_same_bits_and_another_other_ones(run):
+    first, again, other = run("a", "seed=5"), run("b", "seed=5"), run("c", "seed=6")
+    assert torch.equal(weights(first), weights(again))
+    assert not torch.equal(weights(first), weights(other))
+    assert results(first)["val/loss"] == results(again)["val/loss"]
+
+
+def test_the_terminal_shows_what_is_trained_what_came_of_it_and_what_to_type_next(train, text_file):
+    ended = train("data=text", f"data.path={text_file}", "trainer.max_steps=20", "hydra.run.dir=a")
     assert ended.err == ""
+    before, after = ended.out.split("counted bigram", maxsplit=1)
+    for word in (
+        "bigram, ",
+        "parameters",
+        "prose.txt: 20,000 characters",
+        "20 steps of 256 tokens",
+        "seed 1337",
+        "cpu",
+    ):
+        assert word in before
+    for word in ("perplexity", "bits per character", "a sample", "generate a --length 500", "evaluate a", "--logdir ."):
+        assert word in after
+
+
+def test_the_log_of_a_run_has_what_the_terminal_had(run):
+    log = (run("a") / "train.log").read_text()
+    for word in ("parameters", "counted bigram", "a sample"):
+        assert word in log
+
+
+def test_progress_through_a_pipe_is_plain_lines(train, text_file):
+    ended = train(
+        "data=text", f"data.path={text_file}", "trainer.max_steps=1500", "callbacks.progress.seconds_between_lines=0.05"
+    )
+    lines = [line for line in ended.out.splitlines() if line.startswith("step ")]
+    assert len(lines) > 2
+    assert all("loss " in line and "tokens/s" in line for line in lines)
+    assert "\r" not in ended.out
+    assert "\x1b" not in ended.out
+
+
+def test_a_run_may_keep_a_test_split(run, charlm, prose):
+    folder = run("a", "data.test_fraction=0.2", "evaluate=[val,test]")
+    found = results(folder)
+    assert found["val/targets"] == pytest.approx(0.1 * len(prose), abs=3)
+    assert found["test/targets"] == pytest.approx(0.2 * len(prose), abs=3)
+    assert "train/loss" not in found
+
+
+def test_accumulation_and_clipping_train(run):
+    one = run("a", "data.batch_size=8")
+    more = run("b", "data.batch_size=8", "trainer.accumulate_grad_batches=3", "trainer.gradient_clip_val=0.5")
+    assert results(more)["train/tokens"] == 3 * results(one)["train/tokens"]
+    assert results(more)["steps"] == 60
+
+
+def test_evaluating_a_checkpoint_gives_the_figures_of_the_run_to_the_digit(run, charlm, tmp_path):
+    folder = run("a")
+    ended = charlm("evaluate", str(folder), "--json")
+    assert ended.code == 0, ended.err
+    again, first = json.loads(ended.out), results(folder)
+    shared = [key for key in again if key.startswith(("train/", "val/"))]
+    assert "val/perplexity_se" in shared
+    assert {key: again[key] for key in shared} == {key: first[key] for key in shared}
+    assert again["references"] == first["references"]
+    one = json.loads(charlm("evaluate", str(folder / "checkpoints" / "last.ckpt"), "--split", "val", "--json").out)
+    assert one["val/loss"] == first["val/loss"]
+    assert "train/loss" not in one
+
+
+def test_generation_is_repeatable_and_streams(run, charlm):
+    folder = run("a")
+    first = charlm("generate", str(folder), "--length", "80", "--prompt", "The ", "--seed", "3")
+    assert first.code == 0, first.err
+    assert first.out.startswith("The ")
+    assert len(first.out) == 4 + 80 + 1
+    assert charlm("generate", str(folder), "--length", "80", "--prompt", "The ", "--seed", "3").out == first.out
+    assert charlm("generate", str(folder), "--length", "80", "--prompt", "The ", "--seed", "4").out != first.out
+    asked = ("generate", str(folder), "--length", "20", "--num-samples", "3", "--temperature", "0.5", "--top-k", "5")
+    samples = json.loads(charlm(*asked, "--top-p", "0.9", "--json").out)["samples"]
+    assert [len(sample) for sample in samples] == [20, 20, 20]
+    assert charlm(*asked).out.count("--- sample") == 3
+
+
+def test_a_counted_floor_is_not_undercut_on_train(run):
+    folder = run("a", "trainer.max_steps=1500", "optimizer.lr=0.05")
+    found = results(folder)
+    assert found["references"]["train"]["bigram"] <= found["train/loss"] < found["references"]["train"]["unigram"]
+
+
+def test_the_default_recipe_learns_tiny_shakespeare(train, tmp_path, shakespeare):
+    file = tmp_path / "input.txt"
+    file.write_text(shakespeare, encoding="utf-8")
+    ended = train("data=text", f"data.path={file}", "hydra.run.dir=a")
+    assert ended.code == 0, ended.err
+    found = results(tmp_path / "a")
+    assert found["train/loss"] >= 2.4519
+    assert found["val/loss"] <= 2.490
+    assert found["references"]["val"]["bigram"] == pytest.approx(2.4819, abs=1e-4)
+
+
+def test_two_processes_draw_other_chunks(prose):
+    ids = torch.arange(len(prose))
+    first, second = RandomChunks(ids, 8, 32, seed=1337, rank=0), RandomChunks(ids, 8, 32, seed=1337, rank=1)
+    assert not any(torch.equal(first.batch(k)[0], second.batch(k)[0]) for k in range(100))
+
+
+@pytest.fixture
+def two_processes(tmp_path, text_file):
+    """`python train.py trainer=ddp ...` as a user starts it: the second process must find its way by itself."""
+
+    def run(name: str, *overrides: str) -> Path:
+        command = [
+            sys.executable,
+            str(ROOT / "train.py"),
+            "data=text",
+            f"data.path={text_file}",
+            f"hydra.run.dir={name}",
+        ]
+        command += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=30", *overrides]
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+        assert ended.returncode == 0, ended.stderr + ended.stdout
+        assert ended.stderr == ""
+        return tmp_path / name
+
+    return run
+
+
+def test_two_processes_report_what_one_process_would(two_processes, charlm, tmp_path, text_file):
+    folder = two_processes("a", "trainer.val_check_interval=30", "logger=csv", "data.batch_size=16")
+    found = results(folder)
+    assert found["train/tokens"] == 30 * 2 * 16 * 8
+    again = json.loads(charlm("evaluate", str(folder), "--json", "--split", "val").out)
+    assert again["val/loss"] == found["val/loss"]
+    # The validation during training was shared between both, on the same weights as the final one.
+    header, *rows = (folder / "metrics.csv").read_text().splitlines()
+    column = header.split(",").index("val/loss")
+    shared = [row.split(",")[column] for row in rows if row.split(",")[column]]
+    assert float(shared[0]) == pytest.approx(found["val/loss"], rel=1e-12)
+
+
+def test_two_processes_learn_from_both_halves(two_processes, text_file, run):
+    """The gradient is the mean over both: one process with both batches takes the same steps."""
+    folder = two_processes("a", "data.batch_size=4", "optimizer.lr=0.1")
+    loaded = checkpoint.load(folder)
+    data = CharDataModule("text", block_size=8, batch_size=4, path=str(text_file), seed=1337)
+    data.setup()
+    ranks = [RandomChunks(data.splits["train"], 8, 4, seed=1337, rank=rank) for rank in (0, 1)]
+    torch.manual_seed(1337)
+    model = checkpoint.build(loaded.config["model"], data.tokenizer.vocab_size)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
+    for k in range(30):
+        x, y = (torch.cat(parts) for parts in zip(*(chunks.batch(k) for chunks in ranks), strict=True))
+        loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    for one, two in zip(model.parameters(), loaded.model.parameters(), strict=True):
+        assert torch.allclose(one, two, atol=1e-5)

@@ -59,8 +59,7 @@ class CharDataModule(L.LightningDataModule):
             return
         self.corpus = load_corpus(self.corpus_name, self.path)
         self.tokenizer = self.make_tokenizer(self.corpus.text)
-        ids = self.tokenizer.encode(self.corpus.text).to(smallest_dtype(self.tokenizer.vocab_size))
-        self.splits = self.split(ids)
+        self.splits = self.split(self.tokenizer.encode(self.corpus.text))
 
     def split(self, ids: Tensor) -> dict[str, Tensor]:
         """Contiguous views, in the order of the text: train, val and, if asked for, test."""
@@ -131,8 +130,3 @@ class CharDataModule(L.LightningDataModule):
             return batch
         moved = (part.to(device, non_blocking=True) for part in batch)
         return EvalBatch(*moved) if isinstance(batch, EvalBatch) else tuple(moved)
-
-
-def smallest_dtype(vocab_size: int) -> torch.dtype:
-    """The smallest integer type that holds every id: ids are kept, batches are int64."""
-    return torch.uint8 if vocab_size <= 256 else torch.int16 if vocab_size <= 32_768 else torch.int32

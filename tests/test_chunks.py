@@ -1,0 +1,110 @@
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from charlm.data.chunks import BATCHES_PER_DRAW, IGNORE, RandomChunks, Windows, gather_chunks
+from charlm.errors import InputError
+
+SPLITS = st.integers(2, 300).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1)))
+
+
+@given(SPLITS, st.data())
+def test_a_chunk_is_a_slice_and_its_targets_the_next_characters(split, data):
+    n, block_size = split
+    ids = torch.randint(0, 200, (n,), dtype=torch.uint8)
+    starts = data.draw(st.lists(st.integers(0, n - block_size - 1), min_size=1, max_size=5))
+    x, y = gather_chunks(ids, torch.tensor(starts), block_size)
+    for row, start in enumerate(starts):
+        assert x[row].tolist() == ids[start : start + block_size].tolist()
+        assert y[row].tolist() == ids[start + 1 : start + block_size + 1].tolist()
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 7), st.lists(st.integers(0, 5 * BATCHES_PER_DRAW), max_size=20))
+def test_a_batch_depends_on_seed_rank_and_number_alone(seed, rank, numbers):
+    ids = torch.arange(1000)
+    asked_in_any_order = RandomChunks(ids, 4, 3, seed, rank)
+    for k in numbers:
+        fresh = RandomChunks(ids, 4, 3, seed, rank, start=k)
+        x, y = next(iter(fresh))
+        again_x, again_y = asked_in_any_order.batch(k)
+        assert torch.equal(x, again_x)
+        assert torch.equal(y, again_y)
+
+
+def test_seeds_ranks_and_numbers_each_give_other_chunks():
+    ids = torch.arange(100_000)
+    drawn = {
+        (seed, rank, k): tuple(RandomChunks(ids, 8, 16, seed, rank).starts(k).tolist())
+        for seed, rank, k in itertools.product((0, 1, 1337), (0, 1, 2), (0, 1, BATCHES_PER_DRAW))
+    }
+    assert len(set(drawn.values())) == len(drawn)
+
+
+def test_every_place_is_drawn_and_none_more_often():
+    ids = torch.arange(21)
+    chunks = RandomChunks(ids, 8, 64, seed=0)
+    starts = torch.cat([chunks.starts(k) for k in range(2000)])
+    counts = torch.bincount(starts, minlength=13).double()
+    assert len(counts) == 13  # 0 to 12: the last chunk's target is the last character
+    expected = len(starts) / 13
+    assert float(((counts - expected) ** 2 / expected).sum()) < 32.9  # chi square, 12 degrees, p = 0.001
+
+
+@given(SPLITS, st.data())
+def test_every_target_is_counted_exactly_once(split, data):
+    n, block_size = split
+    stride = data.draw(st.integers(1, block_size))
+    tokens_per_batch = data.draw(st.integers(1, 1000))
+    world_size = data.draw(st.integers(1, 4))
+    ids = torch.arange(n)  # the target says which one it is
+    counted = []
+    for rank in range(world_size):
+        windows = Windows(ids, block_size, stride, tokens_per_batch, rank, world_size)
+        for x, y, _ in windows:
+            assert x.shape == y.shape == (len(x), block_size)
+            assert torch.equal(y[y != IGNORE], x[y != IGNORE] + 1)
+            counted += y[y != IGNORE].tolist()
+    assert sorted(counted) == list(range(1, n))
+
+
+@given(SPLITS, st.data())
+def test_a_stride_promises_context(split, data):
+    n, block_size = split
+    stride = data.draw(st.integers(1, block_size))
+    for x, y, window in Windows(torch.arange(n), block_size, stride):
+        context = torch.arange(1, block_size + 1).expand_as(x)
+        later = window > 0
+        assert bool((context[later][y[later] != IGNORE] > block_size - stride).all())
+
+
+@given(SPLITS, st.integers(1, 5), st.integers(1, 40))
+def test_batches_do_not_depend_on_the_number_of_ranks(split, world_size, tokens_per_batch):
+    n, block_size = split
+    ids = torch.arange(n)
+    alone = [*Windows(ids, block_size, tokens_per_batch=tokens_per_batch)]
+    ranks = [[*Windows(ids, block_size, None, tokens_per_batch, rank, world_size)] for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    shared = [batch for step in zip(*ranks, strict=True) for batch in step]
+    for one, other in zip(alone, shared, strict=False):
+        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    for x, y, _ in shared[len(alone) :]:
+        assert len(x) > 0
+        assert bool((y == IGNORE).all())
+
+
+def test_counts_are_those_of_the_batches():
+    windows = Windows(torch.arange(101), 8, 3, tokens_per_batch=40)
+    counts = torch.zeros(windows.n_windows, dtype=torch.long)
+    for _, y, number in windows:
+        counts[number] = (y != IGNORE).sum(1)
+    assert torch.equal(counts, windows.counts())
+
+
+@pytest.mark.parametrize("make", [lambda ids: RandomChunks(ids, 8, 1, 0), lambda ids: Windows(ids, 8)])
+def test_a_split_needs_one_character_more_than_a_block(make):
+    make(torch.arange(9))
+    with pytest.raises(InputError, match=r"has 8 characters, and data\.block_size=8 needs at least 9"):
+        make(torch.arange(8))

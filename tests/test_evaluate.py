@@ -1,0 +1,165 @@
+import itertools
+import math
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from charlm.data.chunks import Windows
+from charlm.data.corpus import Corpus
+from charlm.data.datamodule import CharDataModule
+from charlm.evaluate import Score, evaluate, figures, references
+from charlm.model.bigram import Bigram
+from charlm.tokenizer import CharTokenizer
+
+
+class CountsItsContext(nn.Module):
+    """Logits that depend on all characters so far, so that a window with another start gives another loss."""
+
+    block_size = 1_000_000
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(vocab_size, vocab_size))
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return F.one_hot(idx, len(self.weight)).float().cumsum(1) @ self.weight
+
+
+def test_the_loss_is_the_mean_over_all_targets_in_tiled_windows():
+    ids = torch.randint(0, 5, (103,))
+    model = CountsItsContext(5)
+    losses = []
+    for start in range(0, 102, 10):
+        x = ids[start : start + 10][None]
+        y = ids[start + 1 : start + 11]
+        x = x[:, : len(y)]
+        losses += F.cross_entropy(model(x)[0], y, reduction="none").tolist()
+    # The last window is moved back to stay whole, so that its two targets have more context: scored apart.
+    x, y = ids[92:102][None], ids[93:103]
+    losses[-2:] = F.cross_entropy(model(x)[0], y, reduction="none").tolist()[-2:]
+    score = evaluate(model, Windows(ids, 10, tokens_per_batch=30))
+    assert score.n_targets == 102
+    assert score.loss == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+@given(st.integers(20, 200), st.integers(1, 10), st.integers(1, 100))
+def test_a_bigram_has_one_loss_whatever_the_windows(n, block_size, tokens_per_batch):
+    ids = torch.randint(0, 7, (n,))
+    torch.manual_seed(0)
+    model = Bigram(7)
+    exact = F.cross_entropy(model(ids[:-1]), ids[1:]).item()
+    assert evaluate(model, Windows(ids, block_size, None, tokens_per_batch)).loss == pytest.approx(exact, rel=1e-5)
+
+
+def test_evaluation_leaves_the_model_as_it_came():
+    model = nn.Sequential(Bigram(4), nn.Dropout(0.5)).train()
+    before = [p.clone() for p in model.parameters()]
+    state = torch.get_rng_state()
+    one, two = (
+        evaluate(model, Windows(torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(0)), 5)).loss
+        for _ in range(2)
+    )
+    assert one == two  # no dropout
+    assert model.training
+    assert model[1].training
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_the_units_belong_together():
+    score = Score(loss=math.log(8), loss_se=0.01, n_targets=100)
+    assert score.bits_per_char == pytest.approx(3)
+    assert score.perplexity == pytest.approx(8)
+    assert score.bits_per_char_se == pytest.approx(0.01 / math.log(2))
+    assert score.perplexity_se == pytest.approx(0.08)
+
+
+@pytest.mark.parametrize("correlation", [0.0, 0.9])
+def test_the_standard_error_covers_the_truth_also_for_dependent_losses(correlation):
+    """Among 400 texts the true mean is within 1.96 errors in about 95%; independence assumed, 0.9 would give 35%."""
+    rng = np.random.default_rng(0)
+    n, texts, inside = 20_000, 400, 0
+    for _ in range(texts):
+        noise = rng.standard_normal(n) * math.sqrt(1 - correlation**2)
+        losses = np.empty(n)
+        value = rng.standard_normal()
+        if correlation:
+            for i in range(n):
+                value = correlation * value + noise[i]
+                losses[i] = value
+        else:
+            losses = noise
+        windows = torch.from_numpy(losses).view(-1, 10).sum(1)
+        score = Score.of(windows, torch.full((n // 10,), 10))
+        inside += abs(score.loss) < 1.96 * score.loss_se
+    assert 0.88 < inside / texts < 0.99
+
+
+def test_one_block_gives_no_error():
+    assert math.isnan(Score.of(torch.tensor([3.0]), torch.tensor([2])).loss_se)
+
+
+@given(st.lists(st.integers(0, 4), min_size=12, max_size=80), st.integers(3, 9))
+def test_references_are_those_of_counting_by_hand(ids, cut):
+    train, val = ids[:cut], ids[cut:]
+    found = references(torch.tensor(train), torch.tensor(val), 5, smoothing=1.0)
+    after, pairs, rows = Counter(train[1:]), Counter(itertools.pairwise(train)), Counter(train[:-1])
+    unigram = [-math.log((after[c] + 1) / (len(train) - 1 + 5)) for c in val[1:]]
+    bigram = [-math.log((pairs[a, b] + 1) / (rows[a] + 5)) for a, b in itertools.pairwise(val)]
+    assert found["uniform"] == pytest.approx(math.log(5))
+    assert found["unigram"] == pytest.approx(np.mean(unigram))
+    assert found["bigram"] == pytest.approx(np.mean(bigram))
+
+
+@given(st.lists(st.integers(0, 4), min_size=5, max_size=100))
+def test_no_table_beats_the_counts_on_train(ids):
+    tensor = torch.tensor(ids)
+    floor = references(tensor, tensor, 5, smoothing=0.0)["bigram"]
+    torch.manual_seed(0)
+    model = Bigram(5)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=50, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(tensor[:-1]), tensor[1:])
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    reached = evaluate(model, Windows(tensor, 4)).loss
+    assert reached >= floor - 1e-6
+    assert reached == pytest.approx(floor, abs=0.05)
+
+
+def test_figures_of_tiny_shakespeare_are_the_known_ones(shakespeare, monkeypatch):
+    data = CharDataModule("tinyshakespeare", block_size=8, batch_size=1)
+    corpus = Corpus("tinyshakespeare", shakespeare, "here")
+    monkeypatch.setattr("charlm.data.datamodule.load_corpus", lambda name, path: corpus)
+    data.setup()
+    assert (len(data.splits["train"]), len(data.splits["val"])) == (1_003_854, 111_540)
+    counted = Bigram(65)
+    ids = data.splits["train"].long()
+    counts = torch.bincount(ids[:-1] * 65 + ids[1:], minlength=65 * 65).view(65, 65)
+    counted.token_embedding_table.weight.data = (counts + 1).float().log()
+    found = figures(counted, data, ["train", "val"])
+    assert found["val/targets"] == 111_539
+    assert found["references"]["val"] == pytest.approx(
+        {"uniform": 4.174387, "unigram": 3.347305, "bigram": 2.481889}, abs=1e-6
+    )
+    assert found["references"]["train"]["bigram"] == pytest.approx(2.451914, abs=2e-6)
+    # The model that is the counts has the loss of the counts, by a road that shares no line with them.
+    assert found["val/loss"] == pytest.approx(found["references"]["val"]["bigram"], abs=1e-6)
+    assert found["train/loss"] >= found["references"]["train"]["bigram"]
+
+
+def test_a_text_with_a_large_alphabet_needs_no_table_of_its_square():
+    text = "".join(chr(0x4E00 + i % 15_000) for i in range(60_000))
+    tokenizer = CharTokenizer.from_text(text)
+    ids = tokenizer.encode(text)
+    assert references(ids[:50_000], ids[50_000:], tokenizer.vocab_size, 1.0)["bigram"] > 0
