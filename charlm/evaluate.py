@@ -49,7 +49,7 @@ class Score:
         sqrt(N) consecutive targets (batch means: Flegal and Jones 2010, "Batch means and spectral variance
         estimators", section 3), as that of a ratio of sums, since blocks need not be equally long.
         """
-        nll, n = window_nll.double().cpu(), counts.double().cpu()
+        nll, n = window_nll.cpu().double(), counts.cpu().double()
         n_targets = int(n.sum())
         loss = float(nll.sum() / n_targets)
         per_block = max(1, round(math.sqrt(n_targets) / float(n[0])))  # windows in a block

@@ -65,7 +65,8 @@ class LanguageModel(L.LightningModule):
         window_nll = self.trainer.strategy.reduce(self.window_nll, reduce_op="sum")
         score = Score.of(window_nll, self.windows.counts())
         figures = {"val/loss": score.loss, "val/bits_per_char": score.bits_per_char, "val/perplexity": score.perplexity}
-        self.log_dict({name: torch.tensor(value, dtype=torch.float64) for name, value in figures.items()})
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
+        self.log_dict({name: torch.tensor(value, dtype=dtype) for name, value in figures.items()})
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.model.parameters())

@@ -114,11 +114,13 @@ class Windows:
 
     def counts(self) -> Tensor:
         """How many targets each window counts, (n_windows,); they add up to N - 1."""
-        counts = torch.full((self.n_windows,), self.stride)
-        counts[0] = self.block_size
-        if self.n_windows > 1:
-            counts[-1] = self.n_targets - self.block_size - (self.n_windows - 2) * self.stride
-        return counts
+        return self.counted(torch.arange(self.n_windows))
+
+    def counted(self, windows: Tensor) -> Tensor:
+        """How many targets the windows of these numbers count."""
+        end = (windows * self.stride + self.block_size).clamp_max(self.n_targets)
+        before = ((windows - 1) * self.stride + self.block_size).where(windows > 0, 0)
+        return end - before
 
     def batch(self, j: int) -> EvalBatch:
         """Batch j of the split; past the last one, that one again with nothing to count."""
@@ -126,7 +128,7 @@ class Windows:
         windows = torch.arange(first, min(first + self.batch_size, self.n_windows), device=self.ids.device)
         starts = (windows * self.stride).clamp_max(self.n_targets - self.block_size)
         x, y = gather_chunks(self.ids, starts, self.block_size)
-        counted = self.counts().to(y.device)[windows] if j < self.n_batches else torch.zeros_like(windows)
+        counted = self.counted(windows) if j < self.n_batches else torch.zeros_like(windows)
         place = torch.arange(self.block_size, device=y.device)
         y = y.masked_fill(place < (self.block_size - counted)[:, None], IGNORE)
         return EvalBatch(x, y, windows)
