@@ -24,14 +24,15 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 # The settings at the top of conf/train.yaml.
 ROOT = {"seed": Seed, "evaluate": list[str], "sample_length": Annotated[int, Ge(0)], "run_dir": str}
 GROUPS = {"data", "tokenizer", "model", "optimizer", "scheduler", "trainer", "callbacks", "logger"}
+MAY_BE_EMPTY = {"callbacks", "logger"}
 # What train.py itself passes; the other parameters are settings. A partial's first parameter is passed by its user.
 PASSED = {
     "data": {"tokenizer"},
     "model": {"vocab_size"},
     "trainer": {"default_root_dir", "logger", "callbacks", "plugins"},
 }
+# Of the batches: a fraction, or how many.
 Part = Annotated[float, Ge(0), Le(1)] | Annotated[int, Ge(0)]
-MAY_BE_EMPTY = {"callbacks", "logger"}
 # Ranges that Lightning's own signatures leave to its constructor, or to chance.
 RANGES = {
     "lightning.Trainer": {

@@ -198,8 +198,12 @@ def check_hardware(trainer: dict[str, Any]) -> None:
             f"trainer.accelerator={accelerator} is not there: PyTorch {torch.__version__} sees no such device on this "
             f"machine; use trainer.accelerator=cpu, or auto"
         )
-    if strategy not in ["auto", *StrategyRegistry.available_strategies()]:
-        raise InputError(f"trainer.strategy={strategy} is unknown: choose auto, or trainer=ddp with trainer.devices=N")
+    # Spawned and forked processes of Lightning train, and cannot hand back what finish() needs.
+    known = [name for name in StrategyRegistry.available_strategies() if not re.search("spawn|fork|notebook", name)]
+    if strategy not in ["auto", *known]:
+        raise InputError(
+            f"trainer.strategy={strategy} is not possible: choose auto, or trainer=ddp with trainer.devices=N"
+        )
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not mps)
     if on_cpu and strategy != "auto" and not strategy.startswith("ddp"):
         raise InputError(f"trainer.strategy={strategy} needs GPUs: on a CPU choose auto, or trainer=ddp")

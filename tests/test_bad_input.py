@@ -344,7 +344,8 @@ def test_a_split_that_is_not_there_lists_those_that_are(refused, train, text_fil
         (["trainer.accelerator=cpu", "trainer.devices=[0]"], "processes on the CPU"),
         (["trainer.accelerator=cpu", "trainer.devices=2"], "say trainer=ddp"),
         (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=999"], "processes on the CPU"),
-        (["trainer.strategy=nosuch"], "trainer.strategy=nosuch is unknown"),
+        (["trainer.strategy=nosuch"], "trainer.strategy=nosuch is not possible"),
+        (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn is not possible"),
         (["trainer.accelerator=cpu", "trainer.strategy=fsdp"], "needs GPUs"),
     ],
 )
