@@ -44,14 +44,14 @@ def find(run_or_file: str | Path) -> Path:
         InputError: if there is none.
     """
     place = Path(run_or_file).expanduser()
-    if place.is_dir():
+    if os.path.isdir(place):  # os.path, unlike pathlib, says no where a name is too long to be one
         for file in (place / "checkpoints" / NAME, place / NAME):
             if file.is_file():
                 return file
         raise InputError(
             f"{place} holds no checkpoint: give a run folder, one with checkpoints/{NAME} in it, or a file"
         )
-    if not place.exists():
+    if not os.path.exists(place):
         raise InputError(f"{place} does not exist: give a run folder (they are under outputs/) or a checkpoint file")
     return place
 

@@ -24,7 +24,6 @@ Examples:
 """
 RUN = click.argument("run", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, and nothing else.")
-PROBABILITY = click.FloatRange(0, 1, min_open=True)
 COUNT = click.IntRange(min=1)
 
 
@@ -38,13 +37,16 @@ class Finite(click.FloatRange):
         return number
 
 
+PROBABILITY = Finite(0, 1, min_open=True)
+
+
 def check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     import torch
 
     if value == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=value)
+        torch.zeros(1, device=value).item()  # read back, as meta and its like hold no numbers
     except (RuntimeError, AssertionError):
         raise InputError(f"--device {value} is not there on this machine: use --device cpu, or auto") from None
     return value
@@ -93,7 +95,8 @@ def generate(
     loaded = checkpoint.load(run, device)
     stream = write(loaded.model, loaded.tokenizer, length, prompt, num_samples=num_samples, **sampling)
     if num_samples == 1 and not as_json:
-        sys.stdout.write(prompt or "")
+        first = next(stream)  # a mistake in the prompt is found here, before anything is printed
+        sys.stdout.write((prompt or "") + first)
         for character in stream:
             sys.stdout.write(character)
             sys.stdout.flush()

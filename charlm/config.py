@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from annotated_types import DocInfo, Ge, Gt, Le, Len, Lt, doc
+from annotated_types import DocInfo, Ge, Gt, Le, Len, Lt, Predicate, doc
 from pydantic import ConfigDict, PydanticUserError, StringConstraints, TypeAdapter, ValidationError
 
 from charlm.errors import InputError
@@ -24,6 +24,15 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 # The settings at the top of conf/train.yaml.
 ROOT = {"seed": Seed, "evaluate": list[str], "sample_length": Annotated[int, Ge(0)], "run_dir": str}
 GROUPS = {"data", "tokenizer", "model", "optimizer", "scheduler", "trainer", "callbacks", "logger"}
+MAY_BE_EMPTY = {"callbacks", "logger"}
+# What train.py itself passes; the other parameters are settings. A partial's first parameter is passed by its user.
+PASSED = {
+    "data": {"tokenizer"},
+    "model": {"vocab_size"},
+    "trainer": {"default_root_dir", "logger", "callbacks", "plugins"},
+}
+# Of the batches: a fraction, or how many.
+Part = Annotated[float, Ge(0), Le(1)] | Annotated[int, Ge(0)]
 # Ranges that Lightning's own signatures leave to its constructor, or to chance.
 RANGES = {
     "lightning.Trainer": {
@@ -34,11 +43,27 @@ RANGES = {
         "num_nodes": Positive,
         "gradient_clip_val": Annotated[float, Gt(0)] | None,
         "devices": Annotated[int, Ge(-1)] | Annotated[list[Annotated[int, Ge(0)]], Len(1)] | str,
-        "max_time": Annotated[str, StringConstraints(pattern=r"^\d+:\d\d:\d\d:\d\d$"), doc("a time as DD:HH:MM:SS")]
+        "max_time": Annotated[
+            str,
+            StringConstraints(pattern=r"^\d+:\d\d:\d\d:\d\d$"),
+            Predicate(lambda time: time.strip("0:") != ""),
+            doc("a time above zero as DD:HH:MM:SS"),
+        ]
         | None,
         "deterministic": bool,
         "precision": Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"],
-        "max_epochs": Annotated[int, Ge(1)] | None,
+        "max_epochs": Positive | None,
+        "min_epochs": Positive | None,
+        "min_steps": Positive | None,
+        "check_val_every_n_epoch": Positive | None,
+        "num_sanity_val_steps": Annotated[int, Ge(-1)],
+        "reload_dataloaders_every_n_epochs": Annotated[int, Ge(0)],
+        "fast_dev_run": bool | Annotated[int, Ge(0)],
+        "overfit_batches": Part,
+        "limit_train_batches": Part | None,
+        "limit_val_batches": Part | None,
+        "limit_test_batches": Part | None,
+        "limit_predict_batches": Part | None,
     }
 }
 # Loggers of Lightning that need a package which charlm does not bring.
@@ -65,7 +90,10 @@ def check(config: dict[str, Any]) -> None:
         elif key not in GROUPS:
             known = {name: config[name] for name in GROUPS & config.keys()}
             raise InputError(unknown_key(key, [*ROOT, *leaves(known)]))
-    for name in sorted(GROUPS & config.keys()):
+    for key in sorted(ROOT.keys() | GROUPS):
+        if key not in config or (key in GROUPS - MAY_BE_EMPTY and not config[key]):
+            raise InputError(f"{key} is missing: give it a value, {key}=...")
+    for name in sorted(GROUPS):
         check_node(name, config[name])
 
 
@@ -76,6 +104,8 @@ def check_node(path: str, node: Any) -> None:
     if not isinstance(node, dict):
         raise InputError(f"{path}={node!r} is not a choice of this group: see python train.py --help")
     if "_target_" not in node:
+        if path in GROUPS - MAY_BE_EMPTY:
+            raise InputError(f"{path}._target_ is missing: name a class or a function, {path}._target_=...")
         for name, child in node.items():
             check_node(f"{path}.{name}", child)
         return
@@ -84,17 +114,23 @@ def check_node(path: str, node: Any) -> None:
     if needed and importlib.util.find_spec(needed) is None:
         raise InputError(f"{path}={needed} needs a package that is not there: pip install {needed}")
     parameters = inspect.signature(target).parameters
+    passed = PASSED.get(path, set()) | ({next(iter(parameters), "")} if node.get("_partial_") else set())
+    settings = {name: parameter for name, parameter in parameters.items() if name not in passed}
     hints = annotations(target) | RANGES.get(node["_target_"], {})
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for key, value in node.items():
         if key in HYDRA_KEYS:
             continue
-        if key not in parameters and not open_ended:
-            raise InputError(unknown_key(f"{path}.{key}", [f"{path}.{name}" for name in parameters if name != "self"]))
+        if key in passed or (key not in settings and not open_ended):
+            raise InputError(unknown_key(f"{path}.{key}", [f"{path}.{name}" for name in settings if name != "self"]))
         if isinstance(value, dict) and "_target_" in value:
             check_node(f"{path}.{key}", value)
         elif key in hints:
             check_value(f"{path}.{key}", value, hints[key])
+    for name, parameter in settings.items():
+        named = parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        if named and parameter.default is inspect.Parameter.empty and name not in node:
+            raise InputError(f"{path}.{name} is missing: give it a value, {path}.{name}=...")
 
 
 def check_value(path: str, value: Any, hint: Any) -> None:
@@ -131,9 +167,11 @@ def vars_of(limit: Any) -> list[Any]:
 
 def resolve(path: str, target: str) -> Any:
     try:
-        return pkgutil.resolve_name(target)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise InputError(f"{path}._target_={target} cannot be imported ({error}): name a class or a function") from None
+        found = pkgutil.resolve_name(target)
+        inspect.signature(found)  # what has none cannot be held against its settings
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}._target_={target} cannot be used ({error}): name a class or a function") from None
+    return found
 
 
 def annotations(target: Any) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from argparse import Namespace
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -38,26 +39,81 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     """
     # Hydra would shorten errors in its own way; charlm tells a person's mistake in one line, and a defect in full.
     os.environ["HYDRA_FULL_ERROR"] = "1"
-    args = get_args_parser().parse_args(argv[1:])
+    args = parse(argv[1:])
     overrides: list[str] = list(args.overrides)
     name = args.config_name or "train"
+    # As Hydra does: --config-path counts from train.py, --config-dir from where one stands.
+    config_dir = config_dir.parent / (args.config_path or config_dir.name)
+    for folder in [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]:
+        if not folder.is_dir():
+            raise InputError(f"there is no folder {folder}: give one with configuration files, or leave it to conf/")
     search = [f"hydra.searchpath=[file://{os.path.abspath(args.config_dir)}]"] if args.config_dir else []
-    with initialize_config_dir(os.path.abspath(args.config_path or config_dir), version_base="1.3"):
+    with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
         with told_in_one_line(overrides):
+            check_overrides(overrides)
             jobs = expand(name, overrides) if args.multirun else [overrides]
             cfgs = [compose(name, [*job, *search], return_hydra_config=True) for job in jobs]
             if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
                 return list(argv)
             HydraConfig.instance().set_config(cfgs[0])
-            folder = cfgs[0].hydra.sweep.dir if args.multirun else cfgs[0].hydra.run.dir
+            mode = "sweep" if args.multirun else "run"
+            run_dir = cfgs[0].hydra[mode].dir
         if "LOCAL_RANK" not in os.environ:  # the first process; the others join it in its folder
-            check_folder(Path(folder))
-        corpora = [check_job(OmegaConf.masked_copy(cfg, [k for k in cfg if k != "hydra"])) for cfg in cfgs]
+            check_folder(Path(run_dir), f"hydra.{mode}.dir")
+        cfgs = [OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]) for cfg in cfgs]
+        for cfg in cfgs:  # the settings of every job before the text of any: texts take time, and perhaps the network
+            check_settings(cfg)
+        corpora = [check_text(cfg) for cfg in cfgs]
     given = {f"data={corpus}" for corpus in corpora if corpus}
     if not given:
         return list(argv)
     # The command that gives the same run again, wherever Tiny Shakespeare is.
     return [*(a for a in argv if not a.startswith("data=")), *given]
+
+
+def parse(arguments: Sequence[str]) -> Namespace:
+    """A command line, taken apart by Hydra's own parser.
+
+    Raises:
+        InputError: for an option that there is not.
+    """
+
+    def refuse(message: str) -> NoReturn:
+        raise InputError(f"{message}: see python train.py --help")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_args(arguments)
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """What Hydra would take, and what no run can do with.
+
+    Raises:
+        InputError: for a group without a choice, a setting taken away, or a run_dir.
+    """
+    loader = GlobalHydra.instance().config_loader()
+    for override in OverridesParser.create(config_loader=loader).parse_overrides(overrides):
+        key, line = override.key_or_group, override.input_line
+        if override.is_delete():
+            whole_callback = key.startswith("callbacks.") and key.count(".") == 1
+            if not whole_callback and key in known_settings(overrides, key):
+                raise InputError(f"{line} takes away what a run needs: that is for callbacks, as in ~callbacks.samples")
+            continue
+        if not key:
+            raise InputError(f"{line} names no setting: say which, as in optimizer.lr=1e-3")
+        if key == "run_dir":
+            raise InputError(f"{line} would split the run over two folders: say hydra.run.dir=...")
+        for value in override.sweep_iterator() if override.is_sweep_override() else [override.value()]:
+            if key in config.GROUPS and (not isinstance(value, str) or value in ("", "base")):
+                raise InputError(
+                    f"{line} is not there: choose one of {', '.join(choices(loader.get_group_options(key)))}"
+                )
+
+
+def choices(options: Iterable[str] | None) -> list[str]:
+    """The files of a group that can be chosen: all but the one that they share."""
+    return [option for option in options or [] if option != "base"]
 
 
 def expand(name: str, overrides: list[str]) -> list[list[str]]:
@@ -76,11 +132,8 @@ def first_value(override: Override) -> str:
     return str(override.input_line)
 
 
-def check_job(cfg: DictConfig) -> str | None:
-    """Check one composed configuration: settings, then hardware, then corpus.
-
-    Returns:
-        The corpus to train on where the one asked for cannot be had and the configuration names another.
+def check_settings(cfg: DictConfig) -> None:
+    """Check one composed configuration and the hardware that it asks for.
 
     Raises:
         InputError: for the first thing that cannot work.
@@ -92,14 +145,26 @@ def check_job(cfg: DictConfig) -> str | None:
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
     config.check(plain)
     check_hardware(plain["trainer"])
+
+
+def check_text(cfg: DictConfig) -> str | None:
+    """Read the text of one configuration and cut it as training will.
+
+    Returns:
+        The corpus to train on where the one asked for cannot be had and the configuration names another.
+
+    Raises:
+        InputError: for a text that cannot be had or is too short, or a split that there is not.
+    """
+    wanted = cfg.data.corpus
     given = available_corpus(cfg.data.corpus, cfg.data.path, cfg.data.fallback)
-    if given != cfg.data.corpus:
+    if given != wanted:
         cfg.data.corpus, cfg.data.path = given, None
     data = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
     data.setup()
     for split in cfg.evaluate:
         data.windows(split)
-    return given if given != plain["data"]["corpus"] else None
+    return given if given != wanted else None
 
 
 @cache  # a sweep asks the network once
@@ -133,13 +198,19 @@ def check_hardware(trainer: dict[str, Any]) -> None:
             f"trainer.accelerator={accelerator} is not there: PyTorch {torch.__version__} sees no such device on this "
             f"machine; use trainer.accelerator=cpu, or auto"
         )
-    if strategy not in ["auto", *StrategyRegistry.available_strategies()]:
-        raise InputError(f"trainer.strategy={strategy} is unknown: choose auto, or trainer=ddp with trainer.devices=N")
+    # Spawned and forked processes of Lightning train, and cannot hand back what finish() needs.
+    known = [name for name in StrategyRegistry.available_strategies() if not re.search("spawn|fork|notebook", name)]
+    if strategy not in ["auto", *known]:
+        raise InputError(
+            f"trainer.strategy={strategy} is not possible: choose auto, or trainer=ddp with trainer.devices=N"
+        )
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not mps)
-    wanted = how_many(devices)
+    if on_cpu and strategy != "auto" and not strategy.startswith("ddp"):
+        raise InputError(f"trainer.strategy={strategy} needs GPUs: on a CPU choose auto, or trainer=ddp")
+    wanted = how_many(devices, on_cpu)
     # Two processes may share a core, so that distributed training can be tried anywhere.
     most = max(2, os.cpu_count() or 1) if on_cpu else gpus or 1
-    if wanted > most or wanted == 0:
+    if not 1 <= wanted <= most:
         kind = "processes on the CPU" if on_cpu else f"device{'s' * (most > 1)}"
         raise InputError(f"trainer.devices={devices} is not possible: this machine has room for 1 to {most} {kind}")
     if on_cpu and wanted > 1 and strategy == "auto":
@@ -148,8 +219,11 @@ def check_hardware(trainer: dict[str, Any]) -> None:
         )
 
 
-def how_many(devices: int | str | list[int]) -> int:
-    """How many devices a value of trainer.devices needs to be there; all (-1, auto) needs one."""
+def how_many(devices: int | str | list[int], on_cpu: bool) -> int:
+    """How many devices a value of trainer.devices needs to be there; all (-1, auto) needs one.
+
+    Processes on a CPU have no numbers of their own and no end: there it is 0 for a list, and for -1.
+    """
     if isinstance(devices, str):
         if devices == "auto":
             return 1
@@ -157,24 +231,25 @@ def how_many(devices: int | str | list[int]) -> int:
             raise InputError(f"trainer.devices={devices} is not possible: give a number, a list such as [0,1], or auto")
         devices = int(devices) if "," not in devices else [int(d) for d in devices.split(",")]
     if isinstance(devices, list):
-        return max(devices) + 1
-    return 1 if devices == -1 else devices
+        return 0 if on_cpu else max(devices) + 1
+    return 1 if devices == -1 and not on_cpu else devices
 
 
-def check_folder(folder: Path) -> None:
+def check_folder(folder: Path, setting: str = "hydra.run.dir") -> None:
     """A run needs a folder of its own that can be written.
 
     Raises:
         InputError: if there is a run in it already, or if it cannot be made.
     """
-    if (folder / "results.json").exists() or (folder / "checkpoints").exists():
-        raise InputError(f"{folder} already holds a run: choose another hydra.run.dir, or move that one away")
-    missing = [place for place in (folder.absolute(), *folder.absolute().parents) if not place.exists()]
+    for trace, left in {"results.json": "run", "checkpoints": "run", "multirun.yaml": "sweep"}.items():
+        if os.path.exists(folder / trace):
+            raise InputError(f"{folder} already holds a {left}: choose another {setting}, or move that one away")
+    missing = [place for place in (folder.absolute(), *folder.absolute().parents) if not os.path.exists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another hydra.run.dir") from error
+        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another {setting}") from error
     finally:  # other checks follow: a mistake must leave nothing behind
         for place in missing:
             if place.is_dir():
@@ -191,10 +266,10 @@ def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
         yield
     except MissingConfigException as error:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        choices = [c for c in error.options or [] if c != "base"]
-        if not group or not choices:
+        there = choices(error.options)
+        if not group or not there:
             raise InputError(one_line(error)) from error
-        raise InputError(f"{group}={choice} is not there: choose one of {', '.join(choices)}") from error
+        raise InputError(f"{group}={choice} is not there: choose one of {', '.join(there)}") from error
     except HydraException as error:
         unknown = re.search(r"Could not (?:override|delete|append to config)[^']*'([^']+)'", str(error))
         if not unknown or "already at" in str(error):
@@ -207,10 +282,10 @@ def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
 
 def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
     """The settings that there are under the groups that the command chose, without the wrong one."""
-    choices = [o for o in overrides if re.match(r"[a-z_]+=", o) and "," not in o and o.split("=")[0] != wrong]
+    chosen = [o for o in overrides if re.match(r"[a-z_]+=", o) and "," not in o and o.split("=")[0] != wrong]
     of_hydra = wrong.startswith("hydra.")
     try:
-        cfg = compose("train", choices, return_hydra_config=of_hydra)
+        cfg = compose("train", chosen, return_hydra_config=of_hydra)
     except HydraException:
         cfg = compose("train", return_hydra_config=of_hydra)
     plain: Any = OmegaConf.to_container(cfg, resolve=False)

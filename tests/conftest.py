@@ -112,6 +112,17 @@ def text_file(tmp_path: Path, prose: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def trained(tmp_path_factory: pytest.TempPathFactory, prose: str) -> Path:
+    """The folder of a short run that has ended, for tests that only read it."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "prose.txt").write_text(prose, encoding="utf-8")
+    settings = ["data=text", f"data.path={folder / 'prose.txt'}", "trainer.max_steps=20", "hydra.run.dir=run"]
+    ended = run_command([str(ROOT / "train.py"), *settings, "trainer=cpu"], folder, {}, timeout=120)
+    assert ended.code == 0, ended.err
+    return folder / "run"
+
+
+@pytest.fixture(scope="session")
 def shakespeare() -> str:
     """Tiny Shakespeare, where it is at hand: no test goes to the network."""
     folder = os.environ.get("CHARLM_DATA")

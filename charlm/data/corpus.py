@@ -65,7 +65,6 @@ def download_shakespeare() -> Path:
         CorpusUnavailable: if the network does not give the file, or gives another one.
     """
     import pooch
-    import requests
 
     cache_dir = Path(pooch.os_cache("charlm")) / "tinyshakespeare"
     pooch.get_logger().setLevel("ERROR")
@@ -79,21 +78,29 @@ def download_shakespeare() -> Path:
                 downloader=pooch.HTTPDownloader(progressbar=True, timeout=NETWORK_TIMEOUT),
             )
         )
-    except (requests.RequestException, OSError, ValueError) as error:
-        # ValueError is pooch's word for a wrong hash. requests nests its reasons: the innermost class says enough.
-        reason = "the file there has another sha256" if isinstance(error, ValueError) else describe(error)
+    except (OSError, ValueError) as error:  # those of requests are OSErrors; ValueError is pooch's for a wrong hash
+        reason = describe(error) if isinstance(error, OSError) else "the file there has another sha256"
         raise CorpusUnavailable(
             f"Tiny Shakespeare could not be had ({reason}): connect to the internet, or put the file at "
             f"$CHARLM_DATA/tinyshakespeare/input.txt, or train on the text that Python carries with data=pydoc"
         ) from error
 
 
-def describe(error: BaseException) -> str:
-    """A network or file error in a few words."""
-    if isinstance(error, OSError) and error.strerror:
+def describe(error: OSError) -> str:
+    """A network or file error in a few words; requests' own messages are long nests of reasons."""
+    import requests
+
+    if error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    words = {"ConnectTimeout": "no answer", "ReadTimeout": "no answer", "ConnectionError": "no connection"}
-    return words.get(type(error).__name__, type(error).__name__)
+    if isinstance(error, requests.HTTPError):
+        return str(error)
+    words = {
+        requests.Timeout: "no answer",
+        requests.exceptions.ProxyError: "no connection to the proxy",
+        requests.ConnectionError: "no connection",
+        requests.exceptions.ChunkedEncodingError: "the connection was cut",
+    }
+    return next((said for kind, said in words.items() if isinstance(error, kind)), type(error).__name__)
 
 
 def pydoc(path: str | None = None) -> Corpus:
@@ -124,9 +131,10 @@ def text(path: str | None = None) -> Corpus:
 def find_text(path: str) -> list[Path]:
     """The text files that a path names, sorted."""
     place = Path(path).expanduser()
-    if place.is_file():
+    # os.path, unlike pathlib, says no where a name is too long to be one: a text given in place of its file.
+    if os.path.isfile(place):
         return [place]
-    if place.is_dir():
+    if os.path.isdir(place):
         files = [f for f in place.rglob("*") if f.is_file() and f.name.removesuffix(".gz").endswith(TEXT_SUFFIXES)]
         if not files:
             kinds = " ".join(TEXT_SUFFIXES)

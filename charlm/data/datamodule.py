@@ -1,7 +1,7 @@
 """The LightningDataModule: corpus -> tokenizer -> ids -> chunks."""
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
@@ -20,7 +20,8 @@ class CharDataModule(L.LightningDataModule):
     Args:
         corpus: the name of a corpus (see `charlm.data.corpus`).
         path: the file, folder or glob that `corpus=text` reads.
-        fallback: the corpus to train on where this one cannot be had; None makes that an error.
+        fallback: the corpus, one that needs no download, to train on where this one cannot be had; None makes that
+            an error.
         block_size: characters in a chunk, T.
         batch_size: chunks in a batch of one process, B.
         val_fraction, test_fraction: the part of the text, at its end, that is kept for val, and after it for test.
@@ -37,7 +38,7 @@ class CharDataModule(L.LightningDataModule):
         block_size: Annotated[int, Ge(1)],
         batch_size: Annotated[int, Ge(1)],
         path: str | None = None,
-        fallback: str | None = None,
+        fallback: Literal["pydoc"] | None = None,
         val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1,
         test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0,
         seed: Annotated[int, Ge(0)] = 0,

@@ -1,0 +1,557 @@
+"""Every mistake: one line on standard error that says what to do, no traceback, and nothing left behind."""
+
+import gzip
+import importlib.util
+import os
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# The file that the fixture text_file writes.
+ANY_TEXT = ("data=text", "data.path=prose.txt")
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """All that is in a folder, without what the tests' own commands print."""
+    found = (place for place in folder.rglob("*") if ".command" not in place.relative_to(folder).parts)
+    return {str(place): place.read_bytes() if place.is_file() else None for place in found}
+
+
+@pytest.fixture
+def refused(tmp_path: Path) -> Callable[..., str]:
+    """Run a command that is a mistake. Returns the one line that it told."""
+
+    def run(command: Callable[..., Any], *arguments: str, **env: str) -> str:
+        before = tree(tmp_path)
+        ended = command(*arguments, timeout=30, **env)
+        assert ended.code == 2, f"exit code {ended.code}\n{ended.out}\n{ended.err}"
+        assert ended.out == ""
+        assert ended.err.count("\n") == 1, ended.err
+        assert ended.err.startswith("charlm: ")
+        assert tree(tmp_path) == before
+        return str(ended.err)
+
+    return run
+
+
+# Settings
+
+
+@pytest.mark.parametrize(
+    ("override", "nearest"),
+    [
+        ("optimizer.lrr=1", "optimizer.lr"),
+        ("+optimizer.lrr=1", "optimizer.lr"),
+        ("++optimizer.lrr=1", "optimizer.lr"),
+        ("~optimizer.lrr", "optimizer.lr"),
+        ("optimzer.lr=1", "optimizer.lr"),
+        ("+optimzer.lr=1", "optimizer"),
+        ("lr=1", "optimizer.lr"),
+        ("block_size=8", "data.block_size"),
+        ("data.blocksize=8", "data.block_size"),
+        ("sede=1", "seed"),
+        ("+sede=1", "seed"),
+        ("~sede", "seed"),
+        ("modell=bigram", "model"),
+        ("trainer.max_step=5", "trainer.max_steps"),
+        ("+trainer.limit_val_batch=5", "trainer.limit_val_batches"),
+        ("callbacks.samples.lenght=5", "callbacks.samples.length"),
+        ("+callbacks.samples.lenght=5", "callbacks.samples.length"),
+        ("~callbacks.samples.lenght", "callbacks.samples.length"),
+        ("~callbacks.sample", "callbacks.samples"),
+        ("callbacks.smaples.length=5", "callbacks.samples.length"),
+        ("hydra.run.dirr=x", "hydra.run.dir"),
+    ],
+)
+def test_a_key_that_is_not_there_names_the_nearest(refused, train, override, nearest):
+    assert f"did you mean {nearest}?" in refused(train, override)
+
+
+@pytest.mark.parametrize("override", ["xyzzy=1", "+xyzzy=1", "~xyzzy", "+model.xyzzy=1"])
+def test_a_key_like_no_other_points_to_the_help(refused, train, override):
+    assert "there is no setting " in (told := refused(train, override))
+    assert "train.py --help" in told
+
+
+@pytest.mark.parametrize(
+    "override", ["+model.vocab_size=5", "+trainer.logger=true", "+optimizer.params=5", "run_dir=elsewhere"]
+)
+def test_what_charlm_decides_by_itself_is_no_setting(refused, train, override):
+    refused(train, override)
+
+
+@pytest.mark.parametrize("override", ["~seed", "~model", "~optimizer.lr", "~data.path", "~trainer.devices", "~logger"])
+def test_what_a_run_needs_cannot_be_taken_away(refused, train, override):
+    assert f"{override} takes away what a run needs" in refused(train, override)
+
+
+def test_a_setting_without_a_value_is_missing(refused, train):
+    added = "+callbacks.more._target_=charlm.callbacks.Checkpoint"
+    assert "callbacks.more.dirpath is missing" in refused(train, added)
+
+
+@cache
+def numbers() -> list[str]:
+    """Every numeric setting of conf/, after the choice that brings it, from composed configurations."""
+    from hydra import compose, initialize_config_dir
+    from omegaconf import DictConfig, OmegaConf
+
+    from charlm.config import GROUPS
+
+    def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(node, DictConfig):
+            for key in map(str, node):
+                if not OmegaConf.is_missing(node, key):
+                    yield from leaves(node[key], f"{path}.{key}".lstrip("."))
+        else:
+            yield path, node
+
+    found: dict[tuple[str, str], str] = {}
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        for file in [None, *sorted((ROOT / "conf").glob("*/*.yaml"))]:
+            group, choice = (file.parent.name, file.stem) if file else ("", "")
+            if file and (group not in GROUPS or choice == "base"):
+                continue
+            chosen = [f"{group}={choice}"] if file else []
+            cfg = compose("train", chosen)
+            cfg.run_dir = "run"
+            for path, value in leaves(cfg, ""):
+                group_of = path.partition(".")[0]
+                target = str(cfg[group_of].get("_target_")) if isinstance(cfg[group_of], DictConfig) else ""
+                if isinstance(value, int | float) and not isinstance(value, bool):
+                    found.setdefault((path, target), " ".join([*chosen, path]))
+    return list(found.values())
+
+
+@pytest.mark.parametrize("number", numbers())
+def test_every_number_has_a_type_and_a_range(refused, train, number):
+    *choice, setting = number.split()
+    whole = "whole number" in refused(train, *choice, f"{setting}=abc")
+    for impossible in ["-1000000", "8.5" if whole else "nan"]:
+        told = refused(train, *choice, f"{setting}={impossible}")
+        assert f"{setting}={impossible} is not possible: give " in told
+
+
+def test_the_numbers_of_every_group_are_found():
+    for known in ("seed", "data.block_size", "optimizer.lr", "trainer.max_steps", "callbacks.samples.length"):
+        assert known in numbers()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.lr=0",
+        "optimizer.lr=-1",
+        "optimizer.lr=inf",
+        "optimizer.lr=null",
+        "optimizer.lr=true",
+        "optimizer.lr=",
+        "optimizer.betas=[0.9]",
+        "optimizer.betas=[0.9,2]",
+        "optimizer.betas=0.9",
+        "data.block_size=0",
+        "data.block_size=null",
+        "data.block_size=[8]",
+        "data.val_fraction=0",
+        "data.val_fraction=1",
+        "data.test_fraction=1",
+        "data.fallback=nosuch",
+        "data.fallback=tinyshakespeare",
+        "data.corpus=5",
+        "seed=4294967296",
+        "evaluate=train",
+        "evaluate=[5]",
+        "trainer.gradient_clip_val=0",
+        "trainer.gradient_clip_val=abc",
+        "trainer.check_val_every_n_epoch=-1",
+        "trainer.max_time=5",
+        "trainer.max_time=00:00:00:00",
+        "trainer.precision=nosuch",
+        "trainer.deterministic=5",
+        "+trainer.limit_val_batches=1.5",
+        "+trainer.limit_train_batches=-1",
+        "+trainer.overfit_batches=-1",
+        "+trainer.min_steps=-1",
+        "+trainer.max_epochs=0",
+        "+trainer.fast_dev_run=-1",
+    ],
+)
+def test_values_are_held_against_the_signature(refused, train, override):
+    assert f"{override.partition('=')[0].lstrip('+')}=" in (told := refused(train, override))
+    assert "is not possible: give " in told
+
+
+def test_fractions_must_leave_something_to_train_on(refused, train, text_file):
+    told = refused(train, *ANY_TEXT, "data.val_fraction=0.6", "data.test_fraction=0.5")
+    assert "leave nothing to train on" in told
+
+
+@pytest.mark.parametrize(
+    ("override", "choices"),
+    [
+        ("model=nosuch", "bigram"),
+        ("data=nosuch", "pydoc, text, tinyshakespeare"),
+        ("data=base", "pydoc, text, tinyshakespeare"),
+        ("trainer=nosuch", "auto, cpu, ddp, gpu"),
+        ("callbacks=nosuch", "default, none"),
+        ("experiment=nosuch", "lecture_bigram"),
+        ("+experiment=nosuch", "lecture_bigram"),
+        ("hydra/launcher=nosuch", "basic, local"),
+        ("model=null", "bigram"),
+        ("optimizer=5", "adamw"),
+        ("optimizer={lr:1}", "adamw"),
+    ],
+)
+def test_a_choice_that_is_not_there_lists_those_that_are(refused, train, override, choices):
+    told = refused(train, override)
+    assert f"{override.lstrip('+')} is not there: choose one of " in told
+    assert set(choices.split(", ")) <= set(told.strip().rpartition("choose one of ")[2].split(", "))
+
+
+@pytest.mark.parametrize("target", ["nosuch.Thing", "charlm.model.bigram", "charlm.model.bigram.Nosuch", "5", "null"])
+def test_a_target_must_be_a_class_or_a_function(refused, train, target):
+    assert "name a class or a function" in refused(train, f"model._target_={target}")
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["--nosuch", "--config-name=nosuch", "--config-dir=nosuch", "--config-path=nosuch", "=5", "optimizer.lr", "a=[1"],
+)
+def test_a_command_line_that_cannot_be_read(refused, train, argument):
+    refused(train, argument)
+
+
+def test_two_values_without_a_sweep_name_the_flag(refused, train):
+    assert "--multirun" in refused(train, "optimizer.lr=1e-3,1e-2")
+
+
+def test_settings_are_checked_before_data(refused, train):
+    assert "optimizer.lr=abc" in refused(train, "optimizer.lr=abc", "data=text", "data.path=missing.txt")
+    assert "trainer.devices=99" in refused(train, "trainer.devices=99", "data=text", "data.path=missing.txt")
+
+
+# Texts
+
+
+def test_a_text_needs_a_path(refused, train):
+    assert "data.path is missing" in refused(train, "data=text")
+
+
+def test_a_named_corpus_takes_no_path(refused, train):
+    assert "data=text" in refused(train, "data=pydoc", "data.path=x.txt")
+
+
+def test_an_unknown_corpus_lists_the_known(refused, train):
+    assert "choose one of tinyshakespeare, pydoc, text" in refused(train, "data.corpus=nosuch")
+
+
+@pytest.mark.parametrize("path", ["missing.txt", "missing/*.txt", "nowhere", "a" * 400])
+def test_a_text_that_is_not_there(refused, train, path):
+    assert path in refused(train, "data=text", f"data.path={path}")
+
+
+def test_a_folder_without_text_says_what_it_looked_for(refused, train, tmp_path):
+    (tmp_path / "sources").mkdir()
+    (tmp_path / "sources" / "main.py").write_text("print()")
+    told = refused(train, "data=text", "data.path=sources")
+    assert ".txt .text .md .rst (also .gz)" in told
+    assert "sources/**/*.py" in told
+
+
+def test_an_empty_file_has_no_text(refused, train, tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    assert "empty.txt is empty" in refused(train, "data=text", "data.path=empty.txt")
+
+
+def test_white_space_is_text(train, tmp_path):
+    (tmp_path / "white.txt").write_text(" \t\n" * 200)
+    ended = train("data=text", "data.path=white.txt", "trainer.max_steps=2")
+    assert ended.code == 0, ended.err
+
+
+def test_a_file_that_is_not_utf8_is_named_with_the_place(refused, train, tmp_path):
+    (tmp_path / "old.txt").write_bytes(b"caf\xe9 " * 100)
+    told = refused(train, "data=text", "data.path=old.txt")
+    assert "old.txt is not UTF-8: byte 0xe9 at offset 3" in told
+    assert "iconv" in told
+
+
+def test_the_file_of_a_folder_that_is_not_utf8_is_named(refused, train, tmp_path):
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("fine\n" * 100)
+    (tmp_path / "texts" / "b.txt").write_bytes(b"0123456789\xff")
+    assert "texts/b.txt is not UTF-8: byte 0xff at offset 10" in refused(train, "data=text", "data.path=texts")
+
+
+@pytest.mark.parametrize("damage", ["cut", "plain", "tail"])
+def test_a_broken_gz_is_named(refused, train, tmp_path, damage):
+    whole = gzip.compress(os.urandom(5000).hex().encode())
+    raw = {"cut": whole[: len(whole) // 2], "plain": b"no gzip at all", "tail": whole[:-8] + bytes(8)}[damage]
+    (tmp_path / "text.txt.gz").write_bytes(raw)
+    assert "text.txt.gz cannot be gunzipped" in refused(train, "data=text", "data.path=text.txt.gz")
+
+
+@pytest.mark.parametrize(
+    ("length", "settings", "split"),
+    [
+        (5, [], "train split has 4 characters"),
+        (50, [], "val split has 5 characters"),
+        (100, ["data.test_fraction=0.05"], "test split has 5 characters"),
+        (100, ["data.block_size=91"], "train split has 90 characters"),
+    ],
+)
+def test_a_split_must_hold_a_chunk_and_its_last_target(refused, train, tmp_path, length, settings, split):
+    (tmp_path / "short.txt").write_text("ab" * (length // 2) + "c" * (length % 2))
+    told = refused(train, "data=text", "data.path=short.txt", *settings)
+    assert split in told
+    assert "choose a smaller data.block_size" in told
+
+
+def test_a_split_of_just_one_chunk_will_do(train, tmp_path):
+    (tmp_path / "short.txt").write_text("abcdefghi" * 10)
+    ended = train("data=text", "data.path=short.txt", "data.block_size=8", "trainer.max_steps=2")
+    assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize("split", ["nosuch", "test"])
+def test_a_split_that_is_not_there_lists_those_that_are(refused, train, text_file, split):
+    told = refused(train, *ANY_TEXT, f"evaluate=[train,{split}]")
+    assert f"'{split}'" in told
+    assert "choose one of train, val" in told
+
+
+# Hardware, folders and packages
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["trainer.accelerator=cuda"], "trainer.accelerator=cuda is not there"),
+        (["trainer.accelerator=nosuch"], "choose one of auto, cpu, gpu"),
+        (["trainer.accelerator=null"], "trainer.accelerator=null"),
+        (["trainer.devices=99"], "trainer.devices=99 is not possible"),
+        (["trainer.devices=0"], "trainer.devices=0 is not possible"),
+        (["trainer.devices=abc"], "give a number, a list such as [0,1], or auto"),
+        (["trainer.devices=[]"], "trainer.devices=[]"),
+        (["trainer.devices=true"], "trainer.devices=True"),
+        (["trainer.accelerator=cpu", "trainer.devices=-1"], "processes on the CPU"),
+        (["trainer.accelerator=cpu", "trainer.devices=[0]"], "processes on the CPU"),
+        (["trainer.accelerator=cpu", "trainer.devices=2"], "say trainer=ddp"),
+        (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=999"], "processes on the CPU"),
+        (["trainer.strategy=nosuch"], "trainer.strategy=nosuch is not possible"),
+        (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn is not possible"),
+        (["trainer.accelerator=cpu", "trainer.strategy=fsdp"], "needs GPUs"),
+    ],
+)
+def test_hardware_that_is_not_there(refused, train, settings, words):
+    assert words in refused(train, *settings)
+
+
+def test_a_gpu_that_is_not_there(refused, train):
+    import torch
+
+    if torch.backends.mps.is_available():
+        pytest.skip("this machine's GPU cannot be hidden")
+    assert "use trainer.accelerator=cpu, or auto" in refused(train, "trainer.accelerator=gpu")
+    assert "trainer.accelerator=gpu is not there" in refused(train, "trainer=gpu")
+
+
+@pytest.mark.parametrize("place", ["file", "file/deeper/run"])
+@pytest.mark.parametrize("mode", ["run", "sweep"])
+def test_a_folder_that_cannot_be_written(refused, train, tmp_path, place, mode):
+    (tmp_path / "file").write_text("in the way")
+    told = refused(train, *(["-m"] if mode == "sweep" else []), f"hydra.{mode}.dir={place}")
+    assert f"{place} cannot be written" in told
+    assert f"choose another hydra.{mode}.dir" in told
+
+
+@pytest.mark.parametrize("trace", ["results.json", "checkpoints"])
+def test_a_folder_that_holds_a_run_is_left_alone(refused, train, tmp_path, trace):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / trace).mkdir()
+    assert "run already holds a run: choose another hydra.run.dir" in refused(train, "hydra.run.dir=run")
+
+
+def test_a_second_run_or_sweep_in_the_same_folder_is_refused(refused, train, text_file):
+    once = (*ANY_TEXT, "trainer.max_steps=2", "logger=none", "callbacks=none")
+    assert train(*once, "hydra.run.dir=run").code == 0
+    assert "run already holds a run" in refused(train, *once, "hydra.run.dir=run")
+    assert train("-m", *once, "seed=1,2", "hydra.sweep.dir=sweep").code == 0
+    assert "sweep already holds a sweep" in refused(train, "-m", *once, "seed=1,3", "hydra.sweep.dir=sweep")
+
+
+@pytest.mark.parametrize("package", ["wandb", "mlflow"])
+def test_a_logger_whose_package_is_not_installed_names_it(refused, train, package):
+    if importlib.util.find_spec(package):
+        pytest.skip(f"{package} is installed")
+    assert f"pip install {package}" in refused(train, f"logger={package}")
+
+
+# Sweeps
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["optimizer.lr=1e-3,abc"], "optimizer.lr=abc"),
+        (["optimizer.lr=choice(1e-3,-1)"], "optimizer.lr=-1"),
+        (["optimizer.lr=1e-3,1e-2", "optimizer.lrr=1,2"], "did you mean optimizer.lr?"),
+        (["optimizer.lr=1e-3,1e-2", "~model"], "~model takes away"),
+        (["model=bigram,nosuch"], "model=nosuch is not there"),
+        (["model=bigram,null"], "is not there: choose one of bigram"),
+        (["data.block_size=8,100000"], "data.block_size=100000 needs at least 100001"),
+        (["data.path=prose.txt,missing.txt"], "missing.txt does not exist"),
+        (["evaluate=[train],[nosuch]"], "'nosuch'"),
+        (["trainer.devices=1,99"], "trainer.devices=99"),
+        (["trainer.accelerator=cpu,cuda"], "trainer.accelerator=cuda is not there"),
+        (["data=text,pydoc", "+data.xyzzy=1,2"], "there is no setting data.xyzzy"),
+    ],
+)
+def test_a_mistake_in_any_job_is_found_before_the_first_starts(refused, train, text_file, overrides, words):
+    assert words in refused(train, "-m", *ANY_TEXT, *overrides)
+
+
+def test_the_settings_of_every_job_are_checked_before_any_text(refused, train):
+    told = refused(train, "-m", "data=text", "data.path=missing.txt", "optimizer.lr=1e-3,abc")
+    assert "optimizer.lr=abc" in told
+
+
+# charlm
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nosuch"], "No such command 'nosuch'"),
+        (["--nosuch"], "--nosuch"),
+        (["generate"], "Missing argument"),
+        (["generate", "RUN", "more"], "more"),
+        (["generate", "RUN", "--nosuch"], "--nosuch"),
+        (["generate", "RUN", "--length", "0"], "--length"),
+        (["generate", "RUN", "--length", "abc"], "--length"),
+        (["generate", "RUN", "--num-samples", "0"], "--num-samples"),
+        (["generate", "RUN", "--temperature", "-1"], "--temperature"),
+        (["generate", "RUN", "--temperature", "nan"], "--temperature"),
+        (["generate", "RUN", "--temperature", "inf"], "--temperature"),
+        (["generate", "RUN", "--top-p", "2"], "--top-p"),
+        (["generate", "RUN", "--top-p", "0"], "--top-p"),
+        (["generate", "RUN", "--top-p", "nan"], "--top-p"),
+        (["generate", "RUN", "--top-k", "0"], "--top-k"),
+        (["generate", "RUN", "--seed", "-1"], "--seed"),
+        (["generate", "RUN", "--device", "nonsense"], "--device nonsense is not there"),
+        (["generate", "RUN", "--device", "meta"], "--device meta is not there"),
+        (["generate", "RUN", "--device", ""], "--device  is not there"),
+        (["generate", "RUN", "--prompt", ""], "the prompt is empty"),
+        (["generate", "RUN", "--prompt", "The \u4e16"], "'\u4e16' (U+4E16) at position 4"),
+        (["generate", "RUN", "--prompt", "The \u4e16", "--json"], "'\u4e16' (U+4E16) at position 4"),
+        (["generate", "RUN", "--prompt", "\u4e16", "--num-samples", "2"], "'\u4e16' (U+4E16) at position 0"),
+        (["evaluate", "RUN", "--split", "nosuch"], "choose one of train, val"),
+        (["evaluate", "RUN", "--split", "val", "--split", "test"], "choose one of train, val"),
+        (["evaluate", "RUN", "--stride", "0"], "--stride"),
+        (["evaluate", "RUN", "--stride", "9"], "give 1 to block_size (8)"),
+        (["evaluate", "RUN", "--device", "cuda"], "--device cuda is not there"),
+    ],
+)
+def test_charlm_tells_a_mistake_in_one_line(refused, charlm, trained, arguments, words):
+    run = [str(trained) if argument == "RUN" else argument for argument in arguments]
+    assert words in refused(charlm, *run, CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.parametrize("command", ["generate", "evaluate"])
+@pytest.mark.parametrize("place", ["missing", "a" * 400, "."])
+def test_a_checkpoint_that_is_not_there(refused, charlm, command, place):
+    assert f"{place} " in refused(charlm, command, place)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 2, 100, 0.5, 0.9, -1])
+def test_a_checkpoint_that_is_cut_off(refused, charlm, trained, tmp_path, kept):
+    whole = (trained / "checkpoints" / "last.ckpt").read_bytes()
+    (tmp_path / "cut.ckpt").write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    assert "cut.ckpt is " in (told := refused(charlm, "generate", "cut.ckpt"))
+    assert "cut off" in told or "not a checkpoint" in told
+
+
+def test_a_checkpoint_with_damage_in_the_middle(refused, charlm, trained, tmp_path):
+    raw = bytearray((trained / "checkpoints" / "last.ckpt").read_bytes())
+    raw[60:400] = bytes(340)
+    (tmp_path / "damaged.ckpt").write_bytes(raw)
+    assert "damaged.ckpt" in refused(charlm, "generate", "damaged.ckpt")
+
+
+class Runs:
+    """A pickle of this makes a folder when it is loaded by a reader that trusts it."""
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, ("code_was_run",)
+
+
+def write_foreign(file: Path, kind: str) -> None:
+    import torch
+
+    if kind == "text":
+        file.write_text("To be, or not to be")
+    elif kind == "zip":
+        with zipfile.ZipFile(file, "w") as archive:
+            archive.writestr("readme.txt", "no checkpoint")
+    elif kind == "pickle":
+        file.write_bytes(pickle.dumps(Runs()))
+    else:
+        content = {
+            "dict": {"weights": torch.zeros(2)},
+            "lightning": {"state_dict": {}, "global_step": 3, "pytorch-lightning_version": "2.0"},
+            "tensor": torch.zeros(2),
+            "list": [1, 2],
+            "code": {"charlm": {"format": 1}, "state_dict": {"a": Runs()}},
+        }[kind.removeprefix("old ")]
+        torch.save(content, file, _use_new_zipfile_serialization=not kind.startswith("old "))
+
+
+@pytest.mark.parametrize(
+    "kind", ["text", "zip", "pickle", "dict", "lightning", "tensor", "list", "code", "old dict", "old code"]
+)
+def test_a_file_of_another_kind_is_no_checkpoint_and_none_of_its_code_runs(refused, charlm, tmp_path, kind):
+    write_foreign(tmp_path / "foreign.ckpt", kind)
+    assert "foreign.ckpt " in refused(charlm, "generate", "foreign.ckpt")
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "torch.nn.Linear", "charlm.model.bigram.nn.Linear", "charlm.model.nosuch.Model", "charlm.model", "5"],
+)
+def test_a_checkpoint_names_only_models_of_charlm(refused, charlm, trained, tmp_path, target):
+    import torch
+
+    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    content["charlm"]["config"]["model"]["_target_"] = target
+    torch.save(content, tmp_path / "stranger.ckpt")
+    told = refused(charlm, "generate", "stranger.ckpt")
+    assert f"names {target} as its model" in told or "has no attribute 'nosuch'" in told
+
+
+@pytest.mark.parametrize("lost", ["tokenizer", "config", "corpus", "weights", "step", "format"])
+def test_a_checkpoint_that_lacks_a_part(refused, charlm, trained, tmp_path, lost):
+    import torch
+
+    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    part = {"weights": content["state_dict"], "step": content}.get(lost, content["charlm"])
+    del part[{"weights": "model.token_embedding_table.weight", "step": "global_step"}.get(lost, lost)]
+    torch.save(content, tmp_path / "partial.ckpt")
+    assert "partial.ckpt " in refused(charlm, "generate", "partial.ckpt")
+
+
+def test_evaluating_wants_the_text_of_the_run(refused, train, charlm, text_file):
+    assert train(*ANY_TEXT, "trainer.max_steps=2", "logger=none", "hydra.run.dir=run").code == 0
+    text = text_file.read_text()
+    text_file.write_text(text.replace("e", "a", 1))
+    assert "has changed since run was trained on it" in refused(charlm, "evaluate", "run")
+    text_file.unlink()
+    assert "prose.txt does not exist" in refused(charlm, "evaluate", "run")
+    text_file.write_text(text)
+    ended = charlm("evaluate", "run", "--json")
+    assert ended.code == 0, ended.err

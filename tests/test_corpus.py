@@ -1,0 +1,372 @@
+"""Where text comes from: files as they stand, downloads only whole and true, and another corpus never unnoticed."""
+
+import gzip
+import hashlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from charlm.data import corpus
+from charlm.data.corpus import load_corpus
+from charlm.errors import CorpusUnavailable, InputError
+
+ROOT = Path(__file__).parent.parent
+# A proxy that refuses every connection at once, as a machine without internet does.
+NO_NETWORK = dict.fromkeys(("https_proxy", "HTTPS_PROXY"), "http://127.0.0.1:9") | {"no_proxy": "", "NO_PROXY": ""}
+
+
+@pytest.fixture(autouse=True)
+def read_anew() -> Iterator[None]:
+    """A command reads its corpus once; each test is a command of its own."""
+    load_corpus.cache_clear()
+    yield
+    load_corpus.cache_clear()
+
+
+# Files
+
+
+def test_a_file_is_read_as_it_stands(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_bytes("Zoë\r\nsaid\rso\n\ttwice  ".encode())
+    found = load_corpus("text", str(file))
+    assert found.text == "Zoë\r\nsaid\rso\n\ttwice  "
+    assert found.name == "a.txt"
+    assert found.source == str(file)
+
+
+def test_a_file_may_have_any_name(tmp_path):
+    (tmp_path / "source.py").write_text("print()\n")
+    (tmp_path / "odd [1].txt").write_text("brackets\n")
+    assert load_corpus("text", str(tmp_path / "source.py")).text == "print()\n"
+    assert load_corpus("text", str(tmp_path / "odd [1].txt")).text == "brackets\n"
+
+
+def test_a_relative_path_remembers_where_it_was(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    assert load_corpus("text", "a.txt").source == str(tmp_path / "a.txt")
+
+
+def test_a_tilde_is_the_home_folder(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("at home")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    assert load_corpus("text", "~/a.txt").text == "at home"
+
+
+def test_a_byte_order_mark_at_the_start_is_no_text_and_one_inside_is(tmp_path):
+    (tmp_path / "a.txt").write_bytes("\ufeffone\n\ufefftwo\n".encode())
+    assert load_corpus("text", str(tmp_path / "a.txt")).text == "one\n\ufefftwo\n"
+
+
+def test_every_file_of_a_folder_loses_its_byte_order_mark(tmp_path):
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_bytes(f"\ufeff{name}\n".encode())
+    assert load_corpus("text", str(tmp_path)).text == "a.txt\nb.txt\n"
+
+
+def test_gz_is_unpacked(tmp_path):
+    (tmp_path / "a.txt.gz").write_bytes(gzip.compress("packed, Zoë\r\n".encode()))
+    (tmp_path / "b.txt").write_text("plain\n")
+    assert load_corpus("text", str(tmp_path / "a.txt.gz")).text == "packed, Zoë\r\n"
+    assert load_corpus("text", str(tmp_path)).text == "packed, Zoë\r\nplain\n"
+
+
+def test_a_folder_gives_its_texts_in_the_order_of_their_names(tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    for name in ("c.md", "a.txt", "b.rst", "deep/er/d.text", "z.text.gz"):
+        raw = f"{name}\n".encode()
+        (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+    for name in ("image.png", "main.py", "txt", "a.txt~"):
+        (tmp_path / name).write_bytes(b"\xff not text")
+    assert load_corpus("text", str(tmp_path)).text == "a.txt\nb.rst\nc.md\ndeep/er/d.text\nz.text.gz\n"
+
+
+def test_a_glob_gives_what_it_matches_in_the_order_of_names(tmp_path):
+    (tmp_path / "deep").mkdir()
+    for name in ("b.py", "a.py", "c.txt", "deep/d.py"):
+        (tmp_path / name).write_text(f"{name}\n")
+    assert load_corpus("text", str(tmp_path / "*.py")).text == "a.py\nb.py\n"
+    assert load_corpus("text", str(tmp_path / "**" / "*.py")).text == "a.py\nb.py\ndeep/d.py\n"
+    assert load_corpus("text", str(tmp_path / "[bc].*")).text == "b.py\nc.txt\n"
+
+
+def test_joined_files_end_in_a_newline_and_empty_ones_add_nothing(tmp_path):
+    for name, content in {"a.txt": "no end", "b.txt": "", "c.txt": "end\n", "d.txt": "crlf\r\n"}.items():
+        (tmp_path / name).write_bytes(content.encode())
+    assert load_corpus("text", str(tmp_path)).text == "no end\nend\ncrlf\r\n"
+    assert load_corpus("text", str(tmp_path / "a.txt")).text == "no end"
+
+
+def test_a_corpus_knows_its_hash(tmp_path):
+    (tmp_path / "a.txt").write_text("Zoë", encoding="utf-8")
+    card = load_corpus("text", str(tmp_path / "a.txt")).card()
+    assert card["sha256"] == hashlib.sha256("Zoë".encode()).hexdigest()
+    assert card["characters"] == 3
+
+
+def test_a_file_is_read_once_in_a_command(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    first = load_corpus("text", str(tmp_path / "a.txt"))
+    (tmp_path / "a.txt").unlink()
+    assert load_corpus("text", str(tmp_path / "a.txt")) is first
+
+
+def test_pydoc_needs_no_download_and_is_always_the_same():
+    found = load_corpus("pydoc")
+    load_corpus.cache_clear()
+    assert found == load_corpus("pydoc")
+    assert found.name == "pydoc"
+    assert len(found.text) > 300_000
+    assert "The Python" in found.text
+
+
+# Tiny Shakespeare
+
+PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 200
+
+
+@dataclass
+class Server:
+    """Answers every request with `body`, perhaps of fewer bytes than promised, and counts them."""
+
+    url: str = ""
+    body: bytes = PLAY
+    status: int = 200
+    promised: int = 0
+    requests: int = 0
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    state = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            state.requests += 1
+            self.send_response(state.status)
+            self.send_header("Content-Length", str(state.promised or len(state.body)))
+            self.end_headers()
+            self.wfile.write(state.body)
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    listening = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state.url = f"http://127.0.0.1:{listening.server_address[1]}/input.txt"
+    thread = Thread(target=listening.serve_forever, args=(0.05,))
+    thread.start()
+    yield state
+    listening.shutdown()
+    listening.server_close()
+    thread.join()
+
+
+@pytest.fixture
+def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> Path:
+    """Where the download of a stand-in for Tiny Shakespeare belongs, on a machine where it is not yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("CHARLM_DATA", "http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(corpus, "SHAKESPEARE_URL", server.url)
+    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
+    monkeypatch.setattr(corpus, "NETWORK_TIMEOUT", (0.5, 0.5))
+    return tmp_path / "cache" / "charlm" / "tinyshakespeare" / "input.txt"
+
+
+def files(folder: Path) -> list[Path]:
+    return [place for place in folder.rglob("*") if place.is_file() and ".command" not in place.parts]
+
+
+def test_a_download_reaches_the_cache_and_is_not_repeated(cached, server):
+    assert load_corpus("tinyshakespeare").text == PLAY.decode()
+    assert cached.read_bytes() == PLAY
+    load_corpus.cache_clear()
+    found = load_corpus("tinyshakespeare")
+    assert (found.name, found.text, found.source) == ("tinyshakespeare", PLAY.decode(), str(cached))
+    assert server.requests == 1
+
+
+def test_a_good_file_in_the_cache_needs_no_network(cached, server):
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(PLAY)
+    assert load_corpus("tinyshakespeare").text == PLAY.decode()
+    assert server.requests == 0
+
+
+def test_a_damaged_file_in_the_cache_is_replaced(cached, server):
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(PLAY[:-1])
+    assert load_corpus("tinyshakespeare").text == PLAY.decode()
+    assert cached.read_bytes() == PLAY
+
+
+def test_a_damaged_file_in_the_cache_is_not_used_where_no_other_is_to_be_had(cached, server):
+    cached.parent.mkdir(parents=True)
+    cached.write_bytes(PLAY[:-1])
+    server.status = 503
+    with pytest.raises(CorpusUnavailable, match="503"):
+        load_corpus("tinyshakespeare")
+
+
+def test_a_download_of_another_hash_is_refused_and_leaves_no_file(cached, server, tmp_path):
+    server.body = b"<html>Please log in to this network</html>"
+    with pytest.raises(CorpusUnavailable, match="another sha256"):
+        load_corpus("tinyshakespeare")
+    assert files(tmp_path) == []
+
+
+def test_a_connection_cut_in_the_middle_leaves_no_file(cached, server, tmp_path):
+    server.promised = 2 * len(PLAY)
+    with pytest.raises(CorpusUnavailable, match="connection"):
+        load_corpus("tinyshakespeare")
+    assert files(tmp_path) == []
+
+
+def test_an_error_of_the_server_is_told(cached, server, tmp_path):
+    server.status = 404
+    with pytest.raises(CorpusUnavailable, match="404"):
+        load_corpus("tinyshakespeare")
+    assert files(tmp_path) == []
+
+
+def test_a_refused_connection_is_told(cached, monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        closed = free.getsockname()[1]
+    monkeypatch.setattr(corpus, "SHAKESPEARE_URL", f"http://127.0.0.1:{closed}/input.txt")
+    with pytest.raises(CorpusUnavailable, match="no connection") as told:
+        load_corpus("tinyshakespeare")
+    assert "\n" not in str(told.value)
+    assert "data=pydoc" in str(told.value)
+    assert files(tmp_path) == []
+
+
+def test_a_server_that_never_answers_is_given_up(cached, monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(corpus, "SHAKESPEARE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/input.txt")
+        start = time.monotonic()
+        with pytest.raises(CorpusUnavailable, match="no answer"):
+            load_corpus("tinyshakespeare")
+        assert time.monotonic() - start < 5
+    assert files(tmp_path) == []
+
+
+def test_nobody_waits_long_for_a_network_that_is_not_there():
+    to_connect, to_answer = corpus.NETWORK_TIMEOUT
+    assert to_connect <= 5
+    assert to_answer <= 10
+
+
+def test_a_cache_that_cannot_be_written_is_told(cached, tmp_path):
+    (tmp_path / "cache").write_text("a file in the way")
+    with pytest.raises(CorpusUnavailable, match="could not be had"):
+        load_corpus("tinyshakespeare")
+
+
+def test_the_data_folder_comes_before_cache_and_network(cached, server, tmp_path, monkeypatch):
+    file = tmp_path / "data" / "tinyshakespeare" / "input.txt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(PLAY)
+    monkeypatch.setenv("CHARLM_DATA", str(tmp_path / "data"))
+    found = load_corpus("tinyshakespeare")
+    assert (found.name, found.text, found.source) == ("tinyshakespeare", PLAY.decode(), str(file))
+    assert server.requests == 0
+    assert not cached.exists()
+
+
+def test_a_data_folder_without_the_file_leads_to_the_cache(cached, server, tmp_path, monkeypatch):
+    monkeypatch.setenv("CHARLM_DATA", str(tmp_path))
+    assert load_corpus("tinyshakespeare").source == str(cached)
+
+
+def test_another_text_in_the_data_folder_is_not_taken_for_tiny_shakespeare(cached, server, tmp_path, monkeypatch):
+    file = tmp_path / "data" / "tinyshakespeare" / "input.txt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(PLAY.replace(b"\n", b"\r\n"))
+    monkeypatch.setenv("CHARLM_DATA", str(tmp_path / "data"))
+    with pytest.raises(InputError, match="is not Tiny Shakespeare") as told:
+        load_corpus("tinyshakespeare")
+    assert not isinstance(told.value, CorpusUnavailable)
+    assert server.requests == 0
+
+
+def test_tiny_shakespeare_is_the_one_of_the_lecture(shakespeare):
+    found = load_corpus("tinyshakespeare")
+    assert found.text == shakespeare
+    assert len(found.text) == 1_115_394
+    assert len(set(found.text)) == 65
+    assert found.sha256 == corpus.SHAKESPEARE_SHA256
+
+
+# Where it cannot be had
+
+
+def hparams(run: Path) -> dict[str, str]:
+    """The texts among the settings in the HPARAMS tab of a run."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    events = EventAccumulator(str(run)).Reload()
+    start = events.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    values = HParamsPluginData.FromString(start).session_start_info.hparams
+    return {name: value.string_value for name, value in values.items()}
+
+
+def test_without_network_a_run_trains_on_pydoc_and_all_of_it_says_so(train, tmp_path):
+    from charlm import checkpoint
+
+    ended = train("trainer.max_steps=20", "evaluate=[val]", **NO_NETWORK)
+    assert ended.code == 0, ended.err
+    assert ended.out.count("ANOTHER CORPUS") == 1
+    assert "NOT tinyshakespeare: this run trains on the pydoc corpus instead." in ended.out
+    assert ended.out.index("ANOTHER CORPUS") < ended.out.index("corpus    pydoc")
+    [run] = (tmp_path / "outputs").iterdir()
+    assert run.name.endswith("_pydoc_bigram")
+    assert "pydoc: " in (run / "train.log").read_text()
+    assert json.loads((run / "results.json").read_text())["corpus"] == "pydoc"
+    kept = checkpoint.load(run)
+    assert kept.corpus["name"] == kept.config["data"]["corpus"] == "pydoc"
+    assert kept.corpus["sha256"] == load_corpus("pydoc").sha256
+    assert hparams(run)["data"] == "pydoc"
+    for record in (run / ".hydra").iterdir():
+        assert "corpus: tinyshakespeare" not in record.read_text()
+
+
+def test_in_a_sweep_the_notice_is_shown_once_and_every_job_says_pydoc(train, tmp_path):
+    quick = ["trainer.max_steps=20", "callbacks=none", "logger=none", "evaluate=[val]"]
+    ended = train("-m", "optimizer.lr=1e-3,1e-2", *quick, **NO_NETWORK)
+    assert ended.code == 0, ended.err
+    assert ended.out.count("ANOTHER CORPUS") == 1
+    jobs = sorted(place.parent for place in (tmp_path / "outputs").glob("*_sweep/*/results.json"))
+    assert len(jobs) == 2
+    for job in jobs:
+        assert json.loads((job / "results.json").read_text())["corpus"] == "pydoc"
+        assert "corpus    pydoc: " in (job / "terminal.log").read_text()
+        assert "ANOTHER CORPUS" not in (job / "terminal.log").read_text()
+
+
+@pytest.mark.parametrize("override", ["data.fallback=null", "experiment=lecture_bigram"])
+def test_without_a_fallback_a_missing_corpus_is_an_error_and_nothing_is_written(train, tmp_path, override):
+    ended = train(override, **NO_NETWORK)
+    assert ended.code == 2
+    assert ended.out == ""
+    assert ended.err.startswith("charlm: Tiny Shakespeare could not be had (no connection to the proxy)")
+    assert ended.err.count("\n") == 1
+    assert files(tmp_path) == []
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize("recipe", sorted(file.stem for file in (ROOT / "conf" / "experiment").glob("*.yaml")))
+def test_a_recipe_never_falls_back_to_another_corpus(recipe):
+    from hydra import compose, initialize_config_dir
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        assert compose("train", [f"experiment={recipe}"]).data.fallback is None
