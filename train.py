@@ -23,7 +23,7 @@ from charlm.preflight import check_command
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def train(cfg: DictConfig) -> None:
     """Configuration -> parts -> fit -> evaluate."""
-    with terminal.logged():
+    with one_line_errors(), terminal.logged():
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         data: CharDataModule = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
         data.setup()

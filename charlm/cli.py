@@ -126,6 +126,8 @@ def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str
 
     loaded = checkpoint.load(run, device)
     settings = {k: v for k, v in loaded.config["data"].items() if not k.startswith("_")}
+    if settings["path"]:
+        settings["path"] = loaded.corpus["source"]  # absolute: the command may be typed in any folder
     data = CharDataModule(**settings, tokenizer=lambda text: loaded.tokenizer)
     data.setup()
     if data.corpus.sha256 != loaded.corpus["sha256"]:

@@ -141,8 +141,9 @@ def figures(
     """
     device = next(model.parameters()).device
     found: dict[str, Any] = {"references": {}}
+    windows = {split: data.windows(split, device, stride=stride) for split in splits}
     for split in splits:
-        found |= evaluate(model, data.windows(split, device, stride=stride), report).figures(split)
+        found |= evaluate(model, windows[split], report).figures(split)
         ids, vocab_size = data.splits, data.tokenizer.vocab_size
         smoothing = 0.0 if split == "train" else 1.0
         found["references"][split] = references(ids["train"], ids[split], vocab_size, smoothing)

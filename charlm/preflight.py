@@ -1,8 +1,10 @@
 """Everything that can be wrong with a command, found before anything is written and before the first job starts."""
 
+import logging
 import os
 import re
 import tempfile
+import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -63,6 +65,8 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         cfgs = [OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]) for cfg in cfgs]
         for cfg in cfgs:  # the settings of every job before the text of any: texts take time, and perhaps the network
             check_settings(cfg)
+            if len({other.data.corpus for other in cfgs}) > 1:
+                cfg.data.fallback = None  # a sweep over corpora means each of them
         corpora = [check_text(cfg) for cfg in cfgs]
     given = {f"data={corpus}" for corpus in corpora if corpus}
     if not given:
@@ -144,7 +148,25 @@ def check_settings(cfg: DictConfig) -> None:
             raise InputError(f"{missing} is missing: give it a value, {missing}=...")
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
     config.check(plain)
+    if "val" not in plain["evaluate"]:
+        raise InputError(f"evaluate={plain['evaluate']} leaves out val, by which runs are compared: add it")
     check_hardware(plain["trainer"])
+    check_trainer(cfg.trainer)
+
+
+def check_trainer(node: DictConfig) -> None:
+    """Combinations of settings that only Lightning knows to be impossible.
+
+    Raises:
+        InputError: with Lightning's own words.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # of the devices, a run tells by itself
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            instantiate(node, logger=False)
+        except InstantiationException as error:
+            raise InputError(f"trainer: {one_line(error.__cause__ or error)}") from error
 
 
 def check_text(cfg: DictConfig) -> str | None:
@@ -292,7 +314,7 @@ def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
     return list(config.leaves(plain))
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """A library's message with its lines joined."""
     lines = (line.strip().rstrip(".") for line in str(error).splitlines())
     return "; ".join(line for line in lines if line and not line.startswith(("full_key", "object_type", "See https")))

@@ -14,8 +14,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from hydra.errors import InstantiationException
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from rich import box
 from rich.console import Console, RenderableType
 from rich.panel import Panel
@@ -31,6 +29,7 @@ from charlm.report import name_of, table
 console = Console(highlight=False)
 log = logging.getLogger("charlm")
 
+said_before_the_log: list[str] = []
 LEVELS = {"uniform": "uniform", "unigram": "counted unigram", "bigram": "counted bigram"}
 
 
@@ -43,16 +42,13 @@ def logged() -> Iterator[None]:
         library = logging.getLogger(name)
         library.handlers.clear()
         library.propagate = True
+        library.setLevel(logging.INFO)
+    for line in said_before_the_log:
+        log.warning(line)
     try:
         yield
     except InputError as error:
         log.error(str(error))
-        raise
-    except InstantiationException as error:
-        # Combinations of settings that only Lightning knows to be impossible.
-        if isinstance(error.__cause__, MisconfigurationException):
-            raise InputError(" ".join(str(error.__cause__).split())) from error
-        log.exception("the run failed")
         raise
     except Exception:
         log.exception("the run failed")
@@ -115,7 +111,7 @@ def notice_fallback(wanted: str, given: str, reason: Exception) -> None:
     )
     text.append(f"of {wanted}. To have an error instead: data.fallback=null")
     console.print(Panel(text, title="ANOTHER CORPUS", border_style="bold red", box=box.HEAVY))
-    log.warning("NOT %s: trained on %s instead (%s)", wanted, given, reason)
+    said_before_the_log.append(f"NOT {wanted}: trained on {given} instead ({reason})")
 
 
 def figures(found: dict[str, Any], name: str) -> Table:

@@ -321,9 +321,13 @@ def test_a_split_of_just_one_chunk_will_do(train, tmp_path):
 
 @pytest.mark.parametrize("split", ["nosuch", "test"])
 def test_a_split_that_is_not_there_lists_those_that_are(refused, train, text_file, split):
-    told = refused(train, *ANY_TEXT, f"evaluate=[train,{split}]")
+    told = refused(train, *ANY_TEXT, f"evaluate=[val,{split}]")
     assert f"'{split}'" in told
     assert "choose one of train, val" in told
+
+
+def test_val_is_always_evaluated_since_runs_are_compared_by_it(refused, train, text_file):
+    assert "evaluate=['train'] leaves out val" in refused(train, *ANY_TEXT, "evaluate=[train]")
 
 
 # Hardware, folders and packages
@@ -407,7 +411,7 @@ def test_a_logger_whose_package_is_not_installed_names_it(refused, train, packag
         (["model=bigram,null"], "is not there: choose one of bigram"),
         (["data.block_size=8,100000"], "data.block_size=100000 needs at least 100001"),
         (["data.path=prose.txt,missing.txt"], "missing.txt does not exist"),
-        (["evaluate=[train],[nosuch]"], "'nosuch'"),
+        (["evaluate=[val],[val,nosuch]"], "'nosuch'"),
         (["trainer.devices=1,99"], "trainer.devices=99"),
         (["trainer.accelerator=cpu,cuda"], "trainer.accelerator=cuda is not there"),
         (["data=text,pydoc", "+data.xyzzy=1,2"], "there is no setting data.xyzzy"),

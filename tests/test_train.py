@@ -11,6 +11,7 @@ import torch
 from charlm import checkpoint
 from charlm.data.chunks import RandomChunks
 from charlm.data.datamodule import CharDataModule
+from tests.conftest import run_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,6 +127,15 @@ def test_evaluating_a_checkpoint_gives_the_figures_of_the_run_to_the_digit(run, 
     one = json.loads(charlm("evaluate", str(folder / "checkpoints" / "last.ckpt"), "--split", "val", "--json").out)
     assert one["val/loss"] == first["val/loss"]
     assert "train/loss" not in one
+
+
+def test_a_run_on_a_relative_path_is_evaluated_from_any_folder(train, tmp_path, text_file):
+    assert train("data=text", "data.path=prose.txt", "trainer.max_steps=5", "hydra.run.dir=a").code == 0
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    again = run_command(["charlm", "evaluate", "../a", "--json"], elsewhere, {}, 120)
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["val/loss"] == results(tmp_path / "a")["val/loss"]
 
 
 def test_generation_is_repeatable_and_streams(run, charlm):
