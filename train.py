@@ -15,8 +15,8 @@ from charlm.data import CharDataModule
 from charlm.errors import one_line_errors
 from charlm.evaluate import figures
 from charlm.generate import write
-from charlm.logger import hyperparameters
-from charlm.module import LanguageModel
+from charlm.logger import FINISHED, hyperparameters
+from charlm.module import VALIDATION, LanguageModel
 from charlm.preflight import check_command
 
 
@@ -36,11 +36,11 @@ def train(cfg: DictConfig) -> None:
             cfg.trainer,
             default_root_dir=cfg.run_dir,
             logger=instantiate(cfg.logger) or False,
-            callbacks=[throughput, *instantiate(cfg.callbacks).values()],
+            callbacks=[*instantiate(cfg.callbacks).values(), throughput],
             plugins=[AtomicCheckpointIO()],
         )
         for logger in trainer.loggers:
-            logger.log_hyperparams(hyperparameters(config))
+            logger.log_hyperparams(hyperparameters(config, data.corpus.name))
         if trainer.is_global_zero:
             terminal.header(config, data, module.model, trainer)
         trainer.fit(module, data)
@@ -56,8 +56,9 @@ def finish(
     with terminal.tracked("evaluating") as progress:
         found = figures(model, data, config["evaluate"], report=progress)
     for logger in trainer.loggers:
-        logger.log_metrics({f"final/{k}": v for k, v in found.items() if isinstance(v, float)}, trainer.global_step)
-        logger.finalize("success")
+        if module.validated_at != trainer.global_step:  # the curves reach the last step
+            logger.log_metrics({k: found[k] for k in VALIDATION if k in found}, trainer.global_step)
+        logger.finalize(FINISHED)
     results = {
         "status": "finished",
         "corpus": data.corpus.name,

@@ -13,15 +13,20 @@ from torch.utils.tensorboard.summary import hparams
 
 from charlm.report import name_of
 
-# The columns of the HPARAMS tab; they are read from the ordinary scalars of these names.
-METRICS = ("val/loss", "val/bits_per_char", "train/loss", "train/tokens_per_second")
 # Those of the trainer's settings that are choices of a study.
-TRAINER_SETTINGS = ("accelerator", "devices", "strategy", "precision", "max_steps", "accumulate_grad_batches")
-# Charts that the CUSTOM SCALARS tab shows, each with several curves.
-CHARTS = {
-    "loss": {"nats per character": ["Multiline", ["train/loss", "val/loss"]]},
-    "bits": {"bits per character": ["Multiline", ["train/bits_per_char", "val/bits_per_char"]]},
-}
+TRAINER_SETTINGS = (
+    "accelerator",
+    "devices",
+    "strategy",
+    "precision",
+    "max_steps",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+)
+# What the CUSTOM SCALARS tab shows: the names are regular expressions.
+CHARTS = {"loss": {"train and val, nats per character": ["Multiline", ["train/loss$", "val/loss$"]]}}
+SECONDS_BETWEEN_WRITES = 5  # a person who watches does not look more often
+FINISHED = "finished"  # the status that `train.py` gives to a run whose final figures are known
 
 
 class TensorBoard(TensorBoardLogger):
@@ -31,26 +36,43 @@ class TensorBoard(TensorBoardLogger):
     """
 
     def __init__(self, save_dir: str):
-        super().__init__(save_dir, name="", version="")
+        super().__init__(save_dir, name="", version="", flush_secs=SECONDS_BETWEEN_WRITES)
         self.open_session = False
 
     @rank_zero_only
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Open the session of the HPARAMS tab: this run and its settings, flat, of the same names in every run."""
+        """Open the session of the HPARAMS tab: this run and its settings.
+
+        There is no record of the experiment, on purpose. TensorBoard would take its columns from the record of one
+        run, whichever it finds first. Without any, they are the settings of all runs, those that differ first, and
+        all scalars, of which a running session shows the newest and a finished one the final.
+        """
         values = params if isinstance(params, Mapping) else vars(params)
-        experiment, start, _ = hparams(dict(values), dict.fromkeys(METRICS, 0.0))
-        writer = self.experiment._get_file_writer()
-        writer.add_summary(experiment)
-        writer.add_summary(start)
+        _, start, _ = hparams(dict(values), {})
+        self.experiment._get_file_writer().add_summary(start)
         self.experiment.add_custom_scalars(CHARTS)
         self.experiment.flush()
         self.open_session = True
 
     @rank_zero_only
+    def log_picture(self, tag: str, png: bytes, width: int, height: int, step: int) -> None:
+        """A picture that is encoded already, for the IMAGES tab."""
+        image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
+        self.experiment._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Lightning's also writes a hparams.yaml, which would repeat .hydra/config.yaml."""
+        self.experiment.flush()
+
+    @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Close the session with its true status. The writer stays open for the figures that end the run."""
-        if self.open_session:
-            ended = Status.Value("STATUS_SUCCESS" if status == "success" else "STATUS_FAILURE")
+        """Close the session with its true status; a session without one was killed.
+
+        Lightning's "success" means that fit has returned, which is not yet the end of a run.
+        """
+        if self.open_session and status in (FINISHED, "failed"):
+            ended = Status.Value("STATUS_SUCCESS" if status == FINISHED else "STATUS_FAILURE")
             data = HParamsPluginData(session_end_info=SessionEndInfo(status=ended), version=0)
             plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())
             tag = "_hparams_/session_end_info"
@@ -61,12 +83,21 @@ class TensorBoard(TensorBoardLogger):
             self.experiment.flush()
 
 
-def hyperparameters(config: dict[str, Any]) -> dict[str, str | int | float | bool]:
-    """A configuration as flat settings: what was chosen in each group, and every value that may change a result."""
-    flat: dict[str, Any] = {"seed": config["seed"]}
+def hyperparameters(config: dict[str, Any], corpus: str) -> dict[str, str | int | float | bool]:
+    """A configuration as flat settings: what was chosen in each group, and every value that may change a result.
+
+    What is null is left out, as its column would hold numbers and a word, which TensorBoard cannot sort.
+
+    Args:
+        corpus: the text that was trained on, which is not the one that was asked for if that could not be had.
+    """
+    flat: dict[str, Any] = {"seed": config["seed"], "data": corpus}
+    for group in ("tokenizer", "model", "optimizer", "scheduler"):
+        flat[group] = name_of(config[group])
     for group in ("data", "tokenizer", "model", "optimizer", "scheduler"):
-        flat[group] = name_of(config[group]) if group != "data" else config["data"]["corpus"]
         flat |= {f"{group}.{key}": value for key, value in config[group].items() if not key.startswith("_")}
+    for told_already in ("data.corpus", "data.fallback", "data.seed"):
+        flat.pop(told_already, None)
     flat |= {f"trainer.{key}": config["trainer"][key] for key in TRAINER_SETTINGS}
     plain = (str, int, float, bool)
-    return {key: value if isinstance(value, plain) else str(value) for key, value in flat.items()}
+    return {key: value if isinstance(value, plain) else str(value) for key, value in flat.items() if value is not None}

@@ -1,6 +1,5 @@
 """The one LightningModule: step, loss and logging for every model."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,6 +11,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from charlm.data.chunks import EvalBatch, Windows
 from charlm.evaluate import Score, window_losses
+
+# What a validation puts on the curves, of the exact figures.
+VALIDATION = ("val/loss", "val/bits_per_char", "val/perplexity")
 
 
 class LanguageModel(L.LightningModule):
@@ -35,13 +37,14 @@ class LanguageModel(L.LightningModule):
         self.model = model
         self.make_optimizer, self.make_scheduler = optimizer, scheduler
         self.record = record or {}
+        self.validated_at = -1
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         x, y = batch  # (B, T) each
         logits = self.model(x)  # (B, T, V)
         loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
         if (batch_idx + 1) % self.log_every_n_batches == 0:
-            self.log_training(loss.detach())
+            self.log_training(loss.item())
         return loss
 
     def on_train_start(self) -> None:
@@ -49,9 +52,10 @@ class LanguageModel(L.LightningModule):
         trainer: Any = self.trainer
         self.log_every_n_batches = trainer.log_every_n_steps * trainer.accumulate_grad_batches
 
-    def log_training(self, loss: Tensor) -> None:
-        lr = self.trainer.optimizers[0].param_groups[0]["lr"]
-        self.log_dict({"train/loss": loss, "train/bits_per_char": loss / math.log(2), "train/lr": lr})
+    def log_training(self, loss: float) -> None:
+        figures = {"train/loss": loss, "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"]}
+        for logger in self.loggers:  # not self.log: it costs as much as several steps of a small model
+            logger.log_metrics(figures, self.global_step + 1)
 
     def on_validation_epoch_start(self) -> None:
         self.windows: Windows = self.trainer.val_dataloaders  # type: ignore[assignment]
@@ -64,9 +68,12 @@ class LanguageModel(L.LightningModule):
         # Every window was scored by one rank and is zero on the others: the sum is exact, whatever the world size.
         window_nll = self.trainer.strategy.reduce(self.window_nll, reduce_op="sum")
         score = Score.of(window_nll, self.windows.counts())
-        figures = {"val/loss": score.loss, "val/bits_per_char": score.bits_per_char, "val/perplexity": score.perplexity}
+        figures = score.figures("val")
+        # Lightning takes "step" as that of the others, which would else be one behind.
+        told = {name: figures[name] for name in VALIDATION} | {"step": self.global_step}
         dtype = torch.float32 if self.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
-        self.log_dict({name: torch.tensor(value, dtype=dtype) for name, value in figures.items()})
+        self.log_dict({name: torch.tensor(value, dtype=dtype) for name, value in told.items()})
+        self.validated_at = self.global_step
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(self.model.parameters())

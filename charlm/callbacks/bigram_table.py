@@ -1,48 +1,53 @@
 """What follows each character: the model's probabilities as a heat map, beside those that were counted."""
 
+import io
 from typing import Annotated
 
 import lightning as L
 import numpy as np
 import torch
 from annotated_types import Ge
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from charlm.callbacks.exhibit import Exhibit
+from charlm.logger import TensorBoard
+
+TAG = "what_follows/bigram_table"  # its own group, which TensorBoard sorts behind train and val
 CELL = 11  # pixels of one probability; room for one letter on the axes
-MARGIN = 34
-GAP = 12
-BACKGROUND, INK = (255, 255, 255), (40, 40, 40)
+LEFT, TOP, GAP, BOTTOM = 24, 44, 24, 40
+TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1)  # of the scale of colours
+NAMES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", " ": "·"}
 # Five colours of Matplotlib's viridis (Smith and van der Walt, 2015): even to the eye, and readable in grey.
 VIRIDIS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=float)
-NAMES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", " ": "sp"}
+# A picture holds numbers of colours, one byte per pixel, which encodes several times faster than three: those of the
+# heat map from 0 to TOP_COLOUR, and above them the greys from ink to paper, between which letters have soft edges.
+TOP_COLOUR, INK, PAPER = 191, 192, 255
+INK_GREY = 40
 
 
-class BigramTable(L.Callback):
-    """Draws P(next | last) at every validation. Any model has one: its logits after a single character.
+class BigramTable(Exhibit):
+    """Draws P(next | last). Any model has one: its logits after a single character.
 
     Args:
         most_characters: the most frequent ones are shown, so that the picture stays readable for any alphabet.
     """
 
+    frame: Image.Image | None = None
+
     def __init__(self, most_characters: Annotated[int, Ge(2)] = 80):
         self.most_characters = most_characters
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        self.shown, self.counted = count_table(data.splits["train"], data.tokenizer.vocab_size, self.most_characters)
-
-    @torch.no_grad()
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
-            return
+    def show(self, trainer: L.Trainer, pl_module: L.LightningModule, board: TensorBoard) -> None:
+        if self.frame is None:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            self.shown, counted = count_table(data.splits["train"], data.tokenizer.vocab_size, self.most_characters)
+            self.frame = draw_frame([*data.tokenizer.decode(self.shown)], ["learned", "counted in the training text"])
+            paste(self.frame, counted, 1)
         idx = self.shown.to(pl_module.device)
-        logits = pl_module.model(idx[:, None])[:, -1]  # (n, V)
-        learned = logits.float().softmax(-1)[:, idx].cpu()  # (n, n)
-        labels = [*trainer.datamodule.tokenizer.decode(self.shown)]  # type: ignore[attr-defined]
-        picture = draw({"learned": learned, "counted": self.counted}, labels)
-        trainer.logger.experiment.add_image("bigram_table", picture, trainer.global_step, dataformats="HWC")
+        logits = pl_module.model(idx[:, None])[:, -1]  # type: ignore[operator]  # (n, V)
+        paste(self.frame, logits.float().softmax(-1)[:, idx].cpu(), 0)
+        board.log_picture(TAG, png(self.frame), *self.frame.size, trainer.global_step)
 
 
 def count_table(ids: Tensor, vocab_size: int, most: int) -> tuple[Tensor, Tensor]:
@@ -57,29 +62,47 @@ def count_table(ids: Tensor, vocab_size: int, most: int) -> tuple[Tensor, Tensor
     return shown, (counts / counts.sum(1, keepdim=True).clamp_min(1))[:, :n].float()
 
 
-def draw(tables: dict[str, Tensor], labels: list[str]) -> np.ndarray:
-    """Heat maps side by side, (H, W, 3) uint8: a row for the last character, a column for the next.
-
-    The colour is the square root of the probability, since most of them are small.
-    """
-    n = len(labels)
-    width = (MARGIN + n * CELL + GAP) * len(tables)
-    image = Image.new("RGB", (width, MARGIN + n * CELL + GAP), BACKGROUND)
-    pen, font = ImageDraw.Draw(image), ImageFont.load_default(CELL)
-    for t, (title, table) in enumerate(tables.items()):
-        left = t * (MARGIN + n * CELL + GAP) + MARGIN
-        pen.text((left, 2), f"{title} P(next | last)", INK, font)
-        colours = Image.fromarray(colour(table.clamp(0, 1).sqrt().numpy()))
-        image.paste(colours.resize((n * CELL, n * CELL), Image.Resampling.NEAREST), (left, MARGIN))
+def draw_frame(labels: list[str], titles: list[str]) -> Image.Image:
+    """All but the heat maps, which stand side by side: axes, titles and the scale of colours."""
+    side = len(labels) * CELL
+    image = Image.new("L", ((LEFT + side + GAP) * len(titles), TOP + side + BOTTOM), PAPER)
+    pen, font, large = ImageDraw.Draw(image), ImageFont.load_default(CELL), ImageFont.load_default(CELL + 5)
+    for t, title in enumerate(titles):
+        left = left_of(t, side)
+        pen.text((left, 20), title, INK, large, anchor="ls")
+        pen.text((left + side, 20), "row: last character, column: next character", INK, font, anchor="rs")
         for i, label in enumerate(labels):
             name = NAMES.get(label, label if label.isprintable() else "?")
-            pen.text((left - 4, MARGIN + (i + 0.5) * CELL), name, INK, font, anchor="rm")
-            pen.text((left + (i + 0.5) * CELL, MARGIN - 3), name, INK, font, anchor="ms")
-    return np.asarray(image)
+            middle = (i + 0.5) * CELL
+            pen.text((left - 4, TOP + middle), name, INK, font, anchor="rm")
+            pen.text((left + middle, TOP - 4), name, INK, font, anchor="ms")
+    left, bottom = left_of(0, side), TOP + side
+    scale = Image.fromarray(np.arange(TOP_COLOUR + 1, dtype=np.uint8)[None])
+    image.paste(scale.resize((side, CELL), Image.Resampling.NEAREST), (left, bottom + CELL))
+    for tick in TICKS:
+        pen.text((left + tick**0.5 * side, bottom + 3 * CELL), f"{tick:g}", INK, font, anchor="ms")
+    pen.text((left_of(1, side), bottom + 2 * CELL - 1), "probability", INK, font, anchor="ls")
+    return image
 
 
-def colour(values: np.ndarray) -> np.ndarray:
-    """Values in 0..1 -> RGB, uint8, by linear steps between the colours of VIRIDIS."""
-    places = np.linspace(0, 1, len(VIRIDIS))
-    channels = [np.interp(values, places, VIRIDIS[:, c]) for c in range(3)]
-    return np.stack(channels, axis=-1).astype(np.uint8)
+def left_of(t: int, side: int) -> int:
+    """Where heat map t begins."""
+    return LEFT + t * (LEFT + side + GAP)
+
+
+def paste(image: Image.Image, table: Tensor, t: int) -> None:
+    """Put a table in its place. The colour is the square root of the probability, since most of them are small."""
+    side = len(table) * CELL
+    colours = Image.fromarray((table.clamp(0, 1).sqrt() * TOP_COLOUR).round().byte().numpy())
+    image.paste(colours.resize((side, side), Image.Resampling.NEAREST), (left_of(t, side), TOP))
+
+
+def png(image: Image.Image) -> bytes:
+    places, reds_greens_blues = np.linspace(0, TOP_COLOUR, len(VIRIDIS)), VIRIDIS.T
+    viridis = np.stack([np.interp(np.arange(TOP_COLOUR + 1), places, c) for c in reds_greens_blues], axis=-1)
+    greys = np.linspace(INK_GREY, 255, PAPER - INK + 1)[:, None].repeat(3, axis=1)
+    image = image.copy()
+    image.putpalette(np.concatenate([viridis, greys]).astype(np.uint8).tobytes())
+    file = io.BytesIO()
+    image.save(file, "png", compress_level=1)
+    return file.getvalue()

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import lightning as L
 from annotated_types import Gt
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor
 
@@ -16,7 +16,7 @@ SECONDS_BETWEEN_LOOKS = 0.25
 
 
 class Progress(L.Callback):
-    """Shows step, loss, speed, the last validation and the time left.
+    """Shows step, loss, speed, the last validation and the time left; at the end, the time it took.
 
     Args:
         seconds_between_lines: where the output is not a terminal.
@@ -28,13 +28,19 @@ class Progress(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start = time.perf_counter()
-        self.first_step = trainer.global_step
+        self.first_step = self.shown_at = trainer.global_step
         self.next_look = self.start + self.pace if trainer.is_global_zero else float("inf")
         if trainer.is_global_zero and console.is_terminal:
-            columns = (TextColumn("[bold]step[/] {task.fields[steps]}"), BarColumn(), TextColumn("{task.description}"))
-            self.bar = Bar(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, refresh_per_second=8)
+            columns = (
+                TextColumn("[bold]step[/] {task.fields[steps]}"),
+                BarColumn(),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+            )
+            self.bar = Bar(*columns, console=console, refresh_per_second=8)
             total = trainer.max_steps if trainer.max_steps > 0 else None
-            self.task = self.bar.add_task("", total=total, completed=self.first_step, steps="")
+            steps = told_steps(self.first_step, trainer.max_steps)
+            self.task = self.bar.add_task("", total=total, completed=self.first_step, steps=steps)
             self.bar.start()
 
     def on_train_batch_end(
@@ -45,35 +51,44 @@ class Progress(L.Callback):
         batch: tuple[Tensor, Tensor],
         batch_idx: int,
     ) -> None:
+        self.newest = outputs["loss"], batch[0].numel()
         now = time.perf_counter()
         if now < self.next_look:
             return
         self.next_look = now + self.pace
-        self.show(trainer, outputs["loss"].item(), batch[0].numel())
+        self.show(trainer)
 
-    def show(self, trainer: L.Trainer, loss: float, chunk_tokens: int) -> None:
+    def show(self, trainer: L.Trainer) -> None:
+        loss, chunk_tokens = self.newest
         step, seconds = trainer.global_step, time.perf_counter() - self.start
+        self.shown_at = step
         steps_per_second = (step - self.first_step) / seconds
         tokens = steps_per_second * chunk_tokens * trainer.world_size * trainer.accumulate_grad_batches
         val = trainer.callback_metrics.get("val/loss")
-        told = f"loss {loss:.4f}  " + (f"val {val:.4f}  " if val is not None else "") + f"{tokens:,.0f} tokens/s"
-        total = trainer.max_steps
-        steps = f"{step:,}" + (f"/{total:,}" if total > 0 else "")
+        # Lightning hands over the share of this batch in the gradient of a step.
+        told = f"loss {loss.item() * trainer.accumulate_grad_batches:.4f}  "
+        told += (f"val {val:.4f}  " if val is not None else "") + f"{tokens:,.0f} tokens/s"
+        steps = told_steps(step, trainer.max_steps)
         if self.bar:
             self.bar.update(self.task, completed=step, description=told, steps=steps)
         else:
-            left = f"  {(total - step) / steps_per_second:,.0f} s left" if total > 0 and steps_per_second else ""
-            console.print(f"step {steps}  {told}{left}")
+            left = (trainer.max_steps - step) / steps_per_second if steps_per_second else 0
+            console.print(f"step {steps}  {told}" + (f"  {left:,.0f} s left" if left > 0 else ""))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        loss = trainer.callback_metrics.get("train/loss")
+        if trainer.is_global_zero and trainer.global_step > self.shown_at:
+            self.show(trainer)
+        self.stop()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.stop()
+
+    def stop(self) -> None:
         if self.bar:
-            if loss is not None:
-                self.bar.update(self.task, completed=trainer.global_step, steps=f"{trainer.global_step:,}")
             self.bar.stop()
             self.bar = None
 
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        if self.bar:
-            self.bar.stop()
-            self.bar = None
+
+def told_steps(step: int, total: int) -> str:
+    """A step as one reads it, of how many, where that is known, and no wider at the end than at the beginning."""
+    return f"{step:{len(f'{total:,}')},}/{total:,}" if total > 0 else f"{step:,}"

@@ -1,16 +1,18 @@
-"""Text that the model writes, at every validation, so that one can read it improve."""
+"""Generated text while training goes on, so that one can read it improve."""
 
 from typing import Annotated
 
 import lightning as L
-import torch
 from annotated_types import Ge
-from lightning.pytorch.loggers import TensorBoardLogger
 
+from charlm.callbacks.exhibit import Exhibit
 from charlm.generate import write
+from charlm.logger import TensorBoard
+
+COLUMNS = 100  # of the Text tab; a line without end would leave its frame
 
 
-class Samples(L.Callback):
+class Samples(Exhibit):
     """Puts a sample on the dashboard (TensorBoard's Text tab).
 
     Args:
@@ -21,12 +23,13 @@ class Samples(L.Callback):
     def __init__(self, length: Annotated[int, Ge(1)] = 300, seed: Annotated[int, Ge(0)] = 1337):
         self.length, self.seed = length, seed
 
-    @torch.no_grad()
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
-            return
+    def show(self, trainer: L.Trainer, pl_module: L.LightningModule, board: TensorBoard) -> None:
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        text = "".join(write(pl_module.model, tokenizer, self.length, seed=self.seed))
-        # Indented by four, Markdown shows text as it stands.
-        shown = "\n".join("    " + line for line in text.split("\n"))
-        trainer.logger.experiment.add_text("sample", shown, trainer.global_step)
+        text = "".join(write(pl_module.model, tokenizer, self.length, seed=self.seed))  # type: ignore[arg-type]
+        board.experiment.add_text("sample", as_markdown(text), trainer.global_step)
+
+
+def as_markdown(text: str) -> str:
+    """Text as it stands, which Markdown shows where it is indented by four; long lines continue on the next."""
+    lines = (line[i : i + COLUMNS] for line in text.split("\n") for i in range(0, max(1, len(line)), COLUMNS))
+    return "\n".join("    " + line for line in lines)

@@ -1,4 +1,4 @@
-"""Tokens per second of the training loop, over all processes; the time of validations does not count."""
+"""Tokens per second of the training loop, over all processes, without the time of validations and exhibits."""
 
 import time
 from typing import Any
@@ -8,12 +8,16 @@ from torch import Tensor
 
 
 class Throughput(L.Callback):
-    """Logs `train/tokens_per_second` as often as the trainer logs; `tokens` and `seconds` are of the whole run."""
+    """Logs `train/tokens_per_second` as often as the trainer logs; `tokens` and `seconds` are of the whole run.
+
+    It has to be the last of the callbacks, so that its clock starts after what the others do before a step.
+    """
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.every = trainer.log_every_n_steps * trainer.accumulate_grad_batches
+        settings: Any = trainer
+        self.every = settings.log_every_n_steps * settings.accumulate_grad_batches
         self.batches = self.tokens = 0
-        self.start = self.since = time.perf_counter()
+        self.start = self.since = self.end = time.perf_counter()
 
     def on_train_batch_end(
         self,
@@ -26,13 +30,12 @@ class Throughput(L.Callback):
         tokens = batch[0].numel() * trainer.world_size
         self.batches += 1
         self.tokens += tokens
+        self.end = time.perf_counter()
         if self.batches % self.every == 0:
-            now = time.perf_counter()
-            pl_module.log("train/tokens_per_second", self.every * tokens / (now - self.since))
-            self.since = now
-
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.seconds = time.perf_counter() - self.start
+            rate = self.every * tokens / (self.end - self.since)
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/tokens_per_second": rate}, trainer.global_step)
+            self.since = self.end
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.paused = time.perf_counter()
@@ -41,6 +44,11 @@ class Throughput(L.Callback):
         pause = time.perf_counter() - self.paused
         self.start += pause
         self.since += pause
+        self.end += pause
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
 
     @property
     def tokens_per_second(self) -> float:
