@@ -55,9 +55,13 @@ def finish(
     run_dir, model = Path(config["run_dir"]), module.model.to(trainer.strategy.root_device)
     with terminal.tracked("evaluating") as progress:
         found = figures(model, data, config["evaluate"], report=progress)
+    # The curves reach the last step. HPARAMS shows the first names of the alphabet: among them should be the verdict.
+    curves = VALIDATION if module.validated_at != trainer.global_step else ()
+    told = {name: found[name] for name in curves if name in found}
+    if "val/loss" in found:
+        told["final/val/loss"] = found["val/loss"]
     for logger in trainer.loggers:
-        if module.validated_at != trainer.global_step:  # the curves reach the last step
-            logger.log_metrics({k: found[k] for k in VALIDATION if k in found}, trainer.global_step)
+        logger.log_metrics(told, trainer.global_step)
         logger.finalize(FINISHED)
     results = {
         "status": "finished",

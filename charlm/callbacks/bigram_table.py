@@ -14,7 +14,8 @@ from charlm.callbacks.exhibit import Exhibit
 from charlm.logger import TensorBoard
 
 TAG = "what_follows/bigram_table"  # its own group, which TensorBoard sorts behind train and val
-CELL = 11  # pixels of one probability; room for one letter on the axes
+LETTER = 11  # pixels of one probability, at least: room for one letter on the axes
+SIDE = 480  # pixels of a heat map, at least: room for its titles
 LEFT, TOP, GAP, BOTTOM = 24, 44, 24, 40
 TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1)  # of the scale of colours
 NAMES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", " ": "·"}
@@ -64,35 +65,41 @@ def count_table(ids: Tensor, vocab_size: int, most: int) -> tuple[Tensor, Tensor
 
 def draw_frame(labels: list[str], titles: list[str]) -> Image.Image:
     """All but the heat maps, which stand side by side: axes, titles and the scale of colours."""
-    side = len(labels) * CELL
-    image = Image.new("L", ((LEFT + side + GAP) * len(titles), TOP + side + BOTTOM), PAPER)
-    pen, font, large = ImageDraw.Draw(image), ImageFont.load_default(CELL), ImageFont.load_default(CELL + 5)
+    cell = cell_of(len(labels))
+    side = cell * len(labels)
+    image = Image.new("L", (left_of(len(titles), side) - LEFT, TOP + side + BOTTOM), PAPER)
+    pen, font, large = ImageDraw.Draw(image), ImageFont.load_default(LETTER), ImageFont.load_default(LETTER + 5)
     for t, title in enumerate(titles):
         left = left_of(t, side)
         pen.text((left, 20), title, INK, large, anchor="ls")
         pen.text((left + side, 20), "row: last character, column: next character", INK, font, anchor="rs")
         for i, label in enumerate(labels):
             name = NAMES.get(label, label if label.isprintable() else "?")
-            middle = (i + 0.5) * CELL
+            middle = (i + 0.5) * cell
             pen.text((left - 4, TOP + middle), name, INK, font, anchor="rm")
             pen.text((left + middle, TOP - 4), name, INK, font, anchor="ms")
-    left, bottom = left_of(0, side), TOP + side
+    top, length = TOP + side + LETTER, side - 70
     scale = Image.fromarray(np.arange(TOP_COLOUR + 1, dtype=np.uint8)[None])
-    image.paste(scale.resize((side, CELL), Image.Resampling.NEAREST), (left, bottom + CELL))
+    image.paste(scale.resize((length, LETTER), Image.Resampling.NEAREST), (LEFT, top))
     for tick in TICKS:
-        pen.text((left + tick**0.5 * side, bottom + 3 * CELL), f"{tick:g}", INK, font, anchor="ms")
-    pen.text((left_of(1, side), bottom + 2 * CELL - 1), "probability", INK, font, anchor="ls")
+        pen.text((LEFT + tick**0.5 * length, top + 2 * LETTER), f"{tick:g}", INK, font, anchor="ms")
+    pen.text((LEFT + side, top + LETTER - 2), "probability", INK, font, anchor="rs")
     return image
+
+
+def cell_of(n: int) -> int:
+    """Pixels of one probability among n x n."""
+    return max(LETTER, SIDE // n)
 
 
 def left_of(t: int, side: int) -> int:
     """Where heat map t begins."""
-    return LEFT + t * (LEFT + side + GAP)
+    return LEFT + t * (side + GAP + LEFT)
 
 
 def paste(image: Image.Image, table: Tensor, t: int) -> None:
     """Put a table in its place. The colour is the square root of the probability, since most of them are small."""
-    side = len(table) * CELL
+    side = len(table) * cell_of(len(table))
     colours = Image.fromarray((table.clamp(0, 1).sqrt() * TOP_COLOUR).round().byte().numpy())
     image.paste(colours.resize((side, side), Image.Resampling.NEAREST), (left_of(t, side), TOP))
 

@@ -33,14 +33,15 @@ class Progress(L.Callback):
         if trainer.is_global_zero and console.is_terminal:
             columns = (
                 TextColumn("[bold]step[/] {task.fields[steps]}"),
-                BarColumn(),
+                BarColumn(bar_width=None),  # what the figures leave
                 TextColumn("{task.description}"),
                 TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                TextColumn("{task.fields[clock]}"),
             )
-            self.bar = Bar(*columns, console=console, refresh_per_second=8)
+            self.bar = Bar(*columns, console=console, refresh_per_second=8, expand=True)
             total = trainer.max_steps if trainer.max_steps > 0 else None
             steps = told_steps(self.first_step, trainer.max_steps)
-            self.task = self.bar.add_task("", total=total, completed=self.first_step, steps=steps)
+            self.task = self.bar.add_task("", total=total, completed=self.first_step, steps=steps, clock="left")
             self.bar.start()
 
     def on_train_batch_end(
@@ -78,6 +79,8 @@ class Progress(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and trainer.global_step > self.shown_at:
             self.show(trainer)
+        if self.bar:
+            self.bar.update(self.task, clock="in all" if trainer.global_step >= trainer.max_steps > 0 else "")
         self.stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
@@ -87,6 +90,7 @@ class Progress(L.Callback):
         if self.bar:
             self.bar.stop()
             self.bar = None
+            console.print()
 
 
 def told_steps(step: int, total: int) -> str:

@@ -20,7 +20,7 @@ class Samples(Exhibit):
         seed: of the sampling, which has a generator of its own: watching a run does not change it.
     """
 
-    def __init__(self, length: Annotated[int, Ge(1)] = 300, seed: Annotated[int, Ge(0)] = 1337):
+    def __init__(self, length: Annotated[int, Ge(1)] = 200, seed: Annotated[int, Ge(0)] = 1337):
         self.length, self.seed = length, seed
 
     def show(self, trainer: L.Trainer, pl_module: L.LightningModule, board: TensorBoard) -> None:
