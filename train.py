@@ -40,7 +40,7 @@ def train(cfg: DictConfig) -> None:
             plugins=[AtomicCheckpointIO()],
         )
         for logger in trainer.loggers:
-            logger.log_hyperparams(hyperparameters(config, data.corpus.name))
+            logger.log_hyperparams(hyperparameters(config, data))
         if trainer.is_global_zero:
             terminal.header(config, data, module.model, trainer)
         trainer.fit(module, data)

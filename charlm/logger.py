@@ -11,6 +11,7 @@ from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from torch.utils.tensorboard.summary import hparams
 
+from charlm.data import CharDataModule
 from charlm.report import name_of
 
 # Those of the trainer's settings that are choices of a study.
@@ -83,17 +84,14 @@ class TensorBoard(TensorBoardLogger):
             self.experiment.flush()
 
 
-def hyperparameters(config: dict[str, Any], corpus: str) -> dict[str, str | int | float | bool]:
+def hyperparameters(config: dict[str, Any], data: CharDataModule) -> dict[str, str | int | float | bool]:
     """A configuration as flat settings: what was chosen in each group, and every value that may change a result.
 
-    What is null is left out, as its column would hold numbers and a word, which TensorBoard cannot sort.
-
-    Args:
-        corpus: the text that was trained on, which is not the one that was asked for if that could not be had.
+    The corpus is the one that was read, which is not the one asked for if that could not be had. What is null is left
+    out, as its column would hold numbers and a word, which TensorBoard cannot sort.
     """
-    flat: dict[str, Any] = {"seed": config["seed"], "data": corpus}
-    for group in ("tokenizer", "model", "optimizer", "scheduler"):
-        flat[group] = name_of(config[group])
+    flat: dict[str, Any] = {"seed": config["seed"], "data": data.corpus.name, "tokenizer": data.tokenizer.name}
+    flat |= {group: name_of(config[group]) for group in ("model", "optimizer", "scheduler")}
     for group in ("data", "tokenizer", "model", "optimizer", "scheduler"):
         flat |= {f"{group}.{key}": value for key, value in config[group].items() if not key.startswith("_")}
     for told_already in ("data.corpus", "data.fallback", "data.seed"):
