@@ -31,7 +31,9 @@ def one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         stop("interrupted", 130)
     except SystemExit as ended:
-        # Lightning ends a run on SIGTERM with exit code 0, which would say that it finished.
+        # Lightning ends a run in silence on Ctrl-C, and with exit code 0 on SIGTERM, which would say that it finished.
+        if isinstance(ended.__context__, KeyboardInterrupt):
+            stop("interrupted", 130)
         if type(ended).__name__ != "SIGTERMException":
             raise
         stop("terminated before the end", 143)
