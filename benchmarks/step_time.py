@@ -73,7 +73,7 @@ def time_loop(name: str, corpus: str, steps: int) -> float:
     """Microseconds per step of a plain loop, in this process."""
     text = load_corpus("text", corpus).text
     tokenizer = CharTokenizer.from_text(text)
-    step = LOOPS[name](Bigram(tokenizer.vocab_size), tokenizer.encode(text))
+    step = LOOPS[name](Bigram(tokenizer.vocab_size), tokenizer.encode(text).long())
     for _ in range(WARM_UP):
         step()
     start = time.perf_counter()

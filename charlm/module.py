@@ -87,9 +87,12 @@ class LanguageModel(L.LightningModule):
 
     # What follows only spares a small model the cost of Lightning's hooks around each step, which exceeds that of its
     # arithmetic. A hook that is None is not called; a subclass may define any of them again.
-    on_train_batch_start = on_train_batch_end = None  # type: ignore[assignment]
-    on_before_zero_grad = on_before_optimizer_step = None  # type: ignore[assignment]
-    on_before_backward = on_after_backward = None  # type: ignore[assignment]
+    on_train_batch_start: Any = None
+    on_before_zero_grad: Any = None
+    on_before_backward: Any = None
+    on_after_backward: Any = None
+    on_before_optimizer_step: Any = None
+    on_train_batch_end: Any = None
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the name of every hook it enters and leaves; nn.Module would look for parameters in it.

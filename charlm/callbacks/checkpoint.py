@@ -9,6 +9,7 @@ from annotated_types import Ge
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
+from charlm.callbacks.observer import Observer
 from charlm.checkpoint import NAME, write_atomically
 
 
@@ -19,7 +20,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
-class Checkpoint(L.Callback):
+class Checkpoint(Observer):
     """Keeps the newest state of the run in `dirpath`/last.ckpt.
 
     Args:

@@ -6,8 +6,10 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from charlm.callbacks.observer import Observer
 
-class Throughput(L.Callback):
+
+class Throughput(Observer):
     """Logs `train/tokens_per_second` as often as the trainer logs; `tokens` and `seconds` are of the whole run.
 
     It has to be the last of the callbacks, so that its clock starts after what the others do before a step.
