@@ -22,7 +22,13 @@ Positive = Annotated[int, Ge(1)]
 # L.seed_everything takes 32 bits.
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 # The settings at the top of conf/train.yaml.
-ROOT = {"seed": Seed, "evaluate": list[str], "sample_length": Annotated[int, Ge(0)], "run_dir": str}
+ROOT = {
+    "seed": Seed,
+    "threads": Positive | Literal["auto"],
+    "evaluate": list[str],
+    "sample_length": Annotated[int, Ge(0)],
+    "run_dir": str,
+}
 GROUPS = {"data", "tokenizer", "model", "optimizer", "scheduler", "trainer", "callbacks", "logger"}
 MAY_BE_EMPTY = {"callbacks", "logger"}
 # What train.py itself passes; the other parameters are settings. A partial's first parameter is passed by its user.

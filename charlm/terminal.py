@@ -91,7 +91,11 @@ def header(config: dict[str, Any], data: CharDataModule, model: nn.Module, train
 def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
+    return (
+        f"{device} ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
+        if device.type == "cpu"
+        else str(device)
+    )
 
 
 @contextmanager
