@@ -70,10 +70,9 @@ def finish(
     with terminal.tracked("evaluating") as progress:
         found = figures(model, data, config["evaluate"], report=progress)
     # The curves reach the last step. HPARAMS shows the first names of the alphabet: among them should be the verdict.
-    curves = VALIDATION if module.validated_at != trainer.global_step else ()
-    told = {name: found[name] for name in curves if name in found}
-    if "val/loss" in found:
-        told["final/val/loss"] = found["val/loss"]
+    told = {"final/val/loss": found["val/loss"]}
+    if module.validated_at != trainer.global_step:
+        told |= {name: found[name] for name in VALIDATION}
     for logger in trainer.loggers:
         logger.log_metrics(told, trainer.global_step)
         logger.finalize(FINISHED)
@@ -82,6 +81,8 @@ def finish(
         "corpus": data.corpus.name,
         "model": report.name_of(config["model"]),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": config["seed"],
+        "device": str(trainer.strategy.root_device),
         "steps": trainer.global_step,
         "train/tokens": throughput.tokens,
         "train/seconds": throughput.seconds,

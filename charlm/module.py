@@ -16,7 +16,22 @@ from charlm.evaluate import Score, window_losses
 VALIDATION = ("val/loss", "val/bits_per_char", "val/perplexity")
 
 
-class LanguageModel(L.LightningModule):
+class NoStepHooks:
+    """Spares a small model the hooks that Lightning enters around every step, empty or not.
+
+    There are six of the module and of each callback, which together take longer than the step itself. A hook that is
+    None is not entered; a subclass defines those that it needs.
+    """
+
+    on_train_batch_start: Any = None
+    on_before_zero_grad: Any = None
+    on_before_backward: Any = None
+    on_after_backward: Any = None
+    on_before_optimizer_step: Any = None
+    on_train_batch_end: Any = None
+
+
+class LanguageModel(NoStepHooks, L.LightningModule):
     """Trains a model to predict the next character.
 
     Args:
@@ -85,14 +100,17 @@ class LanguageModel(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["charlm"] = self.record
 
-    # What follows only spares a small model the cost of Lightning's hooks around each step, which exceeds that of its
-    # arithmetic. A hook that is None is not called; a subclass may define any of them again.
-    on_train_batch_start: Any = None
-    on_before_zero_grad: Any = None
-    on_before_backward: Any = None
-    on_after_backward: Any = None
-    on_before_optimizer_step: Any = None
-    on_train_batch_end: Any = None
+    # What follows only spares a small model more of what Lightning does around every step.
+
+    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
+        return batch  # there is no such hook here, for which Lightning would look in three places
+
+    def _apply_batch_transfer_handler(
+        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
+    ) -> Any:
+        if batch[0].device == self.device:  # made there already, unless the text does not fit
+            return batch
+        return super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Lightning notes the name of every hook it enters and leaves; nn.Module would look for parameters in it.

@@ -1,5 +1,6 @@
 """Text <-> ids. A tokenizer is built from a corpus once and travels with every checkpoint."""
 
+from contextlib import suppress
 from typing import Any, Self
 
 import numpy as np
@@ -49,6 +50,10 @@ class CharTokenizer:
         self._ids = np.full(int(points[-1]) + 2, self._unknown, dtype=dtype)
         self._ids[points] = np.arange(self.vocab_size)
         self._points = points.astype(np.uint8) if points[-1] < 256 else points
+        # Where one byte holds a character and an id, Python's own lookup by byte is the fastest.
+        self._of_bytes = bool(points[-1] < 256 and dtype == np.uint8)
+        self._id_bytes = self._ids[:256].tobytes().ljust(256, bytes([self._unknown & 0xFF]))
+        self._point_bytes = self._points.tobytes().ljust(256)[:256]
 
     @classmethod
     def from_text(cls, text: str) -> Self:
@@ -61,7 +66,7 @@ class CharTokenizer:
         Raises:
             InputError: for a character outside the vocabulary, saying which and where.
         """
-        ids = self._ids.take(code_points(text), mode="clip")
+        ids = self._lookup(text)
         if len(ids) and ids.max() == self._unknown:
             where = int(np.argmax(ids == self._unknown))
             raise InputError(
@@ -79,6 +84,8 @@ class CharTokenizer:
         array = ids.detach().cpu().numpy()
         if len(array) and not (array.min() >= 0 and array.max() < self.vocab_size):
             raise IndexError(f"ids go from 0 to {self.vocab_size - 1}, not from {array.min()} to {array.max()}")
+        if self._of_bytes:
+            return array.astype(np.uint8, copy=False).tobytes().translate(self._point_bytes).decode("latin-1")
         return characters(self._points.take(array, mode="clip"))
 
     def state_dict(self) -> dict[str, Any]:
@@ -88,6 +95,13 @@ class CharTokenizer:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
         return cls(characters(np.asarray(state["points"], dtype="<u4")))
+
+    def _lookup(self, text: str) -> np.ndarray:
+        """Ids, with `_unknown` for characters outside the vocabulary."""
+        if self._of_bytes:
+            with suppress(UnicodeEncodeError):
+                return np.frombuffer(bytearray(text, "latin-1").translate(self._id_bytes), dtype=np.uint8)
+        return self._ids.take(code_points(text), mode="clip")
 
     def _sketch(self, most: int = 100) -> str:
         shown = repr(self.chars[:most])[1:-1]

@@ -9,8 +9,8 @@ from annotated_types import Ge
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from charlm.callbacks.observer import Observer
 from charlm.checkpoint import NAME, write_atomically
+from charlm.module import NoStepHooks
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -20,7 +20,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
-class Checkpoint(Observer):
+class Checkpoint(NoStepHooks, L.Callback):
     """Keeps the newest state of the run in `dirpath`/last.ckpt.
 
     Args:

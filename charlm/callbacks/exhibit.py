@@ -4,11 +4,11 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 
-from charlm.callbacks.observer import Observer
 from charlm.logger import TensorBoard
+from charlm.module import NoStepHooks
 
 
-class Exhibit(Observer):
+class Exhibit(NoStepHooks, L.Callback):
     """Shown before the first step, after every validation and after the last step: once for each of these steps.
 
     Nothing is computed where there is no TensorBoard to show it.

@@ -9,14 +9,14 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from charlm.callbacks.observer import Observer
+from charlm.module import NoStepHooks
 from charlm.terminal import console
 
 # A person reads no faster, and every look at the loss waits for the device.
 SECONDS_BETWEEN_LOOKS = 0.25
 
 
-class Progress(Observer):
+class Progress(NoStepHooks, L.Callback):
     """Shows step, loss, speed, the last validation and the time left; at the end, the time it took.
 
     Args:

@@ -6,10 +6,10 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from charlm.callbacks.observer import Observer
+from charlm.module import NoStepHooks
 
 
-class Throughput(Observer):
+class Throughput(NoStepHooks, L.Callback):
     """Logs `train/tokens_per_second` as often as the trainer logs; `tokens` and `seconds` are of the whole run.
 
     It has to be the last of the callbacks, so that its clock starts after what the others do before a step.

@@ -67,7 +67,6 @@ def download_shakespeare() -> Path:
     import pooch
 
     cache_dir = Path(pooch.os_cache("charlm")) / "tinyshakespeare"
-    pooch.get_logger().setLevel("ERROR")
     try:
         return Path(
             pooch.retrieve(
