@@ -58,8 +58,9 @@ def table(rows: list[dict[str, Any]], settings: list[str], title: str) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for setting in settings:
         shown.add_column(setting.rpartition(".")[2], justify="right")
-    for column in ("val loss", "bits per char", "perplexity", "seconds", "status"):
-        shown.add_column(column, justify="right", overflow="fold")
+    for column in ("val loss", "bits per char", "perplexity", "seconds"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    shown.add_column("status", overflow="fold")
     for row in rows:
         if row.get("val/loss") is None:
             figures = ["-"] * 4

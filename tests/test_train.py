@@ -169,6 +169,16 @@ def test_the_default_recipe_learns_tiny_shakespeare(train, tmp_path, shakespeare
     assert found["references"]["val"]["bigram"] == pytest.approx(2.4819, abs=1e-4)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_the_default_recipe_learns_whatever_the_seed(train, tmp_path, shakespeare, seed):
+    file = tmp_path / "input.txt"
+    file.write_text(shakespeare, encoding="utf-8")
+    ended = train("data=text", f"data.path={file}", f"seed={seed}", "hydra.run.dir=a")
+    assert ended.code == 0, ended.err
+    assert results(tmp_path / "a")["val/loss"] <= 2.490
+
+
 def test_two_processes_draw_other_chunks(prose):
     ids = torch.arange(len(prose))
     first, second = RandomChunks(ids, 8, 32, seed=1337, rank=0), RandomChunks(ids, 8, 32, seed=1337, rank=1)
