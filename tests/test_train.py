@@ -221,7 +221,7 @@ def test_two_processes_report_what_one_process_would(two_processes, charlm, tmp_
 
 def test_two_processes_learn_from_both_halves(two_processes, text_file, run):
     """The gradient is the mean over both: one process with both batches takes the same steps."""
-    folder = two_processes("a", "data.batch_size=4", "optimizer.lr=0.1")
+    folder = two_processes("a", "data.batch_size=4", "optimizer.lr=0.1", "optimizer.weight_decay=0.0")
     loaded = checkpoint.load(folder)
     data = CharDataModule("text", block_size=8, batch_size=4, path=str(text_file), seed=1337)
     data.setup()

@@ -67,6 +67,7 @@ def download_shakespeare() -> Path:
     import pooch
 
     cache_dir = Path(pooch.os_cache("charlm")) / "tinyshakespeare"
+    pooch.get_logger().setLevel("ERROR")  # what went wrong is told below, in one line
     try:
         return Path(
             pooch.retrieve(
