@@ -65,8 +65,9 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         cfgs = [OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]) for cfg in cfgs]
         for cfg in cfgs:  # the settings of every job before the text of any: texts take time, and perhaps the network
             check_settings(cfg)
-            if len({other.data.corpus for other in cfgs}) > 1:
-                cfg.data.fallback = None  # a sweep over corpora means each of them
+        if len({cfg.data.corpus for cfg in cfgs}) > 1:  # a sweep over corpora means each of them
+            for cfg in cfgs:
+                cfg.data.fallback = None
         corpora = [check_text(cfg) for cfg in cfgs]
     given = {f"data={corpus}" for corpus in corpora if corpus}
     if not given:

@@ -53,6 +53,12 @@ def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=key)
 
 
+def plus_minus(found: dict[str, Any], split: str, figure: str, digits: int) -> str:
+    """A figure and its standard error, or a dash for an error that a short text cannot give."""
+    value, error = found[f"{split}/{figure}"], found[f"{split}/{figure}_se"]
+    return f"{value:.{digits}f} ± " + ("-" if error is None else f"{error:.{digits}f}")
+
+
 def table(rows: list[dict[str, Any]], settings: list[str], title: str) -> Table:
     """Runs as lines: what was set, and what came of it."""
     shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
@@ -65,10 +71,8 @@ def table(rows: list[dict[str, Any]], settings: list[str], title: str) -> Table:
         if row.get("val/loss") is None:
             figures = ["-"] * 4
         else:
-            error = row["val/loss_se"]
-            loss = f"{row['val/loss']:.4f} ± " + ("-" if error is None else f"{error:.4f}")
             bits, perplexity = f"{row['val/bits_per_char']:.4f}", f"{row['val/perplexity']:.3f}"
-            figures = [loss, bits, perplexity, f"{row['train/seconds']:.1f}"]
+            figures = [plus_minus(row, "val", "loss", 4), bits, perplexity, f"{row['train/seconds']:.1f}"]
         style = None if row["status"] == "finished" else "bold red"
         shown.add_row(*(str(row[setting]) for setting in settings), *figures, row["status"], style=style)
     return shown

@@ -24,7 +24,7 @@ from torch import nn
 
 from charlm.data import CharDataModule
 from charlm.errors import InputError
-from charlm.report import name_of, table
+from charlm.report import name_of, plus_minus, table
 
 console = Console(highlight=False)
 log = logging.getLogger("charlm")
@@ -134,12 +134,6 @@ def figures(found: dict[str, Any], name: str) -> Table:
     table.add_row("bits per character", *(plus_minus(found, split, "bits_per_char", 4) for split in splits))
     table.add_row("perplexity", *(plus_minus(found, split, "perplexity", 3) for split in splits))
     return table
-
-
-def plus_minus(found: dict[str, Any], split: str, figure: str, digits: int) -> str:
-    """A figure and its standard error, or a dash for an error that a short text cannot give."""
-    value, error = found[f"{split}/{figure}"], found[f"{split}/{figure}_se"]
-    return f"{value:.{digits}f} ± " + ("-" if error is None else f"{error:.{digits}f}")
 
 
 def summary(results: dict[str, Any], sample: str) -> None:
