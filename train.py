@@ -30,10 +30,19 @@ def train(cfg: DictConfig) -> None:
         data: CharDataModule = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
         data.setup()
         model = instantiate(cfg.model, vocab_size=data.tokenizer.vocab_size)
-        set_threads(cfg.threads, model, data)
+        # What a forward pass multiplies; a step takes three times as much.
+        multiplications = sum(p.numel() for p in model.parameters()) * data.batch_size * data.block_size
+        set_threads(cfg.threads, multiplications)
         config: Any = OmegaConf.to_container(cfg, resolve=True)
         record = checkpoint.record(config, data.tokenizer, data.corpus.card())
-        module = LanguageModel(model, instantiate(cfg.optimizer), instantiate(cfg.scheduler), record)
+        module = LanguageModel(
+            model,
+            instantiate(cfg.optimizer),
+            instantiate(cfg.scheduler),
+            record,
+            steps_together(cfg.steps_per_execution, multiplications),
+            cfg.compile,
+        )
         throughput = Throughput()
         trainer: L.Trainer = instantiate(
             cfg.trainer,
@@ -47,30 +56,40 @@ def train(cfg: DictConfig) -> None:
         if trainer.is_global_zero:
             terminal.header(config, data, module.model, trainer)
         trainer.fit(module, data)
+        model = module.whole()
         if trainer.is_global_zero:
-            finish(config, data, module, trainer, throughput)
+            finish(config, data, model, trainer, throughput)
 
 
-def set_threads(threads: int | str, model: nn.Module, data: CharDataModule) -> None:
+def set_threads(threads: int | str, multiplications: int) -> None:
     """PyTorch's threads on the CPU; `auto` is one where a step multiplies less than 10^8 times, about 10 ms.
 
     Below that, threads gain nothing, and where other programs run they wait for one another twenty times as long.
     """
     if threads == "auto":
-        multiplications = sum(p.numel() for p in model.parameters()) * data.batch_size * data.block_size
         threads = torch.get_num_threads() if multiplications > 1e8 else 1
     torch.set_num_threads(int(threads))
 
 
+def steps_together(steps: int | str, multiplications: int) -> int:
+    """Optimizer steps that Lightning takes for one; `auto` is as many as make about 20 ms on a CPU."""
+    return max(1, min(100, int(2e8 / multiplications))) if steps == "auto" else int(steps)
+
+
 def finish(
-    config: dict[str, Any], data: CharDataModule, module: LanguageModel, trainer: L.Trainer, throughput: Throughput
+    config: dict[str, Any],
+    data: CharDataModule,
+    model: nn.Module,
+    trainer: L.Trainer,
+    throughput: Throughput,
 ) -> None:
     """The exact figures of the trained model: to the dashboard, to results.json and to the person who waits."""
-    run_dir, model = Path(config["run_dir"]), module.model.to(trainer.strategy.root_device)
+    run_dir, model = Path(config["run_dir"]), model.to(trainer.strategy.root_device)
     with terminal.tracked("evaluating") as progress:
         found = figures(model, data, config["evaluate"], report=progress)
     # The curves reach the last step. HPARAMS shows the first names of the alphabet: among them should be the verdict.
     told = {"final/val/loss": found["val/loss"]}
+    module: Any = trainer.lightning_module
     if module.validated_at != trainer.global_step:
         told |= {name: found[name] for name in VALIDATION}
     for logger in trainer.loggers:

@@ -25,6 +25,8 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 ROOT = {
     "seed": Seed,
     "threads": Positive | Literal["auto"],
+    "steps_per_execution": Positive | Literal["auto"],
+    "compile": bool,
     "evaluate": list[str],
     "sample_length": Annotated[int, Ge(0)],
     "run_dir": str,
@@ -35,6 +37,7 @@ MAY_BE_EMPTY = {"callbacks", "logger"}
 PASSED = {
     "data": {"tokenizer"},
     "model": {"vocab_size"},
+    "scheduler": {"budget"},
     "trainer": {"default_root_dir", "logger", "callbacks", "plugins"},
 }
 # Of the batches: a fraction, or how many.

@@ -1,76 +1,191 @@
 """The one LightningModule: step, loss and logging for every model."""
 
-from collections.abc import Callable, Iterable
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.utilities import GradClipAlgorithmType
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from charlm.data.chunks import EvalBatch, Windows
 from charlm.evaluate import Score, window_losses
+from charlm.scheduler import Budget
 
+Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) each
 # What a validation puts on the curves, of the exact figures.
 VALIDATION = ("val/loss", "val/bits_per_char", "val/perplexity")
+# Lightning's hooks of a callback that make it look at every pass, and at every batch.
+AROUND_BACKWARD = ("on_before_backward", "on_after_backward")
+AROUND_A_BATCH = ("on_train_batch_start", "on_train_batch_end")
 
 
-class NoStepHooks:
-    """Spares a small model the hooks that Lightning enters around every step, empty or not.
-
-    There are six of the module and of each callback, which together take longer than the step itself. A hook that is
-    None is not entered; a subclass defines those that it needs.
-    """
-
-    on_train_batch_start: Any = None
-    on_before_zero_grad: Any = None
-    on_before_backward: Any = None
-    on_after_backward: Any = None
-    on_before_optimizer_step: Any = None
-    on_train_batch_end: Any = None
+def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of x, y (B, T), in nats per character."""
+    logits = model(x)  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
 
-class LanguageModel(NoStepHooks, L.LightningModule):
+def forward_backward(model: nn.Module, x: Tensor, y: Tensor, share: int) -> Tensor:
+    """Add the gradient of the loss / `share` to that of the parameters. Returns the loss."""
+    loss = cross_entropy(model, x, y)
+    (loss / share if share > 1 else loss).backward()
+    return loss.detach()
+
+
+class LanguageModel(L.LightningModule):
     """Trains a model to predict the next character.
 
     Args:
         model: forward(idx (B, T)) -> logits (B, T, V).
-        optimizer: makes the optimizer from the parameters.
-        scheduler: makes the learning-rate schedule from the optimizer, or None for a constant rate.
+        optimizer: makes from the model its optimizers, which have different parameters.
+        scheduler: makes from an optimizer and the budget its learning-rate schedule, or None for a constant rate.
         record: what a later command needs to know of this run, in plain types; saved in every checkpoint.
+        steps_per_execution: the optimizer steps, at most, that Lightning takes for one. Their number changes no bit
+            of the training: they end where anything else is due.
+        compile: torch.compile for the model or, on one device, for all of forward, loss and backward.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
-        scheduler: Callable[[torch.optim.Optimizer], LRScheduler | None],
+        optimizer: Callable[[nn.Module], Sequence[Optimizer]],
+        scheduler: Callable[[Optimizer, Budget], LRScheduler | None],
         record: dict[str, Any] | None = None,
+        steps_per_execution: int = 1,
+        compile: bool = False,
     ):
         super().__init__()
         self.model = model
-        self.make_optimizer, self.make_scheduler = optimizer, scheduler
+        self.make_optimizers, self.make_scheduler = optimizer, scheduler
         self.record = record or {}
+        self.steps_per_execution, self.compile_it = steps_per_execution, compile
         self.validated_at = -1
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch  # (B, T) each
-        logits = self.model(x)  # (B, T, V)
-        loss = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
-        if (batch_idx + 1) % self.log_every_n_batches == 0:
-            self.log_training(loss.item())
+    def step(self, batches: Sequence[Batch]) -> Tensor:
+        """One optimizer step on the mean loss of the batches. Returns the loss of the last one."""
+        for number, (x, y) in enumerate(batches, start=1):
+            with self.synchronized(number == len(batches)):
+                loss = self.forward_backward(self.model, x, y, len(batches))
+        self.clip()
+        self.update()
         return loss
 
-    def on_train_start(self) -> None:
-        # To log costs a small model more than its step: it is done when it is due, and not at every step.
+    def training_step(self, dataloader_iter: Iterator[tuple[Batch, int, int]]) -> Tensor:
+        """All steps until something else is due, as a call by Lightning costs more than a step of a small model."""
         trainer: Any = self.trainer
-        self.log_every_n_batches = trainer.log_every_n_steps * trainer.accumulate_grad_batches
+        steps = min(self.steps_per_execution, *(every - trainer.global_step % every for every in self.due))
+        for _ in range(steps):
+            lr = trainer.optimizers[0].param_groups[0]["lr"]
+            loss = self.step([self.fetch(dataloader_iter) for _ in range(trainer.accumulate_grad_batches)])
+        self.count(steps)
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            for logger in trainer.loggers:  # not self.log: it costs as much as several steps of a small model
+                logger.log_metrics({"train/loss": loss.item(), "train/lr": float(lr)}, trainer.global_step)
+        return loss
 
-    def log_training(self, loss: float) -> None:
-        figures = {"train/loss": loss, "train/lr": self.trainer.optimizers[0].param_groups[0]["lr"]}
-        for logger in self.loggers:  # not self.log: it costs as much as several steps of a small model
-            logger.log_metrics(figures, self.global_step + 1)
+    def configure_model(self) -> None:
+        """Choose the shortest way through forward and backward that serves strategy, precision and callbacks."""
+        strategy, callbacks = self.trainer.strategy, self.trainer.callbacks  # type: ignore[attr-defined]
+        self.scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        watched = any(is_overridden(hook, c, L.Callback) for hook in AROUND_BACKWARD for c in callbacks)
+        if isinstance(strategy, SingleDeviceStrategy) and not self.scaler and not watched:
+            self.forward_backward = forward_backward
+            if self.compile_it:
+                torch._dynamo.config.trace_autograd_ops = True  # backward in the same graph
+                self.forward_backward = torch.compile(forward_backward)
+        else:
+            self.forward_backward = self.forward_backward_by_lightning
+            if self.compile_it:
+                self.model.compile()
+        if isinstance(strategy, ModelParallelStrategy):
+            self.shard(strategy.device_mesh["data_parallel"])
+        # Lightning refuses to accumulate and to clip beside manual optimization, because it would not: `step` does.
+        self.automatic_optimization = False
+
+    def shard(self, mesh: DeviceMesh) -> None:
+        """Spread the parameters over the processes, layer by layer (FSDP2: Zhao et al. 2023, in its newer form)."""
+        self._unsharded = [copy.deepcopy(self.model)]  # in a list, as it is no part of this module
+        for layers in [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]:
+            for layer in layers:
+                fully_shard(layer, mesh=mesh)
+        fully_shard(self.model, mesh=mesh)
+
+    def forward_backward_by_lightning(self, model: nn.Module, x: Tensor, y: Tensor, share: int) -> Tensor:
+        """The same for several processes, for scaled gradients and for callbacks that look at single passes."""
+        loss = cross_entropy(model, x, y)
+        self.manual_backward(loss / share if share > 1 else loss)
+        return loss.detach()
+
+    def synchronized(self, last: bool) -> AbstractContextManager[None]:
+        """Processes exchange their gradients with the last batch of a step, and not before."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        strategy = self.trainer.strategy
+        return nullcontext() if last or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
+
+    def clip(self) -> None:
+        """Keep the gradient within trainer.gradient_clip_val, if there is one."""
+        limit = self.trainer.gradient_clip_val
+        if limit is None:
+            return
+        if self.scaler:
+            for optimizer in self.trainer.optimizers:
+                self.scaler.unscale_(optimizer)
+        by_value = self.trainer.gradient_clip_algorithm == GradClipAlgorithmType.VALUE
+        (clip_grad_value_ if by_value else clip_grad_norm_)(self.model.parameters(), limit)
+
+    def update(self) -> None:
+        """Let every optimizer take its step."""
+        optimizers = self.trainer.optimizers
+        for callback in self.before_update:
+            for optimizer in optimizers:
+                callback.on_before_optimizer_step(self.trainer, self, optimizer)
+        for optimizer in optimizers:
+            if self.scaler:
+                self.scaler.step(optimizer)
+            else:
+                optimizer.step()
+        if self.scaler:
+            self.scaler.update()
+        self.model.zero_grad()
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.step()  # type: ignore[call-arg]  # none of ours waits for a metric
+
+    def fetch(self, dataloader_iter: Iterator[tuple[Batch, int, int]]) -> Batch:
+        (x, y), _, _ = next(dataloader_iter)
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+
+    def count(self, steps: int) -> None:
+        """Lightning takes a call for one batch and sees no optimizer: tell its loop how many steps there were."""
+        loop = self.trainer.fit_loop.epoch_loop
+        loop.batch_progress.increment_by(steps - 1)
+        loop.manual_optimization.optim_step_progress.increment_by(steps)
+        loop._batches_that_stepped = self.trainer.global_step - 1  # Lightning adds the last one
+
+    def on_train_start(self) -> None:
+        """Note what is due at which steps: where it is, Lightning must have its turn."""
+        trainer: Any = self.trainer
+        due = [trainer.max_steps, trainer.val_check_batch, trainer.log_every_n_steps]
+        for callback in trainer.callbacks:
+            # A callback that looks at every batch may say that it need not; Lightning's clock need not.
+            looks = any(is_overridden(hook, callback, L.Callback) for hook in AROUND_A_BATCH)
+            due.append(getattr(callback, "every_n_steps", 1 if looks and not isinstance(callback, Timer) else None))
+        self.due = [int(every) for every in due if every and 0 < every < math.inf]
+        self.before_update = [c for c in trainer.callbacks if is_overridden("on_before_optimizer_step", c, L.Callback)]
 
     def on_validation_epoch_start(self) -> None:
         self.windows: Windows = self.trainer.val_dataloaders  # type: ignore[assignment]
@@ -91,30 +206,32 @@ class LanguageModel(NoStepHooks, L.LightningModule):
         self.validated_at = self.global_step
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(self.model.parameters())
-        scheduler = self.make_scheduler(optimizer)
-        if scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        budget = self.budget()
+        made = []
+        for optimizer in self.make_optimizers(self.model):
+            scheduler = self.make_scheduler(optimizer, budget)
+            schedule = {"scheduler": scheduler, "interval": "step"}
+            made.append({"optimizer": optimizer} | ({"lr_scheduler": schedule} if scheduler else {}))
+        return made
+
+    def budget(self) -> Budget:
+        """What ends the run: steps or, by Lightning's clock, seconds; the clock of the first process counts for all."""
+        trainer: Any = self.trainer
+        steps = trainer.max_steps if trainer.max_steps > 0 else None
+        timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), Timer())
+        left = timer.time_remaining()
+        if left is None:
+            return Budget(steps)
+        return Budget(steps, left + timer.time_elapsed(), lambda: trainer.strategy.broadcast(timer.time_elapsed()))
+
+    def whole(self) -> nn.Module:
+        """The model with all of its weights. Where they are sharded, all processes must ask for it together."""
+        if not isinstance(self.model, FSDPModule):
+            return self.model
+        weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
+        whole = self._unsharded[0]
+        whole.load_state_dict(weights)
+        return whole.train(self.model.training)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["charlm"] = self.record
-
-    # What follows only spares a small model more of what Lightning does around every step.
-
-    def _on_before_batch_transfer(self, batch: Any, dataloader_idx: int = 0) -> Any:
-        return batch  # there is no such hook here, for which Lightning would look in three places
-
-    def _apply_batch_transfer_handler(
-        self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0
-    ) -> Any:
-        if batch[0].device == self.device:  # made there already, unless the text does not fit
-            return batch
-        return super()._apply_batch_transfer_handler(batch, device, dataloader_idx)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # Lightning notes the name of every hook it enters and leaves; nn.Module would look for parameters in it.
-        if name == "_current_fx_name":
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)

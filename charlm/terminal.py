@@ -38,6 +38,7 @@ def logged() -> Iterator[None]:
     """Inside a run: warnings and messages of libraries, and the traceback of a failure, go to the run's own log."""
     logging.captureWarnings(True)
     warnings.simplefilter("default")
+    warnings.filterwarnings("ignore", message=".*`dataloader_iter`")  # Lightning's caution, which charlm has read
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         library = logging.getLogger(name)
         library.handlers.clear()

@@ -362,5 +362,5 @@ def test_exhibits_take_nothing_from_the_randomness_of_dropout(tmp_path, text_fil
     assert all(torch.equal(a, b) for a, b in zip(watched, alone, strict=True))
 
 
-def adamw_of(parameters: Any) -> torch.optim.Optimizer:
-    return adamw(parameters, lr=0.01, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0)
+def adamw_of(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return adamw(model, lr=0.01, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0)

@@ -98,7 +98,7 @@ def test_loss_and_text_before_and_after_a_hundred_steps(train_ids, tokenizer):
     assert f"{in_windows:.4f}" == "4.8786"
     assert sample(model, tokenizer, 100) == UNTRAINED
 
-    optimizer = adamw(model.parameters(), lr=1e-3, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.01)
+    [optimizer] = adamw(model, lr=1e-3, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.01)
     for _ in range(100):
         x, y = get_batch(train_ids, 32)
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())

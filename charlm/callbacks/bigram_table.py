@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from annotated_types import Ge
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
+from torch import Tensor, nn
 
 from charlm.callbacks.exhibit import Exhibit
 from charlm.logger import TensorBoard
@@ -39,14 +39,14 @@ class BigramTable(Exhibit):
     def __init__(self, most_characters: Annotated[int, Ge(2)] = 80):
         self.most_characters = most_characters
 
-    def show(self, trainer: L.Trainer, pl_module: L.LightningModule, board: TensorBoard) -> None:
+    def show(self, trainer: L.Trainer, model: nn.Module, board: TensorBoard) -> None:
         if self.frame is None:
             data = trainer.datamodule  # type: ignore[attr-defined]
             self.shown, counted = count_table(data.splits["train"], data.tokenizer.vocab_size, self.most_characters)
             self.frame = draw_frame([*data.tokenizer.decode(self.shown)], ["learned", "counted in the training text"])
             paste(self.frame, counted, 1)
-        idx = self.shown.to(pl_module.device)
-        logits = pl_module.model(idx[:, None])[:, -1]  # type: ignore[operator]  # (n, V)
+        idx = self.shown.to(next(model.parameters()).device)
+        logits = model(idx[:, None])[:, -1]  # (n, V)
         paste(self.frame, logits.float().softmax(-1)[:, idx].cpu(), 0)
         board.log_picture(TAG, png(self.frame), *self.frame.size, trainer.global_step)
 

@@ -10,7 +10,6 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from charlm.checkpoint import NAME, write_atomically
-from charlm.module import NoStepHooks
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -20,7 +19,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         write_atomically(path, lambda file: torch.save(checkpoint, file))
 
 
-class Checkpoint(NoStepHooks, L.Callback):
+class Checkpoint(L.Callback):
     """Keeps the newest state of the run in `dirpath`/last.ckpt.
 
     Args:
@@ -40,8 +39,7 @@ class Checkpoint(NoStepHooks, L.Callback):
         batch: tuple[Tensor, Tensor],
         batch_idx: int,
     ) -> None:
-        step = trainer.global_step
-        if step - self.saved_at >= self.every_n_steps:
+        if trainer.global_step % self.every_n_steps == 0:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -3,12 +3,13 @@
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from torch import nn
 
 from charlm.logger import TensorBoard
-from charlm.module import NoStepHooks
+from charlm.module import LanguageModel
 
 
-class Exhibit(NoStepHooks, L.Callback):
+class Exhibit(L.Callback):
     """Shown before the first step, after every validation and after the last step: once for each of these steps.
 
     Nothing is computed where there is no TensorBoard to show it.
@@ -16,28 +17,31 @@ class Exhibit(NoStepHooks, L.Callback):
 
     shown_at = -1
 
-    def show(self, trainer: L.Trainer, pl_module: L.LightningModule, board: TensorBoard) -> None:
-        """Put it on the dashboard, as of `trainer.global_step`."""
+    def show(self, trainer: L.Trainer, model: nn.Module, board: TensorBoard) -> None:
+        """Put something of the model on the dashboard, as of `trainer.global_step`."""
         raise NotImplementedError
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self.look(trainer, pl_module)
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self.look(trainer, pl_module)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self.look(trainer, pl_module)
 
-    def look(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def look(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         loggers: list[Logger] = trainer.loggers
         boards = [logger for logger in loggers if isinstance(logger, TensorBoard)]
-        if not boards or not trainer.is_global_zero or self.shown_at == trainer.global_step:
+        if not boards or self.shown_at == trainer.global_step:
             return
         self.shown_at = trainer.global_step
-        modes = {module: module.training for module in pl_module.modules()}
-        pl_module.eval()  # without dropout, which would also take from the randomness of training
+        model = pl_module.whole()
+        if not trainer.is_global_zero:
+            return
+        modes = {module: module.training for module in model.modules()}
+        model.eval()  # without dropout, which would also take from the randomness of training
         with torch.no_grad():
-            self.show(trainer, pl_module, boards[0])
+            self.show(trainer, model, boards[0])
         for module, mode in modes.items():
             module.training = mode

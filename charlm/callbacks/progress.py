@@ -9,19 +9,20 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor
 
-from charlm.module import NoStepHooks
 from charlm.terminal import console
 
 # A person reads no faster, and every look at the loss waits for the device.
 SECONDS_BETWEEN_LOOKS = 0.25
 
 
-class Progress(NoStepHooks, L.Callback):
+class Progress(L.Callback):
     """Shows step, loss, speed, the last validation and the time left; at the end, the time it took.
 
     Args:
         seconds_between_lines: where the output is not a terminal.
     """
+
+    every_n_steps = None  # it looks at the clock
 
     def __init__(self, seconds_between_lines: Annotated[float, Gt(0)] = 5.0):
         self.pace = SECONDS_BETWEEN_LOOKS if console.is_terminal else seconds_between_lines
@@ -67,8 +68,7 @@ class Progress(NoStepHooks, L.Callback):
         steps_per_second = (step - self.first_step) / seconds
         tokens = steps_per_second * chunk_tokens * trainer.world_size * trainer.accumulate_grad_batches
         val = trainer.callback_metrics.get("val/loss")
-        # Lightning hands over the share of this batch in the gradient of a step.
-        told = f"loss {loss.item() * trainer.accumulate_grad_batches:.4f}  "
+        told = f"loss {loss.item():.4f}  "
         told += (f"val {val:.4f}  " if val is not None else "") + f"{tokens:,.0f} tokens/s"
         steps = told_steps(step, trainer.max_steps)
         if self.bar:

@@ -4,6 +4,7 @@ from typing import Annotated
 
 import lightning as L
 from annotated_types import Ge
+from torch import nn
 
 from charlm.callbacks.exhibit import Exhibit
 from charlm.generate import write
@@ -23,9 +24,9 @@ class Samples(Exhibit):
     def __init__(self, length: Annotated[int, Ge(1)] = 200, seed: Annotated[int, Ge(0)] = 1337):
         self.length, self.seed = length, seed
 
-    def show(self, trainer: L.Trainer, pl_module: L.LightningModule, board: TensorBoard) -> None:
+    def show(self, trainer: L.Trainer, model: nn.Module, board: TensorBoard) -> None:
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        text = "".join(write(pl_module.model, tokenizer, self.length, seed=self.seed))  # type: ignore[arg-type]
+        text = "".join(write(model, tokenizer, self.length, seed=self.seed))
         board.experiment.add_text("sample", as_markdown(text), trainer.global_step)
 
 

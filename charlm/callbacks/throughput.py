@@ -6,19 +6,18 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from charlm.module import NoStepHooks
 
-
-class Throughput(NoStepHooks, L.Callback):
+class Throughput(L.Callback):
     """Logs `train/tokens_per_second` as often as the trainer logs; `tokens` and `seconds` are of the whole run.
 
     It has to be the last of the callbacks, so that its clock starts after what the others do before a step.
     """
 
+    every_n_steps = None  # it counts, however many there were
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        settings: Any = trainer
-        self.every = settings.log_every_n_steps * settings.accumulate_grad_batches
-        self.batches = self.tokens = 0
+        self.first_step = self.step_then = trainer.global_step
+        self.tokens = 0
         self.start = self.since = self.end = time.perf_counter()
 
     def on_train_batch_end(
@@ -29,15 +28,16 @@ class Throughput(NoStepHooks, L.Callback):
         batch: tuple[Tensor, Tensor],
         batch_idx: int,
     ) -> None:
-        tokens = batch[0].numel() * trainer.world_size
-        self.batches += 1
-        self.tokens += tokens
+        settings: Any = trainer
+        step, tokens_per_step = trainer.global_step, batch[0].numel() * trainer.world_size
+        tokens_per_step *= settings.accumulate_grad_batches
+        self.tokens = (step - self.first_step) * tokens_per_step
         self.end = time.perf_counter()
-        if self.batches % self.every == 0:
-            rate = self.every * tokens / (self.end - self.since)
+        if step % settings.log_every_n_steps == 0:
+            rate = (step - self.step_then) * tokens_per_step / (self.end - self.since)
             for logger in trainer.loggers:
-                logger.log_metrics({"train/tokens_per_second": rate}, trainer.global_step)
-            self.since = self.end
+                logger.log_metrics({"train/tokens_per_second": rate}, step)
+            self.since, self.step_then = self.end, step
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.paused = time.perf_counter()

@@ -3,7 +3,6 @@
 Shape legend: B chunks in a batch, T = block_size.
 """
 
-import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -15,17 +14,19 @@ from charlm.errors import InputError
 
 # Batches whose random starts are drawn together: one call of the generator serves this many steps.
 BATCHES_PER_DRAW = 256
+# Characters that one gather may fetch: small batches cost less by the dozen, and many large ones would fill memory.
+TOKENS_PER_GATHER = 16_384
 # A target that cross_entropy leaves out; PyTorch's own default for `ignore_index`.
 IGNORE = -100
 
 
 def gather_chunks(ids: Tensor, starts: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
-    """The chunks of `ids` (N,) that begin at `starts` (B,): inputs and targets, (B, T) int64 each.
+    """The chunks of `ids` (N,) that begin at `starts` (..., B): inputs and targets, (..., B, T) int64 each.
 
-    `unfold` is a view, so the whole batch is one gather; targets are the inputs one character on.
+    `unfold` is a view, so everything is one gather; targets are the inputs one character on.
     """
-    chunks = ids.unfold(0, block_size + 1, 1)[starts].long()  # (B, T + 1)
-    return chunks[:, :-1], chunks[:, 1:]
+    chunks = ids.unfold(0, block_size + 1, 1)[starts].long()  # (..., B, T + 1)
+    return chunks[..., :-1].contiguous(), chunks[..., 1:].contiguous()
 
 
 class RandomChunks:
@@ -51,6 +52,10 @@ class RandomChunks:
     def starts(self, k: int) -> Tensor:
         """Where the chunks of batch k begin, (B,): uniform over every place that leaves room for a target."""
         draw, row = divmod(k, BATCHES_PER_DRAW)
+        return self.draw(draw)[row]
+
+    def draw(self, draw: int) -> Tensor:
+        """The starts of BATCHES_PER_DRAW batches at once, one batch a row."""
         if draw != self._draw:
             # A list as the seed is NumPy's documented way to independent streams (SeedSequence).
             generator = np.random.default_rng([self.seed, self.rank, draw])
@@ -58,15 +63,21 @@ class RandomChunks:
             drawn = generator.integers(places, size=(BATCHES_PER_DRAW, self.batch_size))
             self._starts = torch.from_numpy(drawn).to(self.ids.device)
             self._draw = draw
-        return self._starts[row]
+        return self._starts
 
     def batch(self, k: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of batch k, (B, T) each."""
         return gather_chunks(self.ids, self.starts(k), self.block_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for k in itertools.count(self.start):
-            yield self.batch(k)
+        """Batch `start` and all that follow, fetched several at a time."""
+        k, together = self.start, max(1, TOKENS_PER_GATHER // (self.batch_size * self.block_size))
+        while True:
+            draw, row = divmod(k, BATCHES_PER_DRAW)
+            starts = self.draw(draw)[row : row + together]  # (n, B)
+            x, y = gather_chunks(self.ids, starts, self.block_size)  # (n, B, T)
+            yield from zip(x, y, strict=True)
+            k += len(starts)
 
 
 class EvalBatch(NamedTuple):

@@ -1,21 +1,71 @@
 """AdamW: Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
 
-from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Ge, Gt, Len, Lt, doc
+from torch import Tensor, nn
 
 Beta = Annotated[float, Ge(0), Lt(1)]
 
 
 def adamw(
-    params: Iterable[torch.nn.Parameter],
+    model: nn.Module,
     lr: Annotated[float, Gt(0)],
     betas: Annotated[list[Beta], Len(2, 2), doc("two numbers of at least 0 and below 1, as [0.9,0.999]")],
     eps: Annotated[float, Gt(0)],
     weight_decay: Annotated[float, Ge(0)],
-) -> torch.optim.AdamW:
-    """PyTorch's AdamW with its fused kernel: one pass over the parameters instead of a dozen."""
-    beta1, beta2 = betas
-    return torch.optim.AdamW(params, lr=lr, betas=(beta1, beta2), eps=eps, weight_decay=weight_decay, fused=True)
+) -> list[torch.optim.Optimizer]:
+    """AdamW for every parameter. Only what has two dimensions decays: matrices and embeddings, not gains and biases."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return [AdamW([group for group in groups if group["params"]], lr=lr, betas=tuple(betas), eps=eps)]
+
+
+class AdamW(torch.optim.AdamW):
+    """PyTorch's AdamW with its fused kernel, of which a step is hardly more than that kernel.
+
+    PyTorch looks up and sorts the parameters anew at each step, which takes a small model longer than the update.
+    """
+
+    # For each group: itself and its parameters, both averages and step counters, in the same order.
+    kept: list[tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]] = []  # noqa: RUF012
+
+    def __init__(self, params: Any, **settings: Any):
+        super().__init__(params, **settings, fused=True)
+
+    def step(self, closure: Any = None) -> Any:
+        """Update every parameter: bit for bit what PyTorch's own does."""
+        gradients: list[list[Any]] = [[p.grad for p in parameters] for _, parameters, *_ in self.kept]
+        unusual = closure is not None or hasattr(self, "grad_scale") or any(g is None for gs in gradients for g in gs)
+        if not self.kept or unusual:
+            loss = super().step(closure)
+            self.keep()
+            return loss
+        with torch.no_grad():
+            for (group, parameters, averages, squares, steps), grads in zip(self.kept, gradients, strict=True):
+                torch._foreach_add_(steps, 1)
+                beta1, beta2 = group["betas"]
+                settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+                torch._fused_adamw_(
+                    parameters, grads, averages, squares, [], steps, beta1=beta1, beta2=beta2, **settings
+                )
+        return None
+
+    def keep(self) -> None:
+        """Remember where everything is, once every parameter has its state and all are of one kind."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        self.kept = []
+        if any(p not in self.state for p in parameters) or len({(p.device, p.dtype) for p in parameters}) > 1:
+            return
+        for group in self.param_groups:
+            states = [self.state[p] for p in group["params"]]
+            parts = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
+            self.kept.append((group, group["params"], *parts))
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        self.kept = []  # all of it is elsewhere now
