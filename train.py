@@ -42,6 +42,7 @@ def train(cfg: DictConfig) -> None:
             record,
             steps_together(cfg.steps_per_execution, multiplications),
             cfg.compile,
+            cfg.cuda_graph,
         )
         throughput = Throughput()
         trainer: L.Trainer = instantiate(

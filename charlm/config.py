@@ -27,6 +27,7 @@ ROOT = {
     "threads": Positive | Literal["auto"],
     "steps_per_execution": Positive | Literal["auto"],
     "compile": bool,
+    "cuda_graph": bool,
     "evaluate": list[str],
     "sample_length": Annotated[int, Ge(0)],
     "run_dir": str,

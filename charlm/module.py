@@ -21,11 +21,11 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from charlm.cuda_graph import Batch, CUDAGraph
 from charlm.data.chunks import EvalBatch, Windows
 from charlm.evaluate import Score, window_losses
 from charlm.scheduler import Budget
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) each
 # What a validation puts on the curves, of the exact figures.
 VALIDATION = ("val/loss", "val/bits_per_char", "val/perplexity")
 # Lightning's hooks of a callback that make it look at every pass, and at every batch.
@@ -57,6 +57,7 @@ class LanguageModel(L.LightningModule):
         steps_per_execution: the optimizer steps, at most, that Lightning takes for one. Their number changes no bit
             of the training: they end where anything else is due.
         compile: torch.compile for the model or, on one device, for all of forward, loss and backward.
+        cuda_graph: capture `step` once and replay it; on one GPU.
     """
 
     def __init__(
@@ -67,12 +68,14 @@ class LanguageModel(L.LightningModule):
         record: dict[str, Any] | None = None,
         steps_per_execution: int = 1,
         compile: bool = False,
+        cuda_graph: bool = False,
     ):
         super().__init__()
         self.model = model
         self.make_optimizers, self.make_scheduler = optimizer, scheduler
         self.record = record or {}
-        self.steps_per_execution, self.compile_it = steps_per_execution, compile
+        self.steps_per_execution = steps_per_execution
+        self.compile_it, self.graph_it = compile, cuda_graph
         self.validated_at = -1
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
@@ -82,6 +85,7 @@ class LanguageModel(L.LightningModule):
                 loss = self.forward_backward(self.model, x, y, len(batches))
         self.clip()
         self.update()
+        self.model.zero_grad()
         return loss
 
     def training_step(self, dataloader_iter: Iterator[tuple[Batch, int, int]]) -> Tensor:
@@ -89,8 +93,10 @@ class LanguageModel(L.LightningModule):
         trainer: Any = self.trainer
         steps = min(self.steps_per_execution, *(every - trainer.global_step % every for every in self.due))
         for _ in range(steps):
-            lr = trainer.optimizers[0].param_groups[0]["lr"]
-            loss = self.step([self.fetch(dataloader_iter) for _ in range(trainer.accumulate_grad_batches)])
+            lr = 1 * trainer.optimizers[0].param_groups[0]["lr"]  # a copy, also of a tensor
+            loss = self.run([self.fetch(dataloader_iter) for _ in range(trainer.accumulate_grad_batches)])
+            for config in trainer.lr_scheduler_configs:
+                config.scheduler.step()
         self.count(steps)
         if trainer.global_step % trainer.log_every_n_steps == 0:
             for logger in trainer.loggers:  # not self.log: it costs as much as several steps of a small model
@@ -161,9 +167,6 @@ class LanguageModel(L.LightningModule):
                 optimizer.step()
         if self.scaler:
             self.scaler.update()
-        self.model.zero_grad()
-        for config in self.trainer.lr_scheduler_configs:
-            config.scheduler.step()  # type: ignore[call-arg]  # none of ours waits for a metric
 
     def fetch(self, dataloader_iter: Iterator[tuple[Batch, int, int]]) -> Batch:
         (x, y), _, _ = next(dataloader_iter)
@@ -185,6 +188,7 @@ class LanguageModel(L.LightningModule):
             looks = any(is_overridden(hook, callback, L.Callback) for hook in AROUND_A_BATCH)
             due.append(getattr(callback, "every_n_steps", 1 if looks and not isinstance(callback, Timer) else None))
         self.due = [int(every) for every in due if every and 0 < every < math.inf]
+        self.run = CUDAGraph(self.step, trainer.optimizers, self.device) if self.graph_it else self.step
         self.before_update = [c for c in trainer.callbacks if is_overridden("on_before_optimizer_step", c, L.Callback)]
 
     def on_validation_epoch_start(self) -> None:

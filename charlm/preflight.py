@@ -28,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from charlm import config, terminal
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
+from charlm.trainer import FSDP
 
 
 def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
@@ -152,6 +153,7 @@ def check_settings(cfg: DictConfig) -> None:
     if "val" not in plain["evaluate"]:
         raise InputError(f"evaluate={plain['evaluate']} leaves out val, by which runs are compared: add it")
     check_hardware(plain["trainer"])
+    check_shortcuts(plain)
     check_trainer(cfg.trainer)
 
 
@@ -209,8 +211,6 @@ def check_hardware(trainer: dict[str, Any]) -> None:
     Raises:
         InputError: if not.
     """
-    from lightning.pytorch.strategies import StrategyRegistry
-
     accelerator, devices, strategy = trainer["accelerator"], trainer["devices"], trainer["strategy"]
     gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
     there = {"auto": True, "cpu": True, "gpu": gpus > 0 or mps, "cuda": gpus > 0, "mps": mps}
@@ -221,15 +221,12 @@ def check_hardware(trainer: dict[str, Any]) -> None:
             f"trainer.accelerator={accelerator} is not there: PyTorch {torch.__version__} sees no such device on this "
             f"machine; use trainer.accelerator=cpu, or auto"
         )
-    # Spawned and forked processes of Lightning train, and cannot hand back what finish() needs.
-    known = [name for name in StrategyRegistry.available_strategies() if not re.search("spawn|fork|notebook", name)]
-    if strategy not in ["auto", *known]:
+    # Others of Lightning's spawn, fork or shard in ways that cannot hand back what the end of a run needs.
+    if strategy not in ("auto", "ddp", FSDP.name):
         raise InputError(
-            f"trainer.strategy={strategy} is not possible: choose auto, or trainer=ddp with trainer.devices=N"
+            f"trainer.strategy={strategy} is not possible: choose auto, or trainer=ddp or fsdp with trainer.devices=N"
         )
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not mps)
-    if on_cpu and strategy != "auto" and not strategy.startswith("ddp"):
-        raise InputError(f"trainer.strategy={strategy} needs GPUs: on a CPU choose auto, or trainer=ddp")
     wanted = how_many(devices, on_cpu)
     # Two processes may share a core, so that distributed training can be tried anywhere.
     most = max(2, os.cpu_count() or 1) if on_cpu else gpus or 1
@@ -240,6 +237,31 @@ def check_hardware(trainer: dict[str, Any]) -> None:
         raise InputError(
             f"trainer.devices={devices} on a CPU means {wanted} processes: say trainer=ddp if you want them"
         )
+
+
+def check_shortcuts(plain: dict[str, Any]) -> None:
+    """Can this machine do what compile and cuda_graph ask for?
+
+    Raises:
+        InputError: if not.
+    """
+    trainer = plain["trainer"]
+    on_gpu = torch.cuda.is_available() and trainer["accelerator"] != "cpu"
+    if plain["cuda_graph"]:
+        if not on_gpu or trainer["strategy"] != "auto" or trainer["devices"] not in (1, "1", "auto"):
+            raise InputError("cuda_graph=true is for one NVIDIA GPU: leave it false here, or say trainer=gpu")
+        if trainer["precision"] == "16-mixed":
+            raise InputError("cuda_graph=true and trainer.precision=16-mixed exclude each other: choose bf16-mixed")
+    if plain["compile"] and not on_gpu:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.exc import InvalidCxxCompiler
+
+        try:
+            get_cpp_compiler()
+        except InvalidCxxCompiler:
+            raise InputError(
+                "compile=true on a CPU needs a C++ compiler: install one (g++ or clang), or say compile=false"
+            ) from None
 
 
 def how_many(devices: int | str | list[int], on_cpu: bool) -> int:

@@ -350,7 +350,8 @@ def test_val_is_always_evaluated_since_runs_are_compared_by_it(refused, train, t
         (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=999"], "processes on the CPU"),
         (["trainer.strategy=nosuch"], "trainer.strategy=nosuch is not possible"),
         (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn is not possible"),
-        (["trainer.accelerator=cpu", "trainer.strategy=fsdp"], "needs GPUs"),
+        (["cuda_graph=true"], "cuda_graph=true is for one NVIDIA GPU"),
+        (["trainer.strategy=fsdp"], "choose auto, or trainer=ddp or fsdp"),
     ],
 )
 def test_hardware_that_is_not_there(refused, train, settings, words):

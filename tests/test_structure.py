@@ -104,7 +104,19 @@ LAYERS = [
     "checkpoint",
     "report",
 ]
-LAYERS += ["module", "logger", "terminal", "callbacks", "config", "preflight", "sweep", "cli", "__main__"]
+LAYERS += [
+    "trainer",
+    "cuda_graph",
+    "module",
+    "logger",
+    "terminal",
+    "callbacks",
+    "config",
+    "preflight",
+    "sweep",
+    "cli",
+    "__main__",
+]
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "charlm").rglob("*.py")), ids=lambda f: str(f.relative_to(ROOT)))
