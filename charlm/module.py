@@ -13,7 +13,6 @@ from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.nn import functional as F
@@ -232,6 +231,8 @@ class LanguageModel(L.LightningModule):
         """The model with all of its weights. Where they are sharded, all processes must ask for it together."""
         if not isinstance(self.model, FSDPModule):
             return self.model
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
         weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
         whole = self._unsharded[0]
         whole.load_state_dict(weights)
