@@ -1,6 +1,8 @@
 """Text from a model, one character at a time."""
 
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,31 +20,49 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    use_cache: bool = True,
 ) -> Iterator[Tensor]:
     """Yield the next ids, (B,) int64, `length` times, so that text can be shown as it comes.
 
+    A model sees of the text so far what its `block_size` says: all, if that is None; the last block_size characters, if
+    it has no `decode`. With both, when block_size characters are seen and one more is to be, the older half is
+    forgotten: so each is computed once and, after each half, once again, and not anew for every character that follows.
+    From then on a character is predicted from between half of block_size characters and all.
+
     Args:
-        model: forward(idx) -> logits, with a `block_size`; at most that many last characters are given to it.
+        model: forward(idx) -> logits, with a `block_size`, and perhaps a `decode` (see `charlm.model`).
         idx: the prompt, (B, T) int64 with T >= 1, on the model's device.
         generator: the randomness, on the model's device; sampling takes nothing from the global one if given.
         temperature: divides the logits; 0 takes the most likely character.
         top_k: sample among the k most likely characters only.
         top_p: sample among the fewest characters whose probability reaches p ("nucleus", Holtzman 2020).
+        use_cache: False computes all that is seen anew for each character, by `forward`: slower, and the same text
+            under the same seed, but for what rounding may decide.
 
     Raises:
         ValueError: for an empty prompt.
     """
     if idx.shape[1] == 0:
         raise ValueError("the prompt is empty: generation continues at least one character")
-    was_training, block_size = model.training, int(model.block_size)  # type: ignore[arg-type]
+    was_training, decode = model.training, getattr(model, "decode", None) if use_cache else None
+    most: int = sys.maxsize if model.block_size is None else model.block_size  # type: ignore[assignment]
+    kept = max(1, most // 2) if hasattr(model, "decode") else most
+    seen = new = idx[:, -most:]  # (B, T)
+    state: Any = None
     model.eval()
     try:
         for _ in range(length):
-            idx = idx[:, -block_size:]  # what it can look back over
-            logits = model(idx)[:, -1].float()  # (B, V)
-            next_idx = sample(logits, generator, temperature, top_k, top_p)  # (B,)
-            idx = torch.cat((idx, next_idx[:, None]), dim=1)
+            if decode:
+                logits, state = decode(new, state)  # (B, V)
+            else:
+                logits = model(seen)[:, -1]
+            next_idx = sample(logits.float(), generator, temperature, top_k, top_p)  # (B,)
             yield next_idx
+            new = next_idx[:, None]
+            seen = new if decode and model.block_size is None else torch.cat((seen, new), dim=1)
+            if seen.shape[1] > most:
+                seen = new = seen[:, -kept:]
+                state = None
     finally:
         model.train(was_training)
 
