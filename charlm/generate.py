@@ -1,6 +1,5 @@
 """Text from a model, one character at a time."""
 
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,7 +44,7 @@ def generate(
     if idx.shape[1] == 0:
         raise ValueError("the prompt is empty: generation continues at least one character")
     was_training, decode = model.training, getattr(model, "decode", None) if use_cache else None
-    most: int = sys.maxsize if model.block_size is None else model.block_size  # type: ignore[assignment]
+    most: int = model.block_size or idx.shape[1] + length  # type: ignore[assignment]
     kept = max(1, most // 2) if hasattr(model, "decode") else most
     seen = new = idx[:, -most:]  # (B, T)
     state: Any = None
