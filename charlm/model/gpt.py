@@ -6,7 +6,7 @@ parameters as nanoGPT (Karpathy, 2023).
 """
 
 import math
-from typing import Annotated, NamedTuple
+from typing import Annotated, NamedTuple, cast
 
 import torch
 from annotated_types import Ge, Lt
@@ -15,10 +15,11 @@ from torch.nn import functional as F
 
 
 class Cache(NamedTuple):
-    """What `decode` has seen: the keys and values of each layer, of which the first `length` are filled."""
+    """What `decode` has seen, and what it needs of the blocks: looked up once, and not for every character."""
 
-    kv: Tensor  # (n_layer, 2, B, nh, block_size, hs)
+    kv: Tensor  # keys and values (2, n_layer, B, nh, block_size, hs), of which `length` positions are filled
     length: int
+    parts: list[list[tuple[Tensor, Tensor | None]]]  # of each block, weight and bias of each module
 
 
 class Attention(nn.Module):
@@ -30,20 +31,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=bias)
         self.proj = nn.Linear(n_embd, n_embd, bias=bias)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        """x (B, T, C) -> (B, T, C); with a cache (2, B, nh, block_size, hs), x stands at `start` and after it."""
+    def forward(self, x: Tensor) -> Tensor:
         B, T, C = x.shape
-        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
-        q, k, v = qkv.unbind()
-        mask = None
-        if cache is not None:
-            cache[..., start : start + T, :] = qkv[1:]
-            k, v = cache[..., : start + T, :].unbind()  # (B, nh, start + T, hs) each
-            if T > 1 and start:
-                mask = x.new_ones(T, start + T, dtype=torch.bool).tril(start)
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, nh, T, hs) each
         dropout = self.dropout if self.training else 0.0
-        causal = T > 1 and mask is None
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True)
         x = x.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return F.dropout(self.proj(x), self.dropout, self.training)
 
@@ -72,9 +65,14 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(n_embd, bias=bias)
         self.mlp = FeedForward(n_embd, dropout, bias)
 
-    def forward(self, x: Tensor, cache: Tensor | None = None, start: int = 0) -> Tensor:
-        x = x + self.attention(self.norm1(x), cache, start)
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
         return x + self.mlp(self.norm2(x))
+
+    def parts(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of each module, in the order in which `forward` comes to them."""
+        modules = (self.norm1, self.attention.qkv, self.attention.proj, self.norm2, self.mlp.fc, self.mlp.proj)
+        return [(module.weight, module.bias) for module in modules]
 
 
 class GPT(nn.Module):
@@ -122,23 +120,36 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx (B, T) int64 with T of at most block_size -> logits (B, T, V)."""
-        x = self.embed(idx, 0)
+        x = F.dropout(self.embed(idx, 0), self.dropout, self.training)  # (B, T, C)
         for block in self.blocks:
             x = block(x)
         return F.linear(self.norm(x), self.token_embedding.weight)  # (B, T, V)
 
     @torch.no_grad()
     def decode(self, idx: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
-        """idx (B, T) int64 -> logits (B, V) of its last position; the state is filled in place."""
-        start = state.length if state else 0
-        x = self.embed(idx, start)
+        """idx (B, T) int64 -> logits (B, V) of its last position; the state is filled in place.
+
+        The arithmetic of the blocks without their modules, the calls of which take a single character as long again.
+        """
+        (B, T), (nh, hs) = idx.shape, self.heads
         if state is None:
-            nh, hs = self.heads
-            state = Cache(x.new_empty(len(self.blocks), 2, len(x), nh, self.block_size, hs), 0)
-        for block, cache in zip(self.blocks, state.kv.unbind(), strict=True):
-            x = block(x, cache, start)
+            kv = self.position_embedding.weight.new_empty(2, len(self.blocks), B, nh, self.block_size, hs)
+            state = Cache(kv, 0, [cast(Block, block).parts() for block in self.blocks])
+        kv, start, end = state.kv, state.length, state.length + T
+        x = self.embed(idx, start)  # (B, T, C)
+        mask = x.new_ones(T, end, dtype=torch.bool).tril(start) if start and T > 1 else None
+        # Of all layers at once: where the new keys and values go, (2, B, nh, T, hs), and all of them, (B, nh, end, hs).
+        new, (keys, values) = kv[..., start:end, :].unbind(1), (part.unbind() for part in kv[..., :end, :])
+        for (norm1, qkv, proj, norm2, fc, out), new_kv, k, v in zip(state.parts, new, keys, values, strict=True):
+            y = F.layer_norm(x, (nh * hs,), *norm1)
+            y = F.linear(y, *qkv).view(B, T, 3, nh, hs).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
+            new_kv.copy_(y[1:])
+            y = F.scaled_dot_product_attention(y[0], k, v, mask, is_causal=T > 1 and not start)
+            x += F.linear(y.transpose(1, 2).flatten(2), *proj)
+            y = F.layer_norm(x, (nh * hs,), *norm2)
+            x += F.linear(F.gelu(F.linear(y, *fc)), *out)
         logits = F.linear(self.norm(x[:, -1]), self.token_embedding.weight)  # (B, V)
-        return logits, Cache(state.kv, start + idx.shape[1])
+        return logits, Cache(kv, end, state.parts)
 
     def embed(self, idx: Tensor, start: int) -> Tensor:
         """idx (B, T), of which the first stands at position `start` -> (B, T, C)."""
@@ -148,5 +159,4 @@ class GPT(nn.Module):
                 f"{end} characters are more than the {self.block_size} positions of this model: "
                 f"give it the last {self.block_size}, or choose a larger model.block_size"
             )
-        x = self.token_embedding(idx) + self.position_embedding.weight[start:end]
-        return F.dropout(x, self.dropout, self.training)
+        return self.token_embedding(idx) + self.position_embedding.weight[start:end]
