@@ -1,6 +1,7 @@
 """Text from a model, one character at a time."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,31 +19,49 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    use_cache: bool = True,
 ) -> Iterator[Tensor]:
     """Yield the next ids, (B,) int64, `length` times, so that text can be shown as it comes.
 
+    A model sees of the text so far what its `block_size` says: all, if that is None; the last block_size characters, if
+    it has no `decode`. With both, when block_size characters are seen and one more is to be, the older half is
+    forgotten: so each is computed once and, after each half, once again, and not anew for every character that follows.
+    From then on a character is predicted from between half of block_size characters and all.
+
     Args:
-        model: forward(idx) -> logits, with a `block_size`; at most that many last characters are given to it.
+        model: forward(idx) -> logits, with a `block_size`, and perhaps a `decode` (see `charlm.model`).
         idx: the prompt, (B, T) int64 with T >= 1, on the model's device.
         generator: the randomness, on the model's device; sampling takes nothing from the global one if given.
         temperature: divides the logits; 0 takes the most likely character.
         top_k: sample among the k most likely characters only.
         top_p: sample among the fewest characters whose probability reaches p ("nucleus", Holtzman 2020).
+        use_cache: False computes all that is seen anew for each character, by `forward`: slower, and the same text
+            under the same seed, but for what rounding may decide.
 
     Raises:
         ValueError: for an empty prompt.
     """
     if idx.shape[1] == 0:
         raise ValueError("the prompt is empty: generation continues at least one character")
-    was_training, block_size = model.training, int(model.block_size)  # type: ignore[arg-type]
+    was_training, decode = model.training, getattr(model, "decode", None) if use_cache else None
+    most: int = model.block_size or idx.shape[1] + length  # type: ignore[assignment]
+    kept = max(1, most // 2) if hasattr(model, "decode") else most
+    seen = new = idx[:, -most:]  # (B, T)
+    state: Any = None
     model.eval()
     try:
         for _ in range(length):
-            idx = idx[:, -block_size:]  # what it can look back over
-            logits = model(idx)[:, -1].float()  # (B, V)
-            next_idx = sample(logits, generator, temperature, top_k, top_p)  # (B,)
-            idx = torch.cat((idx, next_idx[:, None]), dim=1)
+            if decode:
+                logits, state = decode(new, state)  # (B, V)
+            else:
+                logits = model(seen)[:, -1]
+            next_idx = sample(logits.float(), generator, temperature, top_k, top_p)  # (B,)
             yield next_idx
+            new = next_idx[:, None]
+            seen = new if decode and model.block_size is None else torch.cat((seen, new), dim=1)
+            if seen.shape[1] > most:
+                seen = new = seen[:, -kept:]
+                state = None
     finally:
         model.train(was_training)
 
@@ -64,7 +83,9 @@ def sample(
         ordered, order = logits.sort(descending=True)  # (B, V)
         before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all that is likelier
         logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
-    return torch.multinomial(logits.softmax(-1), num_samples=1, generator=generator)[:, 0]
+    # Of racing exponential variables each wins with the probability of its rate: torch.multinomial without its checks.
+    race = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits.softmax(-1) / race).argmax(-1)
 
 
 def write(

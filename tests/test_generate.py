@@ -66,6 +66,12 @@ def test_top_p_keeps_the_fewest_that_reach_p(values, p):
     assert set(drawn.tolist()) <= kept
 
 
+def test_a_draw_is_that_of_torchs_multinomial():
+    logits = torch.randn(500, 7, generator=torch.Generator().manual_seed(1))
+    expected = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(0))[:, 0]
+    assert torch.equal(sample(logits, torch.Generator().manual_seed(0)), expected)
+
+
 def test_without_limits_frequencies_are_the_probabilities():
     logits = torch.tensor([[0.0, 1.0, 2.0]])
     drawn = sample(logits.expand(60_000, -1), torch.Generator().manual_seed(0))

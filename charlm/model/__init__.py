@@ -1,5 +1,14 @@
 """Models: idx (B, T) in, logits (B, T, V) out. Plain torch: no Lightning, no Hydra, no text.
 
-A model is an `nn.Module` with `forward(idx) -> logits` and `block_size`, the characters it can look back over.
+A model is an `nn.Module` with `forward(idx) -> logits` and `block_size`, the characters it can look back over: a
+number, or None where it looks back over all that came before. If it cannot be given more than that, it says so.
+
+A model may also have `decode(idx (B, T), state) -> (logits (B, V) of the last position, state)`, for generation: it
+goes on after what `state` has seen, None at the beginning, without computing that again. It is equal to `forward`. A
+state is used up when it is passed on; no gradients flow through it; with a `block_size`, at most that many characters
+fit in.
+
+A list of equal blocks is an `nn.ModuleList`, by whose elements a model too large for one device is cut.
+
 Shape legend: B batch, T time, C channels, V vocabulary.
 """
