@@ -61,7 +61,10 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             HydraConfig.instance().set_config(cfgs[0])
             mode = "sweep" if args.multirun else "run"
             run_dir = cfgs[0].hydra[mode].dir
-        if "LOCAL_RANK" not in os.environ:  # the first process; the others join it in its folder
+        if "TORCHELASTIC_RUN_ID" in os.environ and not any(o.startswith("hydra.run.dir=") for o in overrides):
+            raise InputError("torchrun starts several processes: give them one folder, hydra.run.dir=outputs/NAME")
+        # Whether torchrun or Lightning started it, this is the first process; the others join it in its folder.
+        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
             check_folder(Path(run_dir), f"hydra.{mode}.dir")
         cfgs = [OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]) for cfg in cfgs]
         for cfg in cfgs:  # the settings of every job before the text of any: texts take time, and perhaps the network

@@ -358,6 +358,13 @@ def test_hardware_that_is_not_there(refused, train, settings, words):
     assert words in refused(train, *settings)
 
 
+def test_torchrun_without_a_folder_is_told_to_give_one(refused, train):
+    """Each process would name its folder by the second in which it started."""
+    assert "give them one folder, hydra.run.dir=" in refused(
+        train, "trainer=ddp", TORCHELASTIC_RUN_ID="none", RANK="0", LOCAL_RANK="0", WORLD_SIZE="2"
+    )
+
+
 def test_a_gpu_that_is_not_there(refused, train):
     import torch
 

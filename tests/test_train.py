@@ -1,19 +1,13 @@
 """Training through the public command: reproducible to the bit, whoever watches, on one process or two."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from charlm import checkpoint
-from charlm.data.chunks import RandomChunks
-from charlm.data.datamodule import CharDataModule
 from tests.conftest import run_command
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -177,63 +171,3 @@ def test_the_default_recipe_learns_whatever_the_seed(train, tmp_path, shakespear
     ended = train("data=text", f"data.path={file}", f"seed={seed}", "hydra.run.dir=a")
     assert ended.code == 0, ended.err
     assert results(tmp_path / "a")["val/loss"] <= 2.490
-
-
-def test_two_processes_draw_other_chunks(prose):
-    ids = torch.arange(len(prose))
-    first, second = RandomChunks(ids, 8, 32, seed=1337, rank=0), RandomChunks(ids, 8, 32, seed=1337, rank=1)
-    assert not any(torch.equal(first.batch(k)[0], second.batch(k)[0]) for k in range(100))
-
-
-@pytest.fixture
-def two_processes(tmp_path, text_file):
-    """`python train.py trainer=ddp ...` as a user starts it: the second process must find its way by itself."""
-
-    def run(name: str, *overrides: str) -> Path:
-        command = [
-            sys.executable,
-            str(ROOT / "train.py"),
-            "data=text",
-            f"data.path={text_file}",
-            f"hydra.run.dir={name}",
-        ]
-        command += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "trainer.max_steps=30", *overrides]
-        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
-        assert ended.returncode == 0, ended.stderr + ended.stdout
-        assert ended.stderr == ""
-        return tmp_path / name
-
-    return run
-
-
-def test_two_processes_report_what_one_process_would(two_processes, charlm, tmp_path, text_file):
-    folder = two_processes("a", "trainer.val_check_interval=30", "logger=csv", "data.batch_size=16")
-    found = results(folder)
-    assert found["train/tokens"] == 30 * 2 * 16 * 8
-    again = json.loads(charlm("evaluate", str(folder), "--json", "--split", "val").out)
-    assert again["val/loss"] == found["val/loss"]
-    # The validation during training was shared between both, on the same weights as the final one.
-    header, *rows = (folder / "metrics.csv").read_text().splitlines()
-    column = header.split(",").index("val/loss")
-    shared = [row.split(",")[column] for row in rows if row.split(",")[column]]
-    assert float(shared[0]) == pytest.approx(found["val/loss"], rel=1e-12)
-
-
-def test_two_processes_learn_from_both_halves(two_processes, text_file, run):
-    """The gradient is the mean over both: one process with both batches takes the same steps."""
-    folder = two_processes("a", "data.batch_size=4", "optimizer.lr=0.1", "optimizer.weight_decay=0.0")
-    loaded = checkpoint.load(folder)
-    data = CharDataModule("text", block_size=8, batch_size=4, path=str(text_file), seed=1337)
-    data.setup()
-    ranks = [RandomChunks(data.splits["train"], 8, 4, seed=1337, rank=rank) for rank in (0, 1)]
-    torch.manual_seed(1337)
-    model = checkpoint.build(loaded.config["model"], data.tokenizer.vocab_size)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
-    for k in range(30):
-        x, y = (torch.cat(parts) for parts in zip(*(chunks.batch(k) for chunks in ranks), strict=True))
-        loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    for one, two in zip(model.parameters(), loaded.model.parameters(), strict=True):
-        assert torch.allclose(one, two, atol=1e-5)

@@ -1,0 +1,126 @@
+"""Several processes: each draws chunks of its own, and together they train as one process with all their batches."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from charlm import checkpoint
+from charlm.data.chunks import RandomChunks
+from charlm.data.datamodule import CharDataModule
+
+ROOT = Path(__file__).parent.parent
+TRAIN = str(ROOT / "train.py")
+MODELS = sorted(f.stem for f in (ROOT / "charlm" / "model").glob("*.py") if f.stem != "__init__")
+STEPS, ACCUMULATE, LIMIT = 12, 2, 0.5
+
+
+@pytest.fixture
+def two_processes(tmp_path, text_file):
+    """`python train.py trainer=... ...` as a user starts it: the second process must find its way by itself."""
+
+    def run(name: str, *overrides: str) -> Path:
+        command = [sys.executable, TRAIN, "data=text", f"data.path={text_file}", f"hydra.run.dir={name}"]
+        command += ["trainer.devices=2", "trainer.accelerator=cpu", *overrides]
+        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+        assert ended.returncode == 0, ended.stderr + ended.stdout
+        assert ended.stderr == ""
+        return tmp_path / name
+
+    return run
+
+
+def test_two_processes_draw_other_chunks(prose):
+    ids = torch.arange(len(prose))
+    first, second = RandomChunks(ids, 8, 32, seed=1337, rank=0), RandomChunks(ids, 8, 32, seed=1337, rank=1)
+    assert not any(torch.equal(first.batch(k)[0], second.batch(k)[0]) for k in range(100))
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_report_what_one_process_would(two_processes, charlm, trainer):
+    settings = ["trainer.max_steps=30", "trainer.val_check_interval=30", "logger=csv", "data.batch_size=16"]
+    folder = two_processes("a", f"trainer={trainer}", *settings)
+    found = json.loads((folder / "results.json").read_text())
+    assert found["train/tokens"] == 30 * 2 * 16 * 8
+    again = json.loads(charlm("evaluate", str(folder), "--json", "--split", "val").out)
+    assert again["val/loss"] == found["val/loss"]
+    # The validation during training was shared between both, on the same weights as the final one.
+    header, *rows = (folder / "metrics.csv").read_text().splitlines()
+    column = header.split(",").index("val/loss")
+    shared = [row.split(",")[column] for row in rows if row.split(",")[column]]
+    assert float(shared[0]) == pytest.approx(found["val/loss"], rel=1e-12 if trainer == "ddp" else 1e-6)
+
+
+def one_process(folder: Path, path: Path) -> torch.nn.Module:
+    """The same training, written out: the mean gradient over both processes and all batches of a step."""
+    loaded = checkpoint.load(folder)
+    settings, optimizer_settings = loaded.config["data"], loaded.config["optimizer"]
+    data = CharDataModule("text", settings["block_size"], settings["batch_size"], path=str(path), seed=1337)
+    data.setup()
+    ranks = [RandomChunks(data.splits["train"], data.block_size, data.batch_size, 1337, rank) for rank in (0, 1)]
+    torch.manual_seed(1337)
+    model = checkpoint.build(loaded.config["model"], data.tokenizer.vocab_size)
+    parameters = list(model.parameters())
+    decay = optimizer_settings["weight_decay"]
+    groups = [{"params": [p], "weight_decay": decay if p.dim() >= 2 else 0.0} for p in parameters]
+    optimizer = torch.optim.AdamW(groups, lr=optimizer_settings["lr"], betas=tuple(optimizer_settings["betas"]))
+    for k in range(STEPS):
+        batches = [chunks.batch(k * ACCUMULATE + i) for i in range(ACCUMULATE) for chunks in ranks]
+        x, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        F.cross_entropy(model(x).flatten(0, 1), y.flatten()).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, LIMIT)
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def check_equals_one_process(two_processes, text_file, model: str, trainer: str) -> None:
+    settings = [f"model={model}", "data.batch_size=4", "data.block_size=8", "optimizer.lr=1e-3", "threads=1"]
+    settings += [f"trainer.max_steps={STEPS}", f"trainer.accumulate_grad_batches={ACCUMULATE}"]
+    settings += [f"trainer.gradient_clip_val={LIMIT}", "evaluate=[val]", "sample_length=1"]
+    folder = two_processes("a", f"trainer={trainer}", *settings)
+    for one, two in zip(
+        one_process(folder, text_file).parameters(), checkpoint.load(folder).model.parameters(), strict=True
+    ):
+        # Sums in another order: each of the 12 steps moves a weight by about 1e-3, and agrees to a part in a hundred.
+        assert torch.allclose(one, two, atol=1e-5)
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+@pytest.mark.parametrize("model", ["bigram", "gpt"])
+def test_two_processes_train_as_one_with_all_their_batches(two_processes, text_file, model, trainer):
+    check_equals_one_process(two_processes, text_file, model, trainer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+@pytest.mark.parametrize("model", [name for name in MODELS if name not in ("bigram", "gpt")])
+def test_two_processes_train_any_model_as_one(two_processes, text_file, model, trainer):
+    check_equals_one_process(two_processes, text_file, model, trainer)
+
+
+def test_torchrun_starts_a_process_on_each_of_two_addresses(tmp_path, text_file):
+    """The line of the README, once for each machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = ["data=text", f"data.path={text_file}", "trainer.max_steps=20", "trainer.accelerator=cpu"]
+    settings += ["trainer=ddp", "trainer.num_nodes=2", "trainer.devices=1", "hydra.run.dir=a"]
+    processes = []
+    for rank in (0, 1):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1"]
+        command += [f"--node-rank={rank}", "--master-addr=127.0.0.1", f"--master-port={port}"]
+        command += [f"--local-addr=127.0.0.{rank + 1}", TRAIN, *settings]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        processes.append(subprocess.Popen(command, cwd=tmp_path, env=os.environ, text=True, **pipes))  # type: ignore[call-overload]
+    ends = [process.communicate(timeout=200) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], ends
+    assert "on each of 2 processes" in ends[0][0]
+    assert ends[1][0] == ""  # one process speaks for all
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["train/tokens"] == 20 * 2 * 32 * 8
