@@ -75,6 +75,16 @@ class Block(nn.Module):
         return [(module.weight, module.bias) for module in modules]
 
 
+def gelu_of_few(x: Tensor) -> Tensor:
+    """F.gelu, on a transposed view: on CPUs, what is contiguous goes to oneDNN, which starts slower than this ends."""
+    return F.gelu(x.view(2, -1).t()).t().reshape(x.shape)
+
+
+def add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x + F.linear(y, weight, bias), all (B * T, C), in one operation: x takes the place of the bias."""
+    return F.linear(y, weight, x if bias is None else x + bias)
+
+
 class GPT(nn.Module):
     """
     Args:
@@ -145,9 +155,9 @@ class GPT(nn.Module):
             y = F.linear(y, *qkv).view(B, T, 3, nh, hs).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
             new_kv.copy_(y[1:])
             y = F.scaled_dot_product_attention(y[0], k, v, mask, is_causal=T > 1 and not start)
-            x += F.linear(y.transpose(1, 2).reshape(x.shape), *proj)
+            x = add_linear(x, y.transpose(1, 2).reshape(x.shape), *proj)
             y = F.layer_norm(x, (nh * hs,), *norm2)
-            x += F.linear(F.gelu(F.linear(y, *fc)), *out)
+            x = add_linear(x, gelu_of_few(F.linear(y, *fc)), *out)
         logits = F.linear(self.norm(x[T - 1 :: T]), self.token_embedding.weight)  # (B, V)
         return logits, Cache(kv, end, state.parts)
 

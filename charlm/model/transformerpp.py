@@ -178,8 +178,8 @@ class TransformerPP(nn.Module):
             new_k.copy_(turned[1])
             new_v.copy_(y[2])
             y = F.scaled_dot_product_attention(turned[0] * sharpness, k, v, mask, is_causal=T > 1 and not start)
-            x += F.linear(y.transpose(1, 2).reshape(x.shape), proj)
-            x += F.linear(activate(F.linear(norm(x), fc), self.mlp), out)
+            x = F.linear(y.transpose(1, 2).reshape(x.shape), proj, x)  # in one operation with the sum
+            x = F.linear(activate(F.linear(norm(x), fc), self.mlp), out, x)
         return self.head(norm(x[T - 1 :: T])), Cache(kv, end, state.parts)
 
     def embed(self, idx: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
