@@ -23,10 +23,10 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yield the next ids, (B,) int64, `length` times, so that text can be shown as it comes.
 
-    A model sees of the text so far what its `block_size` says: all, if that is None; the last block_size characters, if
-    it has no `decode`. With both, when block_size characters are seen and one more is to be, the older half is
-    forgotten: so each is computed once and, after each half, once again, and not anew for every character that follows.
-    From then on a character is predicted from between half of block_size characters and all.
+    What a model is given of the text so far: all, where its `block_size` is None; else the last block_size characters,
+    where it has no `decode`. One that has both goes on from the newer half whenever block_size characters are full, so
+    that a window is computed anew once in half a window and not for every character; each character is then
+    predicted from block_size // 2 to block_size others, where a sliding window would give it block_size.
 
     Args:
         model: forward(idx) -> logits, with a `block_size`, and perhaps a `decode` (see `charlm.model`).

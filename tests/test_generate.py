@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,6 +9,7 @@ from torch import nn
 from charlm.errors import InputError
 from charlm.generate import generate, sample, write
 from charlm.model.bigram import Bigram
+from charlm.model.gpt import GPT
 from charlm.tokenizer import CharTokenizer
 
 TOKENIZER = CharTokenizer.from_text("abcde\n")
@@ -78,22 +81,77 @@ def test_without_limits_frequencies_are_the_probabilities():
     assert torch.bincount(drawn).div(60_000).tolist() == pytest.approx(logits.softmax(1)[0].tolist(), abs=0.01)
 
 
-def test_a_model_is_given_no_more_than_it_can_look_back_over():
-    class Short(nn.Module):
-        block_size = 4
+class Table(nn.Module):
+    """What follows a character, and how many characters it was given at each call."""
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.table = nn.Embedding(5, 5)
-            self.seen: list[int] = []
+    def __init__(self, block_size: int | None):
+        super().__init__()
+        self.block_size = block_size
+        self.table = nn.Embedding(5, 5)
+        self.given: list[int] = []
 
-        def forward(self, idx):
-            self.seen.append(idx.shape[1])
-            return self.table(idx)
+    def forward(self, idx):
+        self.given.append(idx.shape[1])
+        return self.table(idx)
 
-    short = Short()
-    assert len([*generate(short, torch.zeros(1, 2, dtype=torch.long), 6)]) == 6
-    assert short.seen == [2, 3, 4, 4, 4, 4]
+
+class Decoding(Table):
+    """The same, and it can go on after what it has seen; its state is how much that is."""
+
+    def decode(self, idx, state):
+        self.given.append(idx.shape[1])
+        seen = (state or 0) + idx.shape[1]
+        assert self.block_size is None or seen <= self.block_size
+        return self.table(idx)[:, -1], seen
+
+
+def lengths_given(model: Table, prompt: int, length: int, use_cache: bool = True) -> list[int]:
+    assert len([*generate(model, torch.zeros(1, prompt, dtype=torch.long), length, use_cache=use_cache)]) == length
+    return model.given
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_without_decode_a_model_is_given_the_last_block_size_characters(use_cache):
+    assert lengths_given(Table(4), 2, 6, use_cache) == [2, 3, 4, 4, 4, 4]
+    assert lengths_given(Table(4), 9, 3, use_cache) == [4, 4, 4]
+
+
+def test_with_decode_a_character_is_given_once_and_the_newer_half_of_a_full_window_once_more():
+    assert lengths_given(Decoding(6), 4, 10) == [4, 1, 1, 3, 1, 1, 1, 3, 1, 1]
+    assert lengths_given(Decoding(6), 9, 6) == [6, 3, 1, 1, 1, 3]
+    assert lengths_given(Decoding(1), 3, 4) == [1, 1, 1, 1]
+
+
+def test_without_the_cache_the_windows_are_the_same():
+    assert lengths_given(Decoding(6), 4, 10, use_cache=False) == [4, 5, 6, 3, 4, 5, 6, 3, 4, 5]
+    assert lengths_given(Decoding(6), 9, 6, use_cache=False) == [6, 3, 4, 5, 6, 3]
+
+
+def test_without_a_block_size_nothing_is_forgotten():
+    assert lengths_given(Decoding(None), 3, 5) == [3, 1, 1, 1, 1]
+    assert lengths_given(Decoding(None), 3, 5, use_cache=False) == [3, 4, 5, 6, 7]
+    assert lengths_given(Table(None), 3, 5) == [3, 4, 5, 6, 7]
+
+
+def test_rows_of_a_batch_do_not_see_each_other():
+    torch.manual_seed(0)
+    gpt = GPT(5, block_size=6, n_layer=1, n_head=1, n_embd=8).double()
+    nn.init.normal_(gpt.token_embedding.weight)
+    prompts = torch.tensor([[0, 1], [2, 3], [4, 0]])
+    together = torch.stack([*generate(gpt, prompts, 30, temperature=0)], dim=1)
+    alone = [torch.stack([*generate(gpt, row[None], 30, temperature=0)], dim=1) for row in prompts]
+    assert torch.equal(together, torch.cat(alone))
+    assert len(set(map(tuple, together.tolist()))) == 3
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_model_is_left_in_its_mode_even_where_reading_stops_early(training):
+    gpt = GPT(5, block_size=6, n_layer=1, n_head=1, n_embd=8, dropout=0.5).train(training)
+    stream: Any = generate(gpt, torch.zeros(1, 1, dtype=torch.long), 30)
+    next(stream)
+    assert not gpt.training
+    stream.close()
+    assert gpt.training == training
 
 
 def test_an_empty_prompt_is_refused():

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
@@ -38,6 +39,18 @@ def test_a_target_of_charlm_sits_in_the_group_of_its_name(file):
 def test_every_model_file_has_its_yaml_and_every_yaml_its_file():
     assert sorted(f.stem for f in (CONF / "model").glob("*.yaml")) == MODELS
     assert "bigram" in MODELS
+
+
+def test_a_model_brings_settings_that_suit_it_and_recipes_and_the_command_line_go_before_them():
+    def settings(*overrides: str) -> tuple[int, float]:
+        cfg = compose("train", [*overrides])
+        return cfg.data.block_size, cfg.optimizer.lr
+
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        assert settings("model=gpt") == (64, 1e-3)
+        assert settings("model=gpt", "data=pydoc") == (64, 1e-3)
+        assert settings("model=gpt", "optimizer.lr=5") == (64, 5)
+        assert settings("model=gpt", "experiment=lecture_bigram") == settings("experiment=lecture_bigram") == (8, 1e-2)
 
 
 def test_models_are_plain_torch():

@@ -75,6 +75,16 @@ class Block(nn.Module):
         return [(module.weight, module.bias) for module in modules]
 
 
+def gelu_of_few(x: Tensor) -> Tensor:
+    """F.gelu, on a transposed view: on CPUs, what is contiguous goes to oneDNN, which starts slower than this ends."""
+    return F.gelu(x.view(2, -1).t()).t().reshape(x.shape)
+
+
+def add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x + F.linear(y, weight, bias), all (B * T, C), in one operation: x takes the place of the bias."""
+    return F.linear(y, weight, x if bias is None else x + bias)
+
+
 class GPT(nn.Module):
     """
     Args:
@@ -136,7 +146,7 @@ class GPT(nn.Module):
             kv = self.position_embedding.weight.new_empty(2, len(self.blocks), B, nh, self.block_size, hs)
             state = Cache(kv, 0, [cast(Block, block).parts() for block in self.blocks])
         kv, start, end = state.kv, state.length, state.length + T
-        x = self.embed(idx, start)  # (B, T, C)
+        x = self.embed(idx, start).flatten(0, 1)  # (B * T, C)
         mask = x.new_ones(T, end, dtype=torch.bool).tril(start) if start and T > 1 else None
         # Of all layers at once: where the new keys and values go, (2, B, nh, T, hs), and all of them, (B, nh, end, hs).
         new, (keys, values) = kv[..., start:end, :].unbind(1), (part.unbind() for part in kv[..., :end, :])
@@ -145,10 +155,10 @@ class GPT(nn.Module):
             y = F.linear(y, *qkv).view(B, T, 3, nh, hs).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
             new_kv.copy_(y[1:])
             y = F.scaled_dot_product_attention(y[0], k, v, mask, is_causal=T > 1 and not start)
-            x += F.linear(y.transpose(1, 2).flatten(2), *proj)
+            x = add_linear(x, y.transpose(1, 2).reshape(x.shape), *proj)
             y = F.layer_norm(x, (nh * hs,), *norm2)
-            x += F.linear(F.gelu(F.linear(y, *fc)), *out)
-        logits = F.linear(self.norm(x[:, -1]), self.token_embedding.weight)  # (B, V)
+            x = add_linear(x, gelu_of_few(F.linear(y, *fc)), *out)
+        logits = F.linear(self.norm(x[T - 1 :: T]), self.token_embedding.weight)  # (B, V)
         return logits, Cache(kv, end, state.parts)
 
     def embed(self, idx: Tensor, start: int) -> Tensor:

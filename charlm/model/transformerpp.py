@@ -166,7 +166,8 @@ class TransformerPP(nn.Module):
             kv = self.head.weight.new_empty(2, len(self.blocks), B, nh, self.block_size, hs)
             state = Cache(kv, 0, [cast(Block, block).parts() for block in self.blocks])
         kv, start, end = state.kv, state.length, state.length + T
-        x, cos, sin = self.embed(idx, start)  # (B, T, C), (T, hs/2) and (T, hs/2)
+        x, cos, sin = self.embed(idx, start)
+        x = x.flatten(0, 1)  # (B * T, C)
         mask = x.new_ones(T, end, dtype=torch.bool).tril(start) if start and T > 1 else None
         # Of all layers at once: where the new keys and values go, (B, nh, T, hs), and all of them, (B, nh, end, hs).
         (new_keys, new_values), (keys, values) = kv[..., start:end, :].unbind(), kv[..., :end, :].unbind()
@@ -177,9 +178,9 @@ class TransformerPP(nn.Module):
             new_k.copy_(turned[1])
             new_v.copy_(y[2])
             y = F.scaled_dot_product_attention(turned[0] * sharpness, k, v, mask, is_causal=T > 1 and not start)
-            x += F.linear(y.transpose(1, 2).flatten(2), proj)
-            x += F.linear(activate(F.linear(norm(x), fc), self.mlp), out)
-        return self.head(norm(x[:, -1])), Cache(kv, end, state.parts)
+            x = F.linear(y.transpose(1, 2).reshape(x.shape), proj, x)  # in one operation with the sum
+            x = F.linear(activate(F.linear(norm(x), fc), self.mlp), out, x)
+        return self.head(norm(x[T - 1 :: T])), Cache(kv, end, state.parts)
 
     def embed(self, idx: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """idx (B, T), of which the first stands at position `start` -> x (B, T, C), cos and sin (T, hs/2)."""
