@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -26,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from charlm import config, terminal
+from charlm.budget import budget_of, limit_tokens
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
 from charlm.trainer import FSDP
@@ -152,13 +154,15 @@ def check_settings(cfg: DictConfig) -> None:
     config.check(plain)
     if "val" not in plain["evaluate"]:
         raise InputError(f"evaluate={plain['evaluate']} leaves out val, by which runs are compared: add it")
+    if plain["trainer"]["max_steps"] == -1 and plain["trainer"]["max_time"] is None and plain["max_tokens"] is None:
+        raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
     check_hardware(plain["trainer"])
     check_shortcuts(plain)
-    check_trainer(cfg.trainer)
+    check_parts(cfg, check_trainer(cfg.trainer))
 
 
-def check_trainer(node: DictConfig) -> None:
-    """Combinations of settings that only Lightning knows to be impossible.
+def check_trainer(node: DictConfig) -> L.Trainer:
+    """Combinations of settings that only Lightning knows to be impossible. Returns a trainer, which is not for use.
 
     Raises:
         InputError: with Lightning's own words.
@@ -167,9 +171,27 @@ def check_trainer(node: DictConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            instantiate(node, logger=False)
+            return instantiate(node, logger=False)
         except InstantiationException as error:
             raise InputError(f"trainer: {one_line(error.__cause__ or error)}") from error
+
+
+def check_parts(cfg: DictConfig, trainer: L.Trainer) -> None:
+    """Combinations of settings that only a model or a schedule knows to be impossible: both are made, with nothing in.
+
+    Raises:
+        InputError: with the words of the ValueError that they raise.
+    """
+    limit_tokens(trainer, cfg.max_tokens, cfg.data.batch_size * cfg.data.block_size)
+    try:
+        with torch.device("meta"):  # shapes without numbers: at once, and in no memory
+            instantiate(cfg.model, vocab_size=2)
+        instantiate(cfg.scheduler)(torch.optim.SGD([torch.zeros(1)]), budget_of(trainer))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise InputError(one_line(error.__cause__)) from error
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
 
 
 def check_text(cfg: DictConfig) -> str | None:

@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from charlm.budget import budget_of
 from charlm.data import CharDataModule
 from charlm.errors import InputError
 from charlm.report import name_of, plus_minus, table
@@ -69,7 +70,6 @@ def header(config: dict[str, Any], data: CharDataModule, model: nn.Module, train
     corpus, sizes = data.corpus, {name: len(ids) for name, ids in data.splits.items()}
     tokens = data.batch_size * data.block_size * trainer.world_size * trainer.accumulate_grad_batches
     parameters = sum(p.numel() for p in model.parameters())
-    steps = trainer.max_steps
     optimizer = config["optimizer"]
     lines = {
         "model": f"{name_of(config['model'])}, {parameters:,} parameters",
@@ -77,7 +77,7 @@ def header(config: dict[str, Any], data: CharDataModule, model: nn.Module, train
         + ", ".join(f"{name} {n:,}" for name, n in sizes.items()),
         "batches": f"{data.batch_size} chunks of {data.block_size} characters"
         + (f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""),
-        "training": f"{steps:,} steps of {tokens:,} tokens ({steps * tokens / sizes['train']:.2g} times the text), "
+        "training": f"{budget_of(trainer).told(tokens, sizes['train'])}, "
         f"{name_of(optimizer)} at lr {optimizer['lr']:g}, {name_of(config['scheduler'])}, seed {config['seed']}",
         "device": f"{describe_device(trainer.strategy.root_device)}, {trainer.precision}",
         "folder": quote(Path(config["run_dir"])),

@@ -98,6 +98,7 @@ LAYERS = [
     "data",
     "model",
     "optimizer",
+    "budget",
     "scheduler",
     "generate",
     "evaluate",
