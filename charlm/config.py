@@ -79,7 +79,15 @@ RANGES = {
         "limit_val_batches": Part | None,
         "limit_test_batches": Part | None,
         "limit_predict_batches": Part | None,
-    }
+    },
+    "lightning.pytorch.callbacks.EarlyStopping": {
+        "monitor": Literal["val/loss", "val/bits_per_char", "val/perplexity"],
+        "mode": Literal["min"],
+        "patience": Positive,
+        "min_delta": Annotated[float, Ge(0)],
+        "stopping_threshold": Annotated[float, Ge(0)] | None,
+        "divergence_threshold": Annotated[float, Gt(0)] | None,
+    },
 }
 # Loggers of Lightning that need a package which charlm does not bring.
 NEEDS = {"lightning.pytorch.loggers.WandbLogger": "wandb", "lightning.pytorch.loggers.MLFlowLogger": "mlflow"}

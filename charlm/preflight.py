@@ -113,7 +113,8 @@ def check_overrides(overrides: list[str]) -> None:
         if key == "run_dir":
             raise InputError(f"{line} would split the run over two folders: say hydra.run.dir=...")
         for value in override.sweep_iterator() if override.is_sweep_override() else [override.value()]:
-            if key in config.GROUPS and (not isinstance(value, str) or value in ("", "base")):
+            chosen = value if key == "callbacks" and isinstance(value, list) else [value]
+            if key in config.GROUPS and any(not isinstance(one, str) or one in ("", "base") for one in chosen):
                 raise InputError(
                     f"{line} is not there: choose one of {', '.join(choices(loader.get_group_options(key)))}"
                 )
@@ -156,6 +157,7 @@ def check_settings(cfg: DictConfig) -> None:
         raise InputError(f"evaluate={plain['evaluate']} leaves out val, by which runs are compared: add it")
     if plain["trainer"]["max_steps"] == -1 and plain["trainer"]["max_time"] is None and plain["max_tokens"] is None:
         raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
+    check_average(plain)
     check_hardware(plain["trainer"])
     check_shortcuts(plain)
     check_parts(cfg, check_trainer(cfg.trainer))
@@ -261,6 +263,17 @@ def check_hardware(trainer: dict[str, Any]) -> None:
         )
 
 
+def check_average(plain: dict[str, Any]) -> None:
+    """Are the weights that an observer averages all there, in each process?
+
+    Raises:
+        InputError: if not.
+    """
+    targets = [node["_target_"] for node in (plain["callbacks"] or {}).values()]
+    if "charlm.callbacks.EMA" in targets and plain["trainer"]["strategy"] == FSDP.name:
+        raise InputError("callbacks=ema averages whole weights, and trainer=fsdp spreads them: say trainer=ddp")
+
+
 def check_shortcuts(plain: dict[str, Any]) -> None:
     """Can this machine do what compile and cuda_graph ask for?
 
@@ -333,7 +346,7 @@ def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
         yield
     except MissingConfigException as error:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        there = choices(error.options)
+        there = choices(error.options or GlobalHydra.instance().config_loader().get_group_options(group))
         if not group or not there:
             raise InputError(one_line(error)) from error
         raise InputError(f"{group}={choice} is not there: choose one of {', '.join(there)}") from error
@@ -349,7 +362,8 @@ def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
 
 def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
     """The settings that there are under the groups that the command chose, without the wrong one."""
-    chosen = [o for o in overrides if re.match(r"[a-z_]+=", o) and "," not in o and o.split("=")[0] != wrong]
+    groups = [o for o in overrides if re.match(r"[a-z_]+=", o) and o.split("=")[0] != wrong]
+    chosen = [o for o in groups if "," not in o or o.startswith("callbacks=[")]
     of_hydra = wrong.startswith("hydra.")
     try:
         cfg = compose("train", chosen, return_hydra_config=of_hydra)

@@ -23,6 +23,7 @@ from rich.text import Text
 from torch import nn
 
 from charlm.budget import budget_of
+from charlm.checkpoint import BEST
 from charlm.data import CharDataModule
 from charlm.errors import InputError
 from charlm.report import name_of, plus_minus, table
@@ -151,7 +152,12 @@ def next_commands(run_dir: Path) -> None:
     """What to type now, as it can be pasted."""
     charlm, board = command("charlm", "charlm"), command("tensorboard", "tensorboard.main")
     commands = {f"{board} --logdir {quote(run_dir.parent)}": "the dashboard of all runs there"}
-    if (run_dir / "checkpoints").is_dir():
+    checkpoints = run_dir / "checkpoints"
+    if (checkpoints / BEST).is_file():
+        commands = {
+            f"{charlm} evaluate {quote(checkpoints / BEST)}": "the best of those that were validated"
+        } | commands
+    if checkpoints.is_dir():
         commands = {
             f"{charlm} generate {quote(run_dir)} --length 500": "more text",
             f"{charlm} evaluate {quote(run_dir)}": "these figures again",
