@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from charlm import checkpoint, report, terminal
+from charlm.budget import limit_tokens, stopped_by
 from charlm.callbacks import AtomicCheckpointIO, Throughput
 from charlm.data import CharDataModule
 from charlm.errors import one_line_errors
@@ -59,6 +60,7 @@ def train(cfg: DictConfig) -> None:
             callbacks=[*instantiate(cfg.callbacks).values(), throughput],
             plugins=[AtomicCheckpointIO()],
         )
+        limit_tokens(trainer, cfg.max_tokens, data.batch_size * data.block_size)
         for logger in trainer.loggers:
             logger.log_hyperparams(hyperparameters(config, data))
         if trainer.is_global_zero:
@@ -111,6 +113,7 @@ def finish(
         "seed": config["seed"],
         "device": str(trainer.strategy.root_device),
         "steps": trainer.global_step,
+        "stopped_by": stopped_by(trainer, config["trainer"]["max_steps"]),
         "train/tokens": throughput.tokens,
         "train/seconds": throughput.seconds,
         "train/tokens_per_second": throughput.tokens_per_second,

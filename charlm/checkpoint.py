@@ -18,6 +18,7 @@ from charlm.tokenizer import TOKENIZERS, CharTokenizer
 # The layout of `record`; raised when an older reader could not understand it.
 FORMAT = 1
 NAME = "last.ckpt"
+BEST = "best.ckpt"
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ ROOT = {
     "steps_per_execution": Positive | Literal["auto"],
     "compile": bool,
     "cuda_graph": bool,
+    "max_tokens": Positive | None,
     "evaluate": list[str],
     "sample_length": Annotated[int, Ge(0)],
     "run_dir": str,
@@ -46,7 +47,11 @@ Part = Annotated[float, Ge(0), Le(1)] | Annotated[int, Ge(0)]
 # Ranges that Lightning's own signatures leave to its constructor, or to chance.
 RANGES = {
     "lightning.Trainer": {
-        "max_steps": Positive,
+        "max_steps": Annotated[
+            int,
+            Predicate(lambda steps: steps == -1 or steps >= 1),
+            doc("a whole number of at least 1, or -1 for no end"),
+        ],
         "val_check_interval": Positive,
         "log_every_n_steps": Positive,
         "accumulate_grad_batches": Positive,
@@ -62,7 +67,7 @@ RANGES = {
         | None,
         "deterministic": bool,
         "precision": Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"],
-        "max_epochs": Positive | None,
+        "max_epochs": Literal[-1] | Positive | None,
         "min_epochs": Positive | None,
         "min_steps": Positive | None,
         "check_val_every_n_epoch": Positive | None,
@@ -74,7 +79,15 @@ RANGES = {
         "limit_val_batches": Part | None,
         "limit_test_batches": Part | None,
         "limit_predict_batches": Part | None,
-    }
+    },
+    "lightning.pytorch.callbacks.EarlyStopping": {
+        "monitor": Literal["val/loss", "val/bits_per_char", "val/perplexity"],
+        "mode": Literal["min"],
+        "patience": Positive,
+        "min_delta": Annotated[float, Ge(0)],
+        "stopping_threshold": Annotated[float, Ge(0)] | None,
+        "divergence_threshold": Annotated[float, Gt(0)] | None,
+    },
 }
 # Loggers of Lightning that need a package which charlm does not bring.
 NEEDS = {"lightning.pytorch.loggers.WandbLogger": "wandb", "lightning.pytorch.loggers.MLFlowLogger": "mlflow"}

@@ -21,6 +21,7 @@ TRAINER_SETTINGS = (
     "strategy",
     "precision",
     "max_steps",
+    "max_time",
     "accumulate_grad_batches",
     "gradient_clip_val",
 )
@@ -96,6 +97,7 @@ def hyperparameters(config: dict[str, Any], data: CharDataModule) -> dict[str, s
         flat |= {f"{group}.{key}": value for key, value in config[group].items() if not key.startswith("_")}
     for told_already in ("data.corpus", "data.fallback", "data.seed"):
         flat.pop(told_already, None)
+    flat["max_tokens"] = config["max_tokens"]
     flat |= {f"trainer.{key}": config["trainer"][key] for key in TRAINER_SETTINGS}
     plain = (str, int, float, bool)
     return {key: value if isinstance(value, plain) else str(value) for key, value in flat.items() if value is not None}

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -20,10 +21,10 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from charlm.budget import Budget, budget_of
 from charlm.cuda_graph import Batch, CUDAGraph
 from charlm.data.chunks import EvalBatch, Windows
 from charlm.evaluate import Score, window_losses
-from charlm.scheduler import Budget
 
 # What a validation puts on the curves, of the exact figures.
 VALIDATION = ("val/loss", "val/bits_per_char", "val/perplexity")
@@ -218,14 +219,9 @@ class LanguageModel(L.LightningModule):
         return made
 
     def budget(self) -> Budget:
-        """What ends the run: steps or, by Lightning's clock, seconds; the clock of the first process counts for all."""
-        trainer: Any = self.trainer
-        steps = trainer.max_steps if trainer.max_steps > 0 else None
-        timer = next((c for c in trainer.callbacks if isinstance(c, Timer)), Timer())
-        left = timer.time_remaining()
-        if left is None:
-            return Budget(steps)
-        return Budget(steps, left + timer.time_elapsed(), lambda: trainer.strategy.broadcast(timer.time_elapsed()))
+        """What ends the run. The clock of the first process counts for all, which so take the same rate."""
+        budget, strategy = budget_of(self.trainer), self.trainer.strategy
+        return replace(budget, clock=lambda: strategy.broadcast(budget.clock())) if budget.seconds else budget
 
     def whole(self) -> nn.Module:
         """The model with all of its weights. Where they are sharded, all processes must ask for it together."""

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
+import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -26,6 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from charlm import config, terminal
+from charlm.budget import budget_of, limit_tokens
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
 from charlm.trainer import FSDP
@@ -114,7 +116,8 @@ def check_overrides(overrides: list[str]) -> None:
         if key == "run_dir":
             raise InputError(f"{line} would split the run over two folders: say hydra.run.dir=...")
         for value in override.sweep_iterator() if override.is_sweep_override() else [override.value()]:
-            if key in config.GROUPS and (not isinstance(value, str) or value in ("", "base")):
+            chosen = value if key == "callbacks" and isinstance(value, list) else [value]
+            if key in config.GROUPS and any(not isinstance(one, str) or one in ("", "base") for one in chosen):
                 raise InputError(
                     f"{line} is not there: choose one of {', '.join(choices(loader.get_group_options(key)))}"
                 )
@@ -155,13 +158,16 @@ def check_settings(cfg: DictConfig) -> None:
     config.check(plain)
     if "val" not in plain["evaluate"]:
         raise InputError(f"evaluate={plain['evaluate']} leaves out val, by which runs are compared: add it")
+    if plain["trainer"]["max_steps"] == -1 and plain["trainer"]["max_time"] is None and plain["max_tokens"] is None:
+        raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
+    check_average(plain)
     check_hardware(plain["trainer"])
     check_shortcuts(plain)
-    check_trainer(cfg.trainer)
+    check_parts(cfg, check_trainer(cfg.trainer))
 
 
-def check_trainer(node: DictConfig) -> None:
-    """Combinations of settings that only Lightning knows to be impossible.
+def check_trainer(node: DictConfig) -> L.Trainer:
+    """Combinations of settings that only Lightning knows to be impossible. Returns a trainer, which is not for use.
 
     Raises:
         InputError: with Lightning's own words.
@@ -170,9 +176,27 @@ def check_trainer(node: DictConfig) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            instantiate(node, logger=False)
+            return instantiate(node, logger=False)
         except InstantiationException as error:
             raise InputError(f"trainer: {one_line(error.__cause__ or error)}") from error
+
+
+def check_parts(cfg: DictConfig, trainer: L.Trainer) -> None:
+    """Combinations of settings that only a model or a schedule knows to be impossible: both are made, with nothing in.
+
+    Raises:
+        InputError: with the words of the ValueError that they raise.
+    """
+    limit_tokens(trainer, cfg.max_tokens, cfg.data.batch_size * cfg.data.block_size)
+    try:
+        with torch.device("meta"):  # shapes without numbers: at once, and in no memory
+            instantiate(cfg.model, vocab_size=2)
+        instantiate(cfg.scheduler)(torch.optim.SGD([torch.zeros(1)]), budget_of(trainer))
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValueError):
+            raise InputError(one_line(error.__cause__)) from error
+    except ValueError as error:
+        raise InputError(one_line(error)) from error
 
 
 def check_text(cfg: DictConfig) -> str | None:
@@ -240,6 +264,17 @@ def check_hardware(trainer: dict[str, Any]) -> None:
         raise InputError(
             f"trainer.devices={devices} on a CPU means {wanted} processes: say trainer=ddp if you want them"
         )
+
+
+def check_average(plain: dict[str, Any]) -> None:
+    """Are the weights that an observer averages all there, in each process?
+
+    Raises:
+        InputError: if not.
+    """
+    targets = [node["_target_"] for node in (plain["callbacks"] or {}).values()]
+    if "charlm.callbacks.EMA" in targets and plain["trainer"]["strategy"] == FSDP.name:
+        raise InputError("callbacks=ema averages whole weights, and trainer=fsdp spreads them: say trainer=ddp")
 
 
 def check_shortcuts(plain: dict[str, Any]) -> None:
@@ -314,7 +349,7 @@ def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
         yield
     except MissingConfigException as error:
         group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        there = choices(error.options)
+        there = choices(error.options or GlobalHydra.instance().config_loader().get_group_options(group))
         if not group or not there:
             raise InputError(one_line(error)) from error
         raise InputError(f"{group}={choice} is not there: choose one of {', '.join(there)}") from error
@@ -330,7 +365,8 @@ def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
 
 def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
     """The settings that there are under the groups that the command chose, without the wrong one."""
-    chosen = [o for o in overrides if re.match(r"[a-z_]+=", o) and "," not in o and o.split("=")[0] != wrong]
+    groups = [o for o in overrides if re.match(r"[a-z_]+=", o) and o.split("=")[0] != wrong]
+    chosen = [o for o in groups if "," not in o or o.startswith("callbacks=[")]
     of_hydra = wrong.startswith("hydra.")
     try:
         cfg = compose("train", chosen, return_hydra_config=of_hydra)

@@ -1,36 +1,84 @@
 """Learning-rate schedules: an optimizer and a budget in, a `torch.optim.lr_scheduler.LRScheduler` out.
 
-Stepped once a step.
+Stepped once a step. Each is a factor of the learning rate. It rises over `warmup_steps` steps, always counted in
+steps, since it is optimizer states that must warm up, and falls as the budget is spent, be that by steps or by the
+clock. The lower of both counts: at the end of the budget there is nothing left to warm up for.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from math import cos, pi, sqrt
+from typing import Annotated
 
-import torch
-from torch.optim.lr_scheduler import LRScheduler
+from annotated_types import Ge, Gt, Le
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
+from charlm.budget import Budget
 
-@dataclass(frozen=True)
-class Budget:
-    """What ends a run, whichever comes first.
-
-    Args:
-        steps: optimizer steps, if they end it; tokens are counted as the steps that they take.
-        seconds: of training, if the clock ends it.
-        clock: tells how many seconds have passed.
-    """
-
-    steps: int | None
-    seconds: float | None = None
-    clock: Callable[[], float] = lambda: 0.0
-
-    def spent(self, step: int) -> float:
-        """The part that is gone after `step` steps, 0 to 1."""
-        by_steps = step / self.steps if self.steps else 0.0
-        by_clock = self.clock() / self.seconds if self.seconds else 0.0
-        return min(1.0, max(by_steps, by_clock))
+Steps = Annotated[int, Ge(0)]
+Part = Annotated[float, Ge(0), Le(1)]
 
 
-def constant(optimizer: torch.optim.Optimizer, budget: Budget) -> LRScheduler | None:
+def constant(optimizer: Optimizer, budget: Budget) -> LRScheduler | None:
     """The learning rate stays as it is; there is nothing to step."""
     return None
+
+
+def warmup_cosine(optimizer: Optimizer, budget: Budget, warmup_steps: Steps, final_lr: Part) -> LRScheduler:
+    """Half a cosine down to `final_lr` times the rate (Loshchilov and Hutter 2017); in steps, nanoGPT's."""
+
+    def fall(step: int) -> float:
+        return 0.5 * (1 + cos(pi * budget.spent(step, since=warmup_steps)))
+
+    return scheduled(optimizer, budget, warmup_steps, final_lr, fall)
+
+
+def linear(optimizer: Optimizer, budget: Budget, warmup_steps: Steps, final_lr: Part) -> LRScheduler:
+    """A straight line down to `final_lr` times the rate (Defazio et al. 2023)."""
+
+    def fall(step: int) -> float:
+        return 1 - budget.spent(step, since=warmup_steps)
+
+    return scheduled(optimizer, budget, warmup_steps, final_lr, fall)
+
+
+def warmup_stable_decay(
+    optimizer: Optimizer,
+    budget: Budget,
+    warmup_steps: Steps,
+    decay_fraction: Annotated[float, Gt(0), Le(1)],
+    final_lr: Part,
+) -> LRScheduler:
+    """The full rate until the last part of the budget, then down as 1 - sqrt (Hu et al. 2024; Hägele et al. 2024)."""
+
+    def fall(step: int) -> float:
+        left = 1 - budget.spent(step)
+        return 1 - sqrt(1 - min(1.0, left / decay_fraction))
+
+    return scheduled(optimizer, budget, warmup_steps, final_lr, fall)
+
+
+def scheduled(
+    optimizer: Optimizer, budget: Budget, warmup_steps: int, final_lr: float, fall: Callable[[int], float]
+) -> LRScheduler:
+    """A warm-up, and `fall` from 1 to 0 brought between 1 and `final_lr`.
+
+    Raises:
+        ValueError: if the warm-up takes all steps that there are.
+    """
+    if budget.steps is not None and warmup_steps >= budget.steps:
+        raise ValueError(
+            f"scheduler.warmup_steps={warmup_steps} leaves nothing of a run of {budget.steps} steps: "
+            f"choose fewer, or a longer run"
+        )
+    known: dict[int, float] = {}  # of the newest step: the groups of an optimizer must not read the clock in turn
+
+    def factor(step: int) -> float:
+        if step not in known:
+            risen = (step + 1) / (warmup_steps + 1)  # never zero, as a step that changes nothing is wasted
+            known.clear()
+            known[step] = min(risen, final_lr + (1 - final_lr) * fall(step))
+        return known[step]
+
+    # A function is left out of LambdaLR's state, which so stays plain numbers; a resumed run makes it anew.
+    return LambdaLR(optimizer, factor)

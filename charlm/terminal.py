@@ -22,6 +22,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
+from charlm.budget import budget_of
+from charlm.checkpoint import BEST
 from charlm.data import CharDataModule
 from charlm.errors import InputError
 from charlm.report import name_of, plus_minus, table
@@ -69,7 +71,6 @@ def header(config: dict[str, Any], data: CharDataModule, model: nn.Module, train
     corpus, sizes = data.corpus, {name: len(ids) for name, ids in data.splits.items()}
     tokens = data.batch_size * data.block_size * trainer.world_size * trainer.accumulate_grad_batches
     parameters = sum(p.numel() for p in model.parameters())
-    steps = trainer.max_steps
     optimizer = config["optimizer"]
     lines = {
         "model": f"{name_of(config['model'])}, {parameters:,} parameters",
@@ -77,7 +78,7 @@ def header(config: dict[str, Any], data: CharDataModule, model: nn.Module, train
         + ", ".join(f"{name} {n:,}" for name, n in sizes.items()),
         "batches": f"{data.batch_size} chunks of {data.block_size} characters"
         + (f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""),
-        "training": f"{steps:,} steps of {tokens:,} tokens ({steps * tokens / sizes['train']:.2g} times the text), "
+        "training": f"{budget_of(trainer).told(tokens, sizes['train'])}, "
         f"{name_of(optimizer)} at lr {optimizer['lr']:g}, {name_of(config['scheduler'])}, seed {config['seed']}",
         "device": f"{describe_device(trainer.strategy.root_device)}, {trainer.precision}",
         "folder": quote(Path(config["run_dir"])),
@@ -151,7 +152,12 @@ def next_commands(run_dir: Path) -> None:
     """What to type now, as it can be pasted."""
     charlm, board = command("charlm", "charlm"), command("tensorboard", "tensorboard.main")
     commands = {f"{board} --logdir {quote(run_dir.parent)}": "the dashboard of all runs there"}
-    if (run_dir / "checkpoints").is_dir():
+    checkpoints = run_dir / "checkpoints"
+    if (checkpoints / BEST).is_file():
+        commands = {
+            f"{charlm} evaluate {quote(checkpoints / BEST)}": "the best of those that were validated"
+        } | commands
+    if checkpoints.is_dir():
         commands = {
             f"{charlm} generate {quote(run_dir)} --length 500": "more text",
             f"{charlm} evaluate {quote(run_dir)}": "these figures again",

@@ -66,6 +66,7 @@ LAYERS = [
     "data",
     "model",
     "optimizer",
+    "budget",
     "scheduler",
     "generate",
     "evaluate",

@@ -1,9 +1,11 @@
 """Observers of training: adding or removing one leaves the trained weights bitwise the same."""
 
+from charlm.callbacks.best import Best
 from charlm.callbacks.bigram_table import BigramTable
 from charlm.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
+from charlm.callbacks.ema import EMA
 from charlm.callbacks.progress import Progress
 from charlm.callbacks.samples import Samples
 from charlm.callbacks.throughput import Throughput
 
-__all__ = ["AtomicCheckpointIO", "BigramTable", "Checkpoint", "Progress", "Samples", "Throughput"]
+__all__ = ["EMA", "AtomicCheckpointIO", "Best", "BigramTable", "Checkpoint", "Progress", "Samples", "Throughput"]

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from torch import Tensor
 
+from charlm.budget import budget_of
 from charlm.terminal import console
 
 # A person reads no faster, and every look at the loss waits for the device.
@@ -30,6 +31,7 @@ class Progress(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start = time.perf_counter()
+        self.budget = budget_of(trainer)
         self.first_step = self.shown_at = trainer.global_step
         self.next_look = self.start + self.pace if trainer.is_global_zero else float("inf")
         if trainer.is_global_zero and console.is_terminal:
@@ -41,9 +43,9 @@ class Progress(L.Callback):
                 TextColumn("{task.fields[clock]}"),
             )
             self.bar = Bar(*columns, console=console, refresh_per_second=8, expand=True)
-            total = trainer.max_steps if trainer.max_steps > 0 else None
             steps = told_steps(self.first_step, trainer.max_steps)
-            self.task = self.bar.add_task("", total=total, completed=self.first_step, steps=steps, clock="left")
+            self.task = self.bar.add_task("", total=1.0, steps=steps, clock="left")
+            self.bar.update(self.task, completed=self.budget.spent(self.first_step))
             self.bar.start()
 
     def on_train_batch_end(
@@ -72,16 +74,17 @@ class Progress(L.Callback):
         told += (f"val {val:.4f}  " if val is not None else "") + f"{tokens:,.0f} tokens/s"
         steps = told_steps(step, trainer.max_steps)
         if self.bar:
-            self.bar.update(self.task, completed=step, description=told, steps=steps)
+            self.bar.update(self.task, completed=self.budget.spent(step), description=told, steps=steps)
         else:
-            left = (trainer.max_steps - step) / steps_per_second if steps_per_second else 0
-            console.print(f"step {steps}  {told}" + (f"  {left:,.0f} s left" if left > 0 else ""))
+            left = self.budget.seconds_left(step, steps_per_second)
+            console.print(f"step {steps}  {told}" + (f"  {left:,.0f} s left" if left and left > 0 else ""))
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and trainer.global_step > self.shown_at:
             self.show(trainer)
         if self.bar:
-            self.bar.update(self.task, clock="in all" if trainer.global_step >= trainer.max_steps > 0 else "")
+            spent = self.budget.spent(trainer.global_step)
+            self.bar.update(self.task, completed=spent, clock="in all" if spent == 1 else "")
         self.stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

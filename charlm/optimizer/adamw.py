@@ -1,5 +1,6 @@
 """AdamW: Adam with decoupled weight decay (Loshchilov and Hutter, 2019)."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 import torch
@@ -7,22 +8,28 @@ from annotated_types import Ge, Gt, Len, Lt, doc
 from torch import Tensor, nn
 
 Beta = Annotated[float, Ge(0), Lt(1)]
+Betas = Annotated[list[Beta], Len(2, 2), doc("two numbers of at least 0 and below 1, as [0.9,0.999]")]
 
 
 def adamw(
     model: nn.Module,
     lr: Annotated[float, Gt(0)],
-    betas: Annotated[list[Beta], Len(2, 2), doc("two numbers of at least 0 and below 1, as [0.9,0.999]")],
+    betas: Betas,
     eps: Annotated[float, Gt(0)],
     weight_decay: Annotated[float, Ge(0)],
 ) -> list[torch.optim.Optimizer]:
     """AdamW for every parameter. Only what has two dimensions decays: matrices and embeddings, not gains and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
+    return [AdamW(decay_groups(parameters, weight_decay), lr=lr, betas=tuple(betas), eps=eps)]
+
+
+def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Parameter groups in which only what has two dimensions decays."""
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return [AdamW([group for group in groups if group["params"]], lr=lr, betas=tuple(betas), eps=eps)]
+    return [group for group in groups if group["params"]]
 
 
 class AdamW(torch.optim.AdamW):

@@ -1,0 +1,87 @@
+"""What ends a run, whichever comes first: optimizer steps, tokens or time."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import Timer
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a run may take.
+
+    Args:
+        steps: optimizer steps, if they end it; tokens are counted as the steps that they take.
+        seconds: of training, with its validations, if the clock ends it.
+        clock: tells how many seconds have passed.
+    """
+
+    steps: int | None
+    seconds: float | None = None
+    clock: Callable[[], float] = lambda: 0.0
+
+    def spent(self, step: int, since: int = 0) -> float:
+        """The part that is gone after `step` steps, 0 to 1; steps may count from `since` on, the clock runs always."""
+        by_steps = (step - since) / (self.steps - since) if self.steps else 0.0
+        by_clock = self.clock() / self.seconds if self.seconds else 0.0
+        return min(1.0, max(0.0, by_steps, by_clock))
+
+    def seconds_left(self, step: int, steps_per_second: float) -> float | None:
+        """By the clock or at that speed, whichever is sooner; None where that cannot be known."""
+        by_steps = (self.steps - step) / steps_per_second if self.steps and steps_per_second else None
+        by_clock = self.seconds - self.clock() if self.seconds else None
+        return min((left for left in (by_steps, by_clock) if left is not None), default=None)
+
+    def told(self, tokens_per_step: int, tokens_of_text: int) -> str:
+        """The budget as one reads it."""
+        time = f"{timedelta(seconds=round(self.seconds))} of time" if self.seconds else ""
+        if not self.steps:
+            return f"{time}, in steps of {tokens_per_step:,} tokens"
+        times = self.steps * tokens_per_step / tokens_of_text
+        steps = f"{self.steps:,} steps of {tokens_per_step:,} tokens ({times:.2g} times the text)"
+        return f"{steps} or {time}, whichever ends first" if time else steps
+
+
+def budget_of(trainer: L.Trainer) -> Budget:
+    """By trainer.max_steps and by the clock of trainer.max_time, which each process has to itself."""
+    steps = trainer.max_steps if trainer.max_steps > 0 else None
+    timer = timer_of(trainer)
+    left = timer.time_remaining() if timer else None
+    if timer is None or left is None:
+        return Budget(steps)
+    return Budget(steps, left + timer.time_elapsed(), timer.time_elapsed)
+
+
+def timer_of(trainer: L.Trainer) -> Timer | None:
+    """Lightning's clock, which is there if trainer.max_time is."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return next((callback for callback in callbacks if isinstance(callback, Timer)), None)
+
+
+def limit_tokens(trainer: L.Trainer, max_tokens: int | None, tokens_per_batch: int) -> None:
+    """Let the trainer stop with the step that reaches `max_tokens`, if no fewer steps were asked for.
+
+    Only the trainer knows how many processes there are, each with a batch of its own.
+    """
+    if max_tokens is None:
+        return
+    settings: Any = trainer
+    steps = -(-max_tokens // (tokens_per_batch * settings.accumulate_grad_batches * trainer.world_size))
+    if not 0 < trainer.max_steps <= steps:
+        trainer.fit_loop.epoch_loop.max_steps = steps
+
+
+def stopped_by(trainer: L.Trainer, max_steps: int) -> str:
+    """Which end a run came to.
+
+    Args:
+        max_steps: as it was asked for; the trainer has another where tokens are fewer.
+    """
+    timer = timer_of(trainer)
+    left = timer.time_remaining() if timer else None
+    if trainer.global_step >= trainer.max_steps > 0:
+        return "steps" if trainer.max_steps == max_steps else "tokens"
+    return "time" if left is not None and left <= 0 else "early stopping"

@@ -1,0 +1,30 @@
+"""The best state of a run, beside its last."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from charlm.checkpoint import BEST
+
+
+class Best(L.Callback):
+    """Keeps the state with the lowest val/loss, of those that were validated, in `dirpath`/best.ckpt."""
+
+    def __init__(self, dirpath: str):
+        self.path = Path(dirpath, BEST)
+        self.loss = math.inf
+        self.step: int | None = None
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        loss = float(trainer.callback_metrics["val/loss"])
+        if loss < self.loss:  # which NaN is not
+            self.loss, self.step = loss, trainer.global_step
+            trainer.save_checkpoint(self.path)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"loss": self.loss, "step": self.step}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.loss, self.step = state_dict["loss"], state_dict["step"]

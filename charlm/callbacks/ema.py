@@ -1,0 +1,110 @@
+"""An exponential moving average of the weights (Polyak and Juditsky 1992; Ruppert 1988), used wherever a run is judged.
+
+Not torch's AveragedModel nor Lightning's WeightAveraging: both copy the whole module.
+"""
+
+from typing import Annotated, Any
+
+import lightning as L
+import torch
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor, nn
+
+KEY = "ema"  # of a checkpoint
+
+
+class EMA(L.Callback):
+    """Validations, exhibits, final figures and checkpoints take the averaged weights; training goes on with its own.
+
+    A checkpoint holds the average where readers look for weights and those of training beside it, to resume from.
+
+    The average begins with the first update, and the n-th one leaves at most (n - 1) / (n + 8) of it. So it reaches
+    back over about a ninth of a run, and not to the weights that a short run began with. TensorFlow's
+    ExponentialMovingAverage introduced such a ramp, as `num_updates`.
+
+    Args:
+        decay: what one step leaves of the average of a long run, which so reaches back over 1 / (1 - decay) steps.
+        every_n_steps: how often the average is updated, which counts for as many steps.
+    """
+
+    def __init__(self, decay: Annotated[float, Gt(0), Lt(1)] = 0.999, every_n_steps: Annotated[int, Ge(1)] = 10):
+        self.decay, self.every_n_steps = decay, every_n_steps
+        self.updates = self.updated_at = 0
+        self.average: list[Tensor] = []  # in the order of the model's parameters
+        self.raw: list[Tensor] = []  # those of training, while the model has the average
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.average = [average.to(pl_module.device) for average in self.average]  # if there is one, from a file
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.take_out(pl_module)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        self.update(trainer, pl_module)
+
+    # Put in before, and taken out long after: other observers look in between, whatever their order.
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.put_in(pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.put_in(pl_module)
+
+    @torch.no_grad()
+    def update(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Once for each step that is due."""
+        step = trainer.global_step
+        if step % self.every_n_steps or step == self.updated_at:
+            return
+        weights = [wide(p) for p in pl_module.parameters()]
+        if self.updates:
+            kept = min(self.decay**self.every_n_steps, self.updates / (self.updates + 9))
+            torch._foreach_lerp_(self.average, weights, 1 - kept)
+        else:
+            self.average = [weight.clone() for weight in weights]
+        self.updates, self.updated_at = self.updates + 1, step
+
+    @torch.no_grad()
+    def put_in(self, pl_module: L.LightningModule) -> None:
+        """By copies, since optimizers, other processes and captured graphs know the parameters by their place."""
+        if self.raw or not self.average:
+            return
+        self.raw = [p.clone() for p in pl_module.parameters()]
+        for p, average in zip(pl_module.parameters(), self.average, strict=True):
+            p.copy_(average)
+
+    @torch.no_grad()
+    def take_out(self, pl_module: L.LightningModule) -> None:
+        if self.raw:
+            for p, raw in zip(pl_module.parameters(), self.raw, strict=True):
+                p.copy_(raw)
+        self.raw = []
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if not self.raw:
+            self.update(trainer, pl_module)  # where it is due: an observer before this one may save at the same step
+        if not self.average:
+            return
+        weights = checkpoint["state_dict"]
+        raw = weights | named(pl_module, self.raw) if self.raw else weights
+        checkpoint["state_dict"] = weights | named(pl_module, self.average)
+        checkpoint[KEY] = {"raw": raw, "updates": self.updates, "updated_at": self.updated_at}
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if KEY not in checkpoint:  # of a run without an average: it begins here
+            return
+        kept, average = checkpoint[KEY], checkpoint["state_dict"]
+        self.updates, self.updated_at = kept["updates"], kept["updated_at"]
+        self.average = [average[name].clone() for name, _ in pl_module.named_parameters()]
+        pl_module.load_state_dict(kept["raw"])
+
+
+def wide(parameter: Tensor) -> Tensor:
+    """A half-precision average would round its updates away."""
+    return parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
+
+
+def named(module: nn.Module, tensors: list[Tensor]) -> dict[str, Tensor]:
+    """Tensors in the order of the parameters, under all names of these."""
+    of = {id(p): tensor for p, tensor in zip(module.parameters(), tensors, strict=True)}
+    return {name: of[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}

@@ -1,0 +1,57 @@
+"""Muon: momentum, made orthogonal, for the hidden matrices (Jordan et al. 2024); AdamW for the rest."""
+
+from typing import Annotated, Literal
+
+import torch
+from annotated_types import Ge, Gt
+from torch import nn
+
+from charlm.optimizer.adamw import AdamW, Beta, Betas, decay_groups
+
+
+def muon(
+    model: nn.Module,
+    lr: Annotated[float, Gt(0)],
+    adamw_lr: Annotated[float, Gt(0)],
+    momentum: Beta,
+    nesterov: bool,
+    adjust_lr_fn: Literal["original", "match_rms_adamw"],
+    betas: Betas,
+    eps: Annotated[float, Gt(0)],
+    weight_decay: Annotated[float, Ge(0)],
+) -> list[torch.optim.Optimizer]:
+    """PyTorch's Muon for the hidden matrices, if the model has any, and AdamW for all other parameters, if any.
+
+    Args:
+        model: its output layer, if that is one of its own, is called `head`.
+        lr: of Muon.
+        adamw_lr: of AdamW.
+        momentum, nesterov: of Muon.
+        adjust_lr_fn: how Muon's step depends on the shape of a matrix. "original" scales its spectrum to lr;
+            "match_rms_adamw" its entries to about those of AdamW at the same lr (Liu et al. 2025, section 2.2).
+        betas, eps: of AdamW.
+        weight_decay: of both, but not of gains and biases.
+    """
+    hidden = hidden_matrices(model)
+    chosen = {id(p) for p in hidden}
+    rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
+    made: list[torch.optim.Optimizer] = []
+    if hidden:
+        settings = {"momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
+        made.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, **settings))  # type: ignore[arg-type]
+    if rest:
+        made.append(AdamW(decay_groups(rest, weight_decay), lr=adamw_lr, betas=tuple(betas), eps=eps))
+    return made
+
+
+def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """What maps activations to activations: all matrices but those that symbols or positions enter or leave by.
+
+    Rows of an embedding are looked up one by one, and those of an output layer are used one by one: directions among
+    them mean nothing, so that there is nothing to make orthogonal. A matrix that is both, tied, is an embedding's.
+    """
+    ends: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
+    head = getattr(model, "head", None)
+    ends += [head] if isinstance(head, nn.Module) else []
+    outside = {id(p) for module in ends for p in module.parameters()}
+    return [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in outside]
