@@ -4,7 +4,6 @@ import csv
 import json
 
 import pytest
-
 from rich.console import Console
 
 from charlm import report
@@ -91,7 +90,7 @@ def test_long_values_make_names_that_a_file_system_takes():
 def test_a_swept_list_stands_in_the_table_as_it_was_typed():
     row = {"status": "failed: see [log]", "val/loss": None}
     rows = [row | {"callbacks": value} for value in ("[default]", "[default,early_stopping]")]
-    console = Console(width=60)
+    console = Console(width=100)
     with console.capture() as told:
         console.print(report.table(rows, ["callbacks"], "2 runs"))
     lines = "".join(told.get().split())
