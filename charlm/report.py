@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from charlm.checkpoint import write_atomically
@@ -63,7 +64,7 @@ def table(rows: list[dict[str, Any]], settings: list[str], title: str) -> Table:
     """Runs as lines: what was set, and what came of it."""
     shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for setting in settings:
-        shown.add_column(setting.rpartition(".")[2], justify="right")
+        shown.add_column(setting.rpartition(".")[2], justify="right", overflow="fold")
     for column in ("val loss", "bits per char", "perplexity", "seconds"):
         shown.add_column(column, justify="right", no_wrap=True)
     shown.add_column("status", overflow="fold")
@@ -74,7 +75,8 @@ def table(rows: list[dict[str, Any]], settings: list[str], title: str) -> Table:
             bits, perplexity = f"{row['val/bits_per_char']:.4f}", f"{row['val/perplexity']:.3f}"
             figures = [plus_minus(row, "val", "loss", 4), bits, perplexity, f"{row['train/seconds']:.1f}"]
         style = None if row["status"] == "finished" else "bold red"
-        shown.add_row(*(str(row[setting]) for setting in settings), *figures, row["status"], style=style)
+        told = (escape(str(row[setting])) for setting in settings)  # callbacks=[default] is no markup
+        shown.add_row(*told, *figures, escape(row["status"]), style=style)
     return shown
 
 

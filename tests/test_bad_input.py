@@ -67,10 +67,15 @@ def refused(tmp_path: Path) -> Callable[..., str]:
         ("~callbacks.sample", "callbacks.samples"),
         ("callbacks.smaples.length=5", "callbacks.samples.length"),
         ("hydra.run.dirr=x", "hydra.run.dir"),
+        ("max_token=5", "max_tokens"),
+        ("callbacks=[default,ema] callbacks.ema.decy=0.5", "callbacks.ema.decay"),
+        ("callbacks=ema ~callbacks.emma", "callbacks.ema"),
+        ("optimizer=muon optimizer.adam_lr=1", "optimizer.adamw_lr"),
+        ("scheduler=linear scheduler.warmup=1", "scheduler.warmup_steps"),
     ],
 )
 def test_a_key_that_is_not_there_names_the_nearest(refused, train, override, nearest):
-    assert f"did you mean {nearest}?" in refused(train, override)
+    assert f"did you mean {nearest}?" in refused(train, *override.split())
 
 
 @pytest.mark.parametrize("override", ["xyzzy=1", "+xyzzy=1", "~xyzzy", "+model.xyzzy=1"])
@@ -170,6 +175,11 @@ def test_the_numbers_of_every_group_are_found():
         "trainer.gradient_clip_val=0",
         "trainer.gradient_clip_val=abc",
         "trainer.check_val_every_n_epoch=-1",
+        "max_tokens=0",
+        "max_tokens=abc",
+        "max_tokens=1.5",
+        "trainer.max_steps=0",
+        "trainer.max_steps=-2",
         "trainer.max_time=5",
         "trainer.max_time=00:00:00:00",
         "trainer.precision=nosuch",
@@ -178,7 +188,7 @@ def test_the_numbers_of_every_group_are_found():
         "+trainer.limit_train_batches=-1",
         "+trainer.overfit_batches=-1",
         "+trainer.min_steps=-1",
-        "+trainer.max_epochs=0",
+        "trainer.max_epochs=0",
         "+trainer.fast_dev_run=-1",
     ],
 )
@@ -199,7 +209,12 @@ def test_fractions_must_leave_something_to_train_on(refused, train, text_file):
         ("data=nosuch", "pydoc, text, tinyshakespeare"),
         ("data=base", "pydoc, text, tinyshakespeare"),
         ("trainer=nosuch", "auto, cpu, ddp, gpu"),
-        ("callbacks=nosuch", "default, none"),
+        ("callbacks=nosuch", "best, default, early_stopping, ema, none"),
+        ("callbacks=[5]", "default, none"),
+        ("callbacks=[default,null]", "default, none"),
+        ("callbacks=[[default]]", "default, none"),
+        ("model=[bigram]", "bigram"),
+        ("scheduler=nosuch", "constant, linear, warmup_cosine, warmup_stable_decay"),
         ("experiment=nosuch", "lecture_bigram"),
         ("+experiment=nosuch", "lecture_bigram"),
         ("hydra/launcher=nosuch", "basic, local"),
@@ -212,6 +227,32 @@ def test_a_choice_that_is_not_there_lists_those_that_are(refused, train, overrid
     told = refused(train, override)
     assert f"{override.lstrip('+')} is not there: choose one of " in told
     assert set(choices.split(", ")) <= set(told.strip().rpartition("choose one of ")[2].split(", "))
+
+
+def test_one_of_several_choices_that_is_not_there_lists_those_that_are(refused, train):
+    assert "callbacks=nosuch is not there: choose one of best, default" in refused(train, "callbacks=[default,nosuch]")
+
+
+@pytest.mark.parametrize("callbacks", ["callbacks=[]", "callbacks=none", "callbacks=[none]"])
+def test_no_observers_are_a_choice(train, text_file, callbacks):
+    ended = train(*ANY_TEXT, "trainer.max_steps=2", "logger=none", callbacks)
+    assert (ended.code, ended.err) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["trainer.max_steps=-1"], "trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time"),
+        (["scheduler=linear", "trainer.max_steps=100"], "warmup_steps=100 leaves nothing of a run of 100 steps"),
+        (["scheduler=warmup_cosine", "max_tokens=2560"], "warmup_steps=100 leaves nothing of a run of 10 steps"),
+        (["scheduler=linear", "max_tokens=51200", "trainer=ddp"], "warmup_steps=100 leaves nothing of a run of 100"),
+        (["callbacks=[default,ema]", "trainer=fsdp"], "callbacks=ema averages whole weights, and trainer=fsdp"),
+        (["callbacks=early_stopping", "callbacks.early_stopping.monitor=loss"], "monitor=loss is not possible: give"),
+        (["optimizer=muon", "optimizer.adjust_lr_fn=nosuch"], "give one of original, match_rms_adamw"),
+    ],
+)
+def test_settings_that_exclude_one_another(refused, train, settings, words):
+    assert words in refused(train, *settings)
 
 
 @pytest.mark.parametrize("target", ["nosuch.Thing", "charlm.model.bigram", "charlm.model.bigram.Nosuch", "5", "null"])
@@ -423,6 +464,8 @@ def test_a_logger_whose_package_is_not_installed_names_it(refused, train, packag
         (["trainer.devices=1,99"], "trainer.devices=99"),
         (["trainer.accelerator=cpu,cuda"], "trainer.accelerator=cuda is not there"),
         (["data=text,pydoc", "+data.xyzzy=1,2"], "there is no setting data.xyzzy"),
+        (["callbacks=[default],[default,nosuch]"], "callbacks=nosuch is not there"),
+        (["scheduler=constant,linear", "trainer.max_steps=50"], "warmup_steps=100 leaves nothing"),
     ],
 )
 def test_a_mistake_in_any_job_is_found_before_the_first_starts(refused, train, text_file, overrides, words):

@@ -4,7 +4,9 @@ import csv
 import json
 
 import pytest
+from rich.console import Console
 
+from charlm import report
 from charlm.sweep import names
 
 GRID = ["data.block_size=4,16", "data.batch_size=8,32", "optimizer.lr=1e-3,1e-1"]
@@ -83,3 +85,14 @@ def test_names_that_would_be_equal_are_told_apart():
 
 def test_long_values_make_names_that_a_file_system_takes():
     assert all(len(name) < 255 for name in names([[f"data.path={'x' * 500}"], [f"data.path={'y' * 500}"]]))
+
+
+def test_a_swept_list_stands_in_the_table_as_it_was_typed():
+    row = {"status": "failed: see [log]", "val/loss": None}
+    rows = [row | {"callbacks": value} for value in ("[default]", "[default,early_stopping]")]
+    console = Console(width=100)
+    with console.capture() as told:
+        console.print(report.table(rows, ["callbacks"], "2 runs"))
+    lines = "".join(told.get().split())
+    for word in ("[default]", "early_sto", "failed:see[log]"):
+        assert word in lines
