@@ -25,6 +25,7 @@ from charlm.generate import write
 from charlm.logger import FINISHED, hyperparameters
 from charlm.module import VALIDATION, LanguageModel
 from charlm.preflight import check_command
+from charlm.trainer import precision_for
 
 gc.enable()
 gc.freeze()
@@ -38,9 +39,8 @@ def train(cfg: DictConfig) -> None:
         data: CharDataModule = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
         data.setup()
         model = instantiate(cfg.model, vocab_size=data.tokenizer.vocab_size)
-        # What a forward pass multiplies; a step takes three times as much.
-        multiplications = sum(p.numel() for p in model.parameters()) * data.batch_size * data.block_size
-        set_threads(cfg.threads, multiplications)
+        choose(cfg, model, data)
+        torch.set_num_threads(cfg.threads)
         config: Any = OmegaConf.to_container(cfg, resolve=True)
         record = checkpoint.record(config, data.tokenizer, data.corpus.card())
         module = LanguageModel(
@@ -48,7 +48,7 @@ def train(cfg: DictConfig) -> None:
             instantiate(cfg.optimizer),
             instantiate(cfg.scheduler),
             record,
-            steps_together(cfg.steps_per_execution, multiplications),
+            cfg.steps_per_execution,
             cfg.compile,
             cfg.cuda_graph,
         )
@@ -71,19 +71,16 @@ def train(cfg: DictConfig) -> None:
             finish(config, data, model, trainer, throughput)
 
 
-def set_threads(threads: int | str, multiplications: int) -> None:
-    """PyTorch's threads on the CPU; `auto` is one where a step multiplies less than 10^8 times, about 10 ms.
-
-    Below that, threads gain nothing, and where other programs run they wait for one another twenty times as long.
-    """
-    if threads == "auto":
-        threads = torch.get_num_threads() if multiplications > 1e8 else 1
-    torch.set_num_threads(int(threads))
-
-
-def steps_together(steps: int | str, multiplications: int) -> int:
-    """Optimizer steps that Lightning takes for one; `auto` is as many as make about 20 ms on a CPU."""
-    return max(1, min(100, int(2e8 / multiplications))) if steps == "auto" else int(steps)
+def choose(cfg: DictConfig, model: nn.Module, data: CharDataModule) -> None:
+    """Put a value where `auto` is, as this machine and the size of a step suggest."""
+    # What a forward pass multiplies; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
+    multiplications = sum(p.numel() for p in model.parameters()) * data.batch_size * data.block_size
+    if cfg.threads == "auto":
+        # Small steps gain nothing from threads, which wait twenty times as long for each other on busy cores.
+        cfg.threads = torch.get_num_threads() if multiplications > 1e8 else 1
+    if cfg.steps_per_execution == "auto":
+        cfg.steps_per_execution = max(1, min(100, int(2e8 / multiplications)))
+    cfg.trainer.precision = precision_for(cfg.trainer.precision, cfg.trainer.accelerator)
 
 
 def finish(

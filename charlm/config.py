@@ -66,7 +66,7 @@ RANGES = {
         ]
         | None,
         "deterministic": bool,
-        "precision": Literal["32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"],
+        "precision": Literal["auto", "32-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true", "64-true"],
         "max_epochs": Literal[-1] | Positive | None,
         "min_epochs": Positive | None,
         "min_steps": Positive | None,

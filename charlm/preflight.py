@@ -30,7 +30,7 @@ from charlm import config, terminal
 from charlm.budget import budget_of, limit_tokens
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
-from charlm.trainer import FSDP
+from charlm.trainer import FSDP, precision_for
 
 
 def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
@@ -172,6 +172,7 @@ def check_trainer(node: DictConfig) -> L.Trainer:
     Raises:
         InputError: with Lightning's own words.
     """
+    node.precision = precision_for(node.precision, node.accelerator)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # of the devices, a run tells by itself
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -80,7 +80,7 @@ def header(config: dict[str, Any], data: CharDataModule, model: nn.Module, train
         + (f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""),
         "training": f"{budget_of(trainer).told(tokens, sizes['train'])}, "
         f"{name_of(optimizer)} at lr {optimizer['lr']:g}, {name_of(config['scheduler'])}, seed {config['seed']}",
-        "device": f"{describe_device(trainer.strategy.root_device)}, {trainer.precision}",
+        "device": ", ".join([describe_device(trainer.strategy.root_device), trainer.precision, *shortcuts(config)]),
         "folder": quote(Path(config["run_dir"])),
     }
     table = Table.grid(padding=(0, 2))
@@ -98,6 +98,17 @@ def describe_device(device: torch.device) -> str:
         if device.type == "cpu"
         else str(device)
     )
+
+
+def shortcuts(config: dict[str, Any]) -> list[str]:
+    """What makes a run faster than step by step."""
+    together = config["steps_per_execution"]
+    told = {
+        "compiled": config["compile"],
+        "steps as CUDA graphs": config["cuda_graph"],
+        f"up to {together} steps at once": together > 1,
+    }
+    return [words for words, applies in told.items() if applies]
 
 
 @contextmanager

@@ -1,5 +1,6 @@
-"""What Lightning's Trainer lacks: fully sharded training on any device."""
+"""What Lightning's Trainer lacks: fully sharded training on any device, and a precision that suits the device."""
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
 
 
@@ -20,3 +21,13 @@ class FSDP(ModelParallelStrategy):
 
 
 StrategyRegistry.register(FSDP.name, FSDP)
+
+
+def precision_for(precision: str, accelerator: str) -> str:
+    """`auto` is bf16-mixed on a GPU that computes in it (NVIDIA's since Ampere, 2020), and single precision elsewhere."""
+    if precision != "auto":
+        return precision
+    on_gpu = (
+        accelerator != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+    )
+    return "bf16-mixed" if on_gpu else "32-true"
