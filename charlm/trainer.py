@@ -24,7 +24,7 @@ StrategyRegistry.register(FSDP.name, FSDP)
 
 
 def precision_for(precision: str, accelerator: str) -> str:
-    """`auto` is bf16-mixed on a GPU that computes in it (NVIDIA's since Ampere, 2020), and single precision elsewhere."""
+    """`auto` is bf16-mixed on a GPU that computes in it (NVIDIA's since Ampere, 2020), else single precision."""
     if precision != "auto":
         return precision
     on_gpu = (
