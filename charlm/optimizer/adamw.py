@@ -73,6 +73,10 @@ class AdamW(torch.optim.AdamW):
             parts = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
             self.kept.append((group, group["params"], *parts))
 
+    def add_param_group(self, param_group: Any) -> None:
+        super().add_param_group(param_group)
+        self.kept = []  # and not yet all there is
+
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
         self.kept = []  # all of it is elsewhere now
