@@ -56,7 +56,7 @@ TASKS = {
         lambda vocab_size: GPT(vocab_size, block_size=64, n_layer=4, n_head=4, n_embd=128),
         12,
         64,
-        200,
+        150,
         1e-3,
         1.0,
         ("experiment=nanogpt_cpu",),

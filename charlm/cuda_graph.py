@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from charlm.errors import InputError
 from charlm.optimizer.adamw import AdamW
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) each
@@ -27,7 +26,7 @@ class CUDAGraph:
         device: the GPU.
 
     Raises:
-        InputError: for an optimizer that keeps numbers in Python.
+        ValueError: for an optimizer that keeps numbers in Python.
     """
 
     def __init__(
@@ -35,7 +34,7 @@ class CUDAGraph:
     ):
         for optimizer in optimizers:
             if not isinstance(optimizer, AdamW):
-                raise InputError(f"cuda_graph=true cannot hold {type(optimizer).__name__}: choose optimizer=adamw")
+                raise ValueError(f"a CUDA graph cannot hold {type(optimizer).__name__}, only charlm's AdamW")
             for group in optimizer.param_groups:
                 group["lr"] = torch.tensor(float(group["lr"]), device=device)
                 group["capturable"] = True

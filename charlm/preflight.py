@@ -191,7 +191,8 @@ def check_parts(cfg: DictConfig, trainer: L.Trainer) -> None:
     limit_tokens(trainer, cfg.max_tokens, cfg.data.batch_size * cfg.data.block_size)
     try:
         with torch.device("meta"):  # shapes without numbers: at once, and in no memory
-            instantiate(cfg.model, vocab_size=2)
+            model = instantiate(cfg.model, vocab_size=2)
+            model(torch.zeros(1, cfg.data.block_size, dtype=torch.long))
         instantiate(cfg.scheduler)(torch.optim.SGD([torch.zeros(1)]), budget_of(trainer))
     except InstantiationException as error:
         if isinstance(error.__cause__, ValueError):
@@ -291,6 +292,8 @@ def check_shortcuts(plain: dict[str, Any]) -> None:
             raise InputError("cuda_graph=true is for one NVIDIA GPU: leave it false here, or say trainer=gpu")
         if trainer["precision"] == "16-mixed":
             raise InputError("cuda_graph=true and trainer.precision=16-mixed exclude each other: choose bf16-mixed")
+        if plain["optimizer"]["_target_"] != "charlm.optimizer.adamw.adamw":
+            raise InputError("cuda_graph=true needs numbers that live on the GPU: choose optimizer=adamw")
     if plain["compile"] and not on_gpu:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler

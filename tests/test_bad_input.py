@@ -197,6 +197,18 @@ def test_values_are_held_against_the_signature(refused, train, override):
     assert "is not possible: give " in told
 
 
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["model=gpt", "model.n_head=3"], "model.n_embd=128 cannot be shared out to model.n_head=3"),
+        (["model=transformerpp", "model.n_embd=12"], "model.n_embd=12"),
+        (["model=gpt", "model.block_size=16"], "64 characters are more than the 16 positions"),
+    ],
+)
+def test_parts_of_a_model_must_fit_together(refused, train, settings, words):
+    assert words in refused(train, *settings)
+
+
 def test_fractions_must_leave_something_to_train_on(refused, train, text_file):
     told = refused(train, *ANY_TEXT, "data.val_fraction=0.6", "data.test_fraction=0.5")
     assert "leave nothing to train on" in told
