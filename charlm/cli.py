@@ -89,10 +89,14 @@ def generate(
     run: Path, prompt: str | None, length: int, num_samples: int, device: str, as_json: bool, **sampling: Any
 ) -> None:
     """Write text, character by character."""
+    import torch
+
     from charlm import checkpoint
     from charlm.generate import write
 
     loaded = checkpoint.load(run, device)
+    if num_samples * sum(p.numel() for p in loaded.model.parameters()) < 1e8:
+        torch.set_num_threads(1)  # a character is too little work to share out
     stream = write(loaded.model, loaded.tokenizer, length, prompt, num_samples=num_samples, **sampling)
     if num_samples == 1 and not as_json:
         first = next(stream)  # a mistake in the prompt is found here, before anything is printed

@@ -108,7 +108,7 @@ class Windows:
         ids: Tensor,
         block_size: int,
         stride: int | None = None,
-        tokens_per_batch: int = 16_384,
+        tokens_per_batch: int = 8_192,
         rank: int = 0,
         world_size: int = 1,
         split: str = "val",
