@@ -83,6 +83,10 @@ def choose(cfg: DictConfig, model: nn.Module, data: CharDataModule) -> None:
     if cfg.steps_per_execution == "auto":
         cfg.steps_per_execution = max(1, min(100, int(2e8 / multiplications)))
     cfg.trainer.precision = precision_for(cfg.trainer.precision, cfg.trainer.accelerator)
+    on_cpu = cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    if on_cpu and cfg.trainer.precision.startswith("bf16") and data.block_size <= 256:
+        # So short, PyTorch's fused attention takes a CPU up to four times as long in bf16 as the plain one.
+        torch.backends.cuda.enable_flash_sdp(False)  # of all devices, for all its name
 
 
 def finish(

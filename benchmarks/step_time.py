@@ -1,16 +1,15 @@
 """Microseconds per training step: the loop as one learns it, a tuned raw PyTorch loop, and charlm.
 
-    python benchmarks/step_time.py                   the bigram, on 32 chunks of 8 characters
-    python benchmarks/step_time.py --model gpt       the GPT of nanoGPT's CPU recipe, on 12 chunks of 64
+    python benchmarks/step_time.py                              the bigram, on 32 chunks of 8 characters
+    python benchmarks/step_time.py --model gpt --threads 2      the GPT of nanoGPT's CPU recipe, on 12 chunks of 64
 
 All train the same model without validation. charlm is `python train.py` with its default logging, progress and
-checkpoints. The eager bigram is timed from the first step to the last. Compilers and the GPT need a while to get warm:
-there, the figure is the median over stretches of some steps, the first two left out. Every round runs each contestant
-once, in a fresh process; the table shows medians over the rounds.
+checkpoints. On shared cores one process may find its neighbours busier than the next: so the loops run inside of
+charlm's process, and all take turns, a stretch of some steps each. A round is a fresh process, and its figures are
+medians over the stretches, the first few left out.
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -21,21 +20,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import lightning as L
 import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from charlm.data.corpus import load_corpus
 from charlm.model.bigram import Bigram
 from charlm.model.gpt import GPT
-from charlm.tokenizer import CharTokenizer
 
 CHARACTERS = 200_000  # of the text: what follows a run's last step, and is not timed, then takes less long
+WARMUP = 3  # stretches
+ALL_KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # as PyTorch comes
 TRAIN = Path(__file__).parent.parent / "train.py"
 
 
@@ -51,19 +53,21 @@ class Task:
     lr: float
     clip: float | None
     settings: tuple[str, ...]
+    variants: tuple[str, ...]  # more settings of charlm, each on its own
 
 
 TASKS = {
-    "bigram": Task(Bigram, 32, 8, 3000, 50, 1e-2, None, ()),
+    "bigram": Task(Bigram, 32, 8, 3000, 100, 1e-2, None, (), ("compile=true",)),
     "gpt": Task(
         lambda vocab_size: GPT(vocab_size, block_size=64, n_layer=4, n_head=4, n_embd=128),
         12,
         64,
-        75,
-        15,
+        100,
+        5,
         1e-3,
         1.0,
         ("experiment=nanogpt_cpu", "scheduler.warmup_steps=10"),
+        ("compile=true", "trainer.precision=bf16-mixed", "compile=true trainer.precision=bf16-mixed"),
     ),
 }
 
@@ -106,87 +110,114 @@ def raw_step(task: Task, model: nn.Module, ids: torch.Tensor) -> Callable[[], No
 
 
 LOOPS = {"plain": plain_step, "raw": raw_step}
-CHARLM = {"charlm": "compile=false", "charlm, compile=true": "compile=true"}
 
 
-def time_loop(name: str, task: Task, corpus: str) -> float:
-    """Microseconds per step of a plain loop, in this process."""
-    text = load_corpus("text", corpus).text
-    tokenizer = CharTokenizer.from_text(text)
-    step = LOOPS[name](task, task.model(tokenizer.vocab_size), tokenizer.encode(text).long())
-    times = [time.perf_counter()]
-    for _ in range(task.steps // task.stretch):
-        for _ in range(task.stretch):
-            step()
-        times.append(time.perf_counter())
-    if task is TASKS["gpt"]:
-        return statistics.median(b - a for a, b in itertools.pairwise(times[2:])) / task.stretch * 1e6
-    return (times[-1] - times[0]) / task.steps * 1e6
+class Turns(L.Callback):
+    """After every stretch of charlm's steps, each loop takes as many, in the same process.
+
+    Args:
+        task: a name among TASKS.
+        path: a file for the seconds of all stretches, by loop.
+    """
+
+    def __init__(self, task: str, path: str):
+        self.task, self.path = TASKS[task], path
+        self.every_n_steps = self.task.stretch
+        self.seconds: dict[str, list[float]] = {name: [] for name in ("charlm", *LOOPS)}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        device: Any = pl_module.device
+        ids = data.splits["train"].to(device).long()
+        self.loops = {
+            name: loop(self.task, self.task.model(data.tokenizer.vocab_size).to(device), ids)
+            for name, loop in LOOPS.items()
+        }
+        self.began = now(device)
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *output_batch_number: Any) -> None:
+        if trainer.global_step % self.task.stretch:
+            return
+        device: Any = pl_module.device
+        self.seconds["charlm"].append(now(device) - self.began)
+        for name, step in self.loops.items():
+            began = now(device)
+            with sdpa_kernel(ALL_KERNELS):
+                for _ in range(self.task.stretch):
+                    step()
+            self.seconds[name].append(now(device) - began)
+        self.began = now(device)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        Path(self.path).write_text(json.dumps(self.seconds))
 
 
-def in_fresh_process(name: str, task_name: str, corpus: str, threads: int) -> float:
-    """Microseconds per step of one contestant."""
-    env = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    if name in LOOPS:
-        command = [sys.executable, __file__, "--contestant", name, "--model", task_name, "--corpus", corpus]
-        return float(subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout)
+def now(device: torch.device) -> float:
+    """Seconds, once all that was begun is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def race(task_name: str, variant: str, corpus: Path, threads: int, accelerator: str) -> dict[str, float]:
+    """Microseconds per step of charlm under the settings of `variant`, and of the loops beside it."""
     task = TASKS[task_name]
     with tempfile.TemporaryDirectory() as folder:
-        run = Path(folder, "run")
+        path = Path(folder, "seconds.json")
         settings = {
             "data": "text",
             "data.path": corpus,
             "data.batch_size": task.batch_size,
             "data.block_size": task.block_size,
             "optimizer.lr": task.lr,
-            "trainer.accelerator": "cpu",
+            "trainer.accelerator": accelerator,
             "trainer.max_steps": task.steps,
             "trainer.val_check_interval": task.steps + 1,
-            "trainer.log_every_n_steps": task.stretch,
             "threads": threads,
             "evaluate": "[val]",
-            "hydra.run.dir": run,
+            "hydra.run.dir": Path(folder, "run"),
+            "+callbacks.turns._target_": "step_time.Turns",
+            "+callbacks.turns.task": task_name,
+            "+callbacks.turns.path": path,
         }
         overrides = [f"{key}={value}" for key, value in settings.items()]
-        command = [sys.executable, str(TRAIN), *task.settings, *overrides, CHARLM[name]]
+        env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parent)}
+        command = [sys.executable, str(TRAIN), *task.settings, *overrides, *variant.split()]
         subprocess.run(command, env=env, check=True, capture_output=True)
-        results = json.loads((run / "results.json").read_text())
-        if task_name == "gpt" or CHARLM[name] == "compile=true":
-            speeds = [event.value for event in EventAccumulator(str(run)).Reload().Scalars("train/tokens_per_second")]
-            return task.batch_size * task.block_size / statistics.median(speeds[2:]) * 1e6
-    return float(results["train/seconds"]) / task.steps * 1e6
+        seconds = json.loads(path.read_text())
+    # Compilers, caches and allocators need a while to get warm.
+    return {name: statistics.median(values[WARMUP:]) / task.stretch * 1e6 for name, values in seconds.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=TASKS, default="bigram")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--corpus", help="a text file; default: Tiny Shakespeare")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--contestant", choices=LOOPS, help="time this one here and print it: for the script itself")
     args = parser.parse_args()
-    task = TASKS[args.model]
-    if args.contestant:
-        print(time_loop(args.contestant, task, args.corpus))
-        return
-    names = [*LOOPS, *CHARLM]
-    console = Console()
+    task, console = TASKS[args.model], Console()
+    variants = ("", *task.variants, *(["cuda_graph=true"] if args.accelerator == "gpu" else []))
     text = load_corpus("text", args.corpus).text if args.corpus else load_corpus("tinyshakespeare").text
+    races: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as folder:
         corpus = Path(folder, "text.txt")
         corpus.write_text(text[:CHARACTERS], encoding="utf-8")
-        rounds = [
-            {name: in_fresh_process(name, args.model, str(corpus), args.threads) for name in names}
-            for _ in track(range(args.rounds), "rounds", console=console, transient=True)
-        ]
-    medians = {name: statistics.median(r[name] for r in rounds) for name in names}
-    table = Table("loop", "us/step, median", "fastest", "slowest", *(f"against {name}" for name in LOOPS))
-    for name in names:
-        times = [r[name] for r in rounds]
-        shown = (f"{value:.0f}" for value in (medians[name], min(times), max(times)))
-        table.add_row(name, *shown, *(f"{medians[name] / medians[loop]:.2f}" for loop in LOOPS))
+        for _ in track(range(args.rounds), "rounds", console=console, transient=True):
+            for variant in variants:
+                races[variant].append(race(args.model, variant, corpus, args.threads, args.accelerator))
+    table = Table("loop", "us/step", *(f"against {loop}" for loop in LOOPS))
+    for loop in LOOPS:
+        table.add_row(loop, f"{statistics.median(r[loop] for rs in races.values() for r in rs):.0f}")
+    for variant, rounds in races.items():
+        ratios = [sorted(r["charlm"] / r[loop] for r in rounds) for loop in LOOPS]
+        shown = (f"{statistics.median(r):.2f} ({r[0]:.2f} to {r[-1]:.2f})" for r in ratios)
+        table.add_row(f"charlm {variant}", f"{statistics.median(r['charlm'] for r in rounds):.0f}", *shown)
     size = f"B={task.batch_size} T={task.block_size}, {args.threads} thread{'s' * (args.threads > 1)}"
-    console.print(f"{args.model}, {size}, {task.steps} steps, {args.rounds} rounds")
+    console.print(
+        f"{args.model}, {size}, {task.steps} steps of each, {args.rounds} rounds; medians (lowest to highest)"
+    )
     console.print(table)
 
 
