@@ -1,6 +1,6 @@
 """Memory and time of a training step of the GPT against block_size and n_layer, as a table and a picture.
 
-    pip install matplotlib
+    pip install -e '.[dev]'
     python benchmarks/step_cost.py                   12 chunks, 4 heads of 32 channels, as in experiment=nanogpt_cpu
 
 Every point is a fresh process, whose memory is the most that it takes, less what it took before there was a model.
