@@ -11,20 +11,22 @@ from typing import Any
 import hydra
 import lightning as L
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from charlm import checkpoint, report, terminal
 from charlm.budget import limit_tokens, stopped_by
-from charlm.callbacks import AtomicCheckpointIO, Throughput
+from charlm.callbacks import AtomicCheckpointIO, Checkpoint, Stop, Throughput
 from charlm.data import CharDataModule
 from charlm.errors import one_line_errors
 from charlm.evaluate import figures
 from charlm.generate import write
-from charlm.logger import FINISHED, hyperparameters
+from charlm.logger import CSV, FINISHED, TensorBoard, hyperparameters
 from charlm.module import VALIDATION, LanguageModel
 from charlm.preflight import check_command
+from charlm.resume import changes, resumed, tidy
 from charlm.trainer import precision_for
 
 gc.enable()
@@ -35,6 +37,9 @@ gc.freeze()
 def train(cfg: DictConfig) -> None:
     """Configuration -> parts -> fit -> evaluate."""
     with one_line_errors(), terminal.logged():
+        state = checkpoint.find(cfg.resume) if cfg.resume else None
+        if cfg.resume:
+            cfg = resumed(Path(cfg.resume), changes(HydraConfig.get().overrides.task))
         L.seed_everything(cfg.seed, workers=True, verbose=False)
         data: CharDataModule = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
         data.setup()
@@ -53,21 +58,28 @@ def train(cfg: DictConfig) -> None:
             cfg.steps_per_execution,
             cfg.compile,
             cfg.cuda_graph,
+            cfg.seed,
         )
         throughput = Throughput()
+        # A state is saved when all others are done with its step.
+        observers = sorted(instantiate(cfg.callbacks).values(), key=lambda one: isinstance(one, Checkpoint))
         trainer: L.Trainer = instantiate(
             cfg.trainer,
             default_root_dir=cfg.run_dir,
             logger=instantiate(cfg.logger) or False,
-            callbacks=[*instantiate(cfg.callbacks).values(), throughput],
+            callbacks=[*observers, throughput, Stop()],
             plugins=[AtomicCheckpointIO()],
         )
         limit_tokens(trainer, cfg.max_tokens, data.batch_size * data.block_size)
+        if state and trainer.is_global_zero:
+            tidy(Path(cfg.run_dir))
         for logger in trainer.loggers:
+            if state and isinstance(logger, TensorBoard | CSV):
+                logger.resume(checkpoint.read(state)["global_step"])
             logger.log_hyperparams(hyperparameters(config, data))
         if trainer.is_global_zero:
             terminal.header(config, data, module.model, trainer)
-        trainer.fit(module, data)
+        trainer.fit(module, data, ckpt_path=state, weights_only=True)
         model = module.whole()
         if trainer.is_global_zero:
             finish(config, data, model, trainer, throughput)

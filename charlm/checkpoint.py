@@ -19,6 +19,7 @@ from charlm.tokenizer import TOKENIZERS, CharTokenizer
 FORMAT = 1
 NAME = "last.ckpt"
 BEST = "best.ckpt"
+PARTIAL = ".partial-"  # what files are called until they are whole
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)

@@ -23,6 +23,7 @@ Positive = Annotated[int, Ge(1)]
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 # The settings at the top of conf/train.yaml.
 ROOT = {
+    "resume": str | None,
     "seed": Seed,
     "threads": Positive | Literal["auto"],
     "steps_per_execution": Positive | Literal["auto"],

@@ -1,16 +1,25 @@
 """Loggers of charlm's own; the others are Lightning's."""
 
+import csv
+import io
+import os
 from argparse import Namespace
 from collections.abc import Mapping
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams
 
+from charlm.checkpoint import write_atomically
 from charlm.data import CharDataModule
 from charlm.report import name_of
 
@@ -63,6 +72,15 @@ class TensorBoard(TensorBoardLogger):
         self.experiment._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     @rank_zero_only
+    def resume(self, step: int) -> None:
+        """Go on behind `step`, without what an earlier process told of later steps."""
+        for file in Path(self.log_dir).glob("events.out.tfevents.*"):
+            records = list(RawEventFileLoader(str(file)).Load())  # up to where a kill may have torn the last one
+            kept = [record for record in records if Event.FromString(record).step <= step]
+            write_atomically(file, partial(write_records, kept))
+        self._kwargs["purge_step"] = step + 1  # for a dashboard that has read the old files
+
+    @rank_zero_only
     def save(self) -> None:
         """Lightning's also writes a hparams.yaml, which would repeat .hydra/config.yaml."""
         self.experiment.flush()
@@ -83,6 +101,39 @@ class TensorBoard(TensorBoardLogger):
             self.open_session = False
         if self._experiment is not None:
             self.experiment.flush()
+
+
+def write_records(records: list[bytes], file: IO[bytes]) -> None:
+    writer = RecordWriter(file)
+    for record in records:
+        writer.write(record)
+
+
+class CSV(CSVLogger):
+    """metrics.csv in the run folder; Lightning's own would begin it anew where a run goes on."""
+
+    def __init__(self, save_dir: str):
+        super().__init__(save_dir, name="", version="")
+
+    @rank_zero_only
+    def resume(self, step: int) -> None:
+        """Go on behind `step`, with the rows up to it. A kill in between leaves them aside, where this looks again."""
+        file = Path(self.log_dir, "metrics.csv")
+        aside = file.with_name(".metrics.csv")
+        if file.is_file():
+            os.replace(file, aside)
+        if not aside.is_file():
+            return
+        rows = [row for row in csv.DictReader(aside.read_text().splitlines()) if int(row["step"]) <= step]
+        experiment = self.experiment  # removes what it finds under the file's name
+        if rows:
+            text = io.StringIO()
+            experiment.metrics_keys = list(rows[0])
+            writer = csv.DictWriter(text, experiment.metrics_keys)
+            writer.writeheader()
+            writer.writerows(rows)
+            write_atomically(file, lambda opened: opened.write(text.getvalue().encode()))
+        aside.unlink()
 
 
 def hyperparameters(config: dict[str, Any], data: CharDataModule) -> dict[str, str | int | float | bool]:

@@ -28,6 +28,7 @@ from charlm.evaluate import Score, window_losses
 
 # What a validation puts on the curves, of the exact figures.
 VALIDATION = ("val/loss", "val/bits_per_char", "val/perplexity")
+MASK = 2**64 - 1
 # Lightning's hooks of a callback that make it look at every pass, and at every batch.
 AROUND_BACKWARD = ("on_before_backward", "on_after_backward")
 AROUND_A_BATCH = ("on_train_batch_start", "on_train_batch_end")
@@ -46,6 +47,27 @@ def forward_backward(model: nn.Module, x: Tensor, y: Tensor, share: int) -> Tens
     return loss.detach()
 
 
+def seed_of(seed: int, rank: int, step: int) -> int:
+    """What a step draws at random depends on these alone, and so not on what was drawn before: 64 well mixed bits.
+
+    The finalizer of SplitMix64 (Steele, Lea and Flood 2014), once for each number.
+    """
+    mixed = 0
+    for number in (seed, rank, step):
+        mixed = (mixed ^ number) + 0x9E3779B97F4A7C15 & MASK
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & MASK
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & MASK
+        mixed ^= mixed >> 31
+    return mixed
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """The generator that dropout on `device` draws from."""
+    if device.type == "cuda":
+        return torch.cuda.default_generators[device.index or 0]
+    return torch.mps._get_default_mps_generator() if device.type == "mps" else torch.default_generator
+
+
 class LanguageModel(L.LightningModule):
     """Trains a model to predict the next character.
 
@@ -58,6 +80,7 @@ class LanguageModel(L.LightningModule):
             of the training: they end where anything else is due.
         compile: torch.compile for the model or, on one device, for all of forward, loss and backward.
         cuda_graph: capture `step` once and replay it; on one GPU.
+        seed: of what is drawn at random within a step, as by dropout.
     """
 
     def __init__(
@@ -69,6 +92,7 @@ class LanguageModel(L.LightningModule):
         steps_per_execution: int = 1,
         compile: bool = False,
         cuda_graph: bool = False,
+        seed: int = 0,
     ):
         super().__init__()
         self.model = model
@@ -76,6 +100,7 @@ class LanguageModel(L.LightningModule):
         self.record = record or {}
         self.steps_per_execution = steps_per_execution
         self.compile_it, self.graph_it = compile, cuda_graph
+        self.seed = seed
         self.validated_at = -1
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
@@ -91,8 +116,10 @@ class LanguageModel(L.LightningModule):
     def training_step(self, dataloader_iter: Iterator[tuple[Batch, int, int]]) -> Tensor:
         """All steps until something else is due, as a call by Lightning costs more than a step of a small model."""
         trainer: Any = self.trainer
-        steps = min(self.steps_per_execution, *(every - trainer.global_step % every for every in self.due))
-        for _ in range(steps):
+        first = trainer.global_step
+        steps = min(self.steps_per_execution, *(every - first % every for every in self.due))
+        for step in range(first, first + steps):
+            self.generator.manual_seed(seed_of(self.seed, trainer.global_rank, step))
             lr = 1 * trainer.optimizers[0].param_groups[0]["lr"]  # a copy, also of a tensor
             loss = self.run([self.fetch(dataloader_iter) for _ in range(trainer.accumulate_grad_batches)])
             for config in trainer.lr_scheduler_configs:
@@ -188,6 +215,7 @@ class LanguageModel(L.LightningModule):
             looks = any(is_overridden(hook, callback, L.Callback) for hook in AROUND_A_BATCH)
             due.append(getattr(callback, "every_n_steps", 1 if looks and not isinstance(callback, Timer) else None))
         self.due = [int(every) for every in due if every and 0 < every < math.inf]
+        self.generator = generator_of(self.device)
         self.run = CUDAGraph(self.step, trainer.optimizers, self.device) if self.graph_it else self.step
         self.before_update = [c for c in trainer.callbacks if is_overridden("on_before_optimizer_step", c, L.Callback)]
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import re
+import sys
 import tempfile
 import warnings
 from argparse import Namespace
@@ -30,6 +31,7 @@ from charlm import config, terminal
 from charlm.budget import budget_of, limit_tokens
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
+from charlm.resume import changes, finished, resumed
 from charlm.trainer import FSDP, precision_for
 
 
@@ -46,6 +48,9 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     args = parse(argv[1:])
     overrides: list[str] = list(args.overrides)
+    folders = [o.removeprefix("resume=") for o in overrides if o.startswith("resume=")]
+    if folders and folders[-1] not in ("", "null"):
+        return [argv[0], *check_resume(args, Path(folders[-1]), config_dir)]
     name = args.config_name or "train"
     # As Hydra does: --config-path counts from train.py, --config-dir from where one stands.
     config_dir = config_dir.parent / (args.config_path or config_dir.name)
@@ -80,6 +85,30 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         return list(argv)
     # The command that gives the same run again, wherever Tiny Shakespeare is.
     return [*(a for a in argv if not a.startswith("data=")), *given]
+
+
+def check_resume(args: Namespace, run_dir: Path, config_dir: Path) -> list[str]:
+    """Check a run that is to go on.
+
+    Returns:
+        The overrides to run with: the same, in the run's own folder, whose configuration stays as it is.
+
+    Raises:
+        InputError: for a change of what has begun, another text, or a run that is at its end.
+    """
+    if args.multirun:
+        raise InputError("resume= goes on with one run: leave -m away")
+    place = ("hydra.run.dir=", "hydra.output_subdir=")
+    settings = [o for o in args.overrides if not o.startswith(place)]
+    cfg = resumed(run_dir, changes(settings))
+    if finished(run_dir, cfg):
+        print(
+            f"{run_dir} is at its end, and nothing was done; to train it further: resume={run_dir} trainer.max_steps=N"
+        )
+        sys.exit(0)
+    with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
+        check_settings(cfg)
+    return [*settings, f"hydra.run.dir='{run_dir}'", "hydra.output_subdir=null"]
 
 
 def parse(arguments: Sequence[str]) -> Namespace:

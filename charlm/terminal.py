@@ -159,6 +159,12 @@ def summary(results: dict[str, Any], sample: str) -> None:
         say(Panel(Text(sample), title="a sample", title_align="left", box=box.ROUNDED))
 
 
+def stopped(signal: str, step: int, run_dir: Path | None) -> None:
+    """A run that was told to stop, and how to go on with it."""
+    how = f"go on with: python train.py resume={quote(run_dir)}" if run_dir else "without checkpoints, nothing is left"
+    print(f"charlm: stopped by {signal} after step {step:,}; {how}", file=sys.stderr)
+
+
 def next_commands(run_dir: Path) -> None:
     """What to type now, as it can be pasted."""
     charlm, board = command("charlm", "charlm"), command("tensorboard", "tensorboard.main")

@@ -6,6 +6,17 @@ from charlm.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from charlm.callbacks.ema import EMA
 from charlm.callbacks.progress import Progress
 from charlm.callbacks.samples import Samples
+from charlm.callbacks.stop import Stop
 from charlm.callbacks.throughput import Throughput
 
-__all__ = ["EMA", "AtomicCheckpointIO", "Best", "BigramTable", "Checkpoint", "Progress", "Samples", "Throughput"]
+__all__ = [
+    "EMA",
+    "AtomicCheckpointIO",
+    "Best",
+    "BigramTable",
+    "Checkpoint",
+    "Progress",
+    "Samples",
+    "Stop",
+    "Throughput",
+]

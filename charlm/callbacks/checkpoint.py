@@ -9,7 +9,7 @@ from annotated_types import Ge
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from charlm.checkpoint import NAME, write_atomically
+from charlm.checkpoint import NAME, read, write_atomically
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -18,9 +18,20 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         write_atomically(path, lambda file: torch.save(checkpoint, file))
 
+    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
+        return read(Path(path))
+
+
+def validates_now(trainer: L.Trainer) -> bool:
+    """Does a validation follow this step? A state saved before it would resume after it, and leave it out."""
+    every: Any = trainer.val_check_batch
+    return trainer.enable_validation and trainer.global_step % every == 0
+
 
 class Checkpoint(L.Callback):
-    """Keeps the newest state of the run in `dirpath`/last.ckpt.
+    """Keeps the newest state of the run in `dirpath`/last.ckpt, the first before the first step.
+
+    It has to come after the other observers, whose state and logs are then those of the same step.
 
     Args:
         every_n_steps: how often, in optimizer steps; the end of training saves as well.
@@ -29,7 +40,11 @@ class Checkpoint(L.Callback):
     def __init__(self, dirpath: str, every_n_steps: Annotated[int, Ge(1)] = 1000):
         self.path = Path(dirpath, NAME)
         self.every_n_steps = every_n_steps
-        self.saved_at = 0
+        self.saved_at = -1
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step == 0:
+            self.save(trainer)
 
     def on_train_batch_end(
         self,
@@ -39,7 +54,15 @@ class Checkpoint(L.Callback):
         batch: tuple[Tensor, Tensor],
         batch_idx: int,
     ) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        if not validates_now(trainer):
+            self.save_if_due(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.save_if_due(trainer)
+
+    def save_if_due(self, trainer: L.Trainer) -> None:
+        at_its_end = trainer.global_step >= trainer.max_steps > 0  # what others do there comes before
+        if trainer.global_step % self.every_n_steps == 0 and not at_its_end:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -47,5 +70,7 @@ class Checkpoint(L.Callback):
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
+        for logger in trainer.loggers:  # a run that resumes here finds what was told up to here
+            logger.save()
         trainer.save_checkpoint(self.path)
         self.saved_at = trainer.global_step

@@ -22,13 +22,20 @@ class Exhibit(L.Callback):
         raise NotImplementedError
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        self.look(trainer, pl_module)
+        if trainer.global_step == 0:  # and not where a run goes on
+            self.look(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self.look(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self.look(trainer, pl_module)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"shown_at": self.shown_at}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        self.shown_at = state_dict["shown_at"]
 
     def look(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:
         loggers: list[Logger] = trainer.loggers

@@ -15,10 +15,14 @@ class Throughput(L.Callback):
 
     every_n_steps = None  # it counts, however many there were
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.first_step = self.step_then = trainer.global_step
+    def __init__(self) -> None:
         self.tokens = 0
-        self.start = self.since = self.end = time.perf_counter()
+        self.start = self.end = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.step_then = trainer.global_step
+        self.since = time.perf_counter()
+        self.start, self.end = self.since - self.seconds, self.since  # after those before it was resumed
 
     def on_train_batch_end(
         self,
@@ -31,7 +35,7 @@ class Throughput(L.Callback):
         settings: Any = trainer
         step, tokens_per_step = trainer.global_step, batch[0].numel() * trainer.world_size
         tokens_per_step *= settings.accumulate_grad_batches
-        self.tokens = (step - self.first_step) * tokens_per_step
+        self.tokens = step * tokens_per_step
         self.end = time.perf_counter()
         if step % settings.log_every_n_steps == 0:
             rate = (step - self.step_then) * tokens_per_step / (self.end - self.since)
@@ -47,6 +51,12 @@ class Throughput(L.Callback):
         self.start += pause
         self.since += pause
         self.end += pause
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.tokens, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.tokens, self.start, self.end = state_dict["tokens"], 0.0, state_dict["seconds"]
 
     @property
     def seconds(self) -> float:

@@ -88,10 +88,12 @@ class CharDataModule(L.LightningDataModule):
         return device if sum(ids.nbytes for ids in self.splits.values()) <= free / 4 else torch.device("cpu")
 
     def train_dataloader(self) -> RandomChunks:
-        """An endless stream of (x, y), (B, T) each; another one on each rank."""
+        """An endless stream of (x, y), (B, T) each; another one on each rank. A resumed run goes on where it was."""
         device, rank, _ = self.place()
         ids = self.splits["train"].to(self.home(device))
-        return RandomChunks(ids, self.block_size, self.batch_size, self.seed, rank)
+        trainer: Any = self.trainer
+        start = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
+        return RandomChunks(ids, self.block_size, self.batch_size, self.seed, rank, start)
 
     def val_dataloader(self) -> Windows:
         """The whole val split once, shared among the ranks."""

@@ -1,0 +1,77 @@
+"""Ctrl-C, SIGTERM and a scheduler's warning: finish the step, save, say how to go on, and exit as a stopped process."""
+
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+
+from charlm import terminal
+from charlm.callbacks.checkpoint import Checkpoint, validates_now
+
+# SIGUSR1 is what Slurm is asked to send ahead of the end (sbatch --signal=USR1@60).
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if os.name == "posix" else [])]
+
+
+class Stop(L.Callback):
+    """Ends the process with 128 + the signal's number, as a shell tells it. A second Ctrl-C stops at once.
+
+    It has to come after the checkpoints, so that there is one of the step just made.
+    """
+
+    every_n_steps = None  # whenever Lightning has its turn
+
+    def __init__(self) -> None:
+        self.received = 0
+        self.before: dict[signal.Signals, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # What a parent had ignored, as nohup and background jobs do, stays so.
+        heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+        self.before = {number: signal.signal(number, self.note) for number in heard}
+
+    def note(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if not validates_now(trainer):
+            self.leave(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.leave(trainer)
+
+    def leave(self, trainer: L.Trainer) -> None:
+        """All processes together, whichever of them was told to."""
+        number = self.received
+        if trainer.world_size > 1:
+            told = torch.tensor(number, device=trainer.strategy.root_device)
+            number = int(trainer.strategy.reduce(told, reduce_op="max"))
+        if not number:
+            return
+        callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        paths: list[Path] = []
+        for callback in callbacks:
+            if isinstance(callback, Checkpoint):
+                callback.save(trainer)
+                paths.append(callback.path)
+        if trainer.is_global_zero:
+            terminal.stopped(
+                signal.Signals(number).name, trainer.global_step, paths[0].parent.parent if paths else None
+            )
+        raise SystemExit(128 + number)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.give_back()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+        self.before = {}
