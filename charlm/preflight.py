@@ -100,7 +100,7 @@ def check_resume(args: Namespace, run_dir: Path, config_dir: Path) -> list[str]:
         raise InputError("resume= goes on with one run: leave -m away")
     place = ("hydra.run.dir=", "hydra.output_subdir=")
     settings = [o for o in args.overrides if not o.startswith(place)]
-    cfg = resumed(run_dir, changes(settings))
+    cfg = resumed(run_dir, changes([o for o in settings if not o.startswith("hydra.")]))
     if finished(run_dir, cfg):
         print(
             f"{run_dir} is at its end, and nothing was done; to train it further: resume={run_dir} trainer.max_steps=N"

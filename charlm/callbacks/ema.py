@@ -50,6 +50,9 @@ class EMA(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.put_in(pl_module)
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.put_in(pl_module)  # also where a run was resumed at its very end
+
     @torch.no_grad()
     def update(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Once for each step that is due."""
