@@ -102,9 +102,7 @@ def check_resume(args: Namespace, run_dir: Path, config_dir: Path) -> list[str]:
     settings = [o for o in args.overrides if not o.startswith(place)]
     cfg = resumed(run_dir, changes([o for o in settings if not o.startswith("hydra.")]))
     if finished(run_dir, cfg):
-        print(
-            f"{run_dir} is at its end, and nothing was done; to train it further: resume={run_dir} trainer.max_steps=N"
-        )
+        print(f"{run_dir} is at its end: nothing to do. To train it further: resume={run_dir} trainer.max_steps=N")
         sys.exit(0)
     with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
         check_settings(cfg)

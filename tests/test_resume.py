@@ -1,11 +1,14 @@
 """A run that is ended anywhere and resumed is the run that was not."""
 
+import csv
 import json
 import multiprocessing
 import os
 import random
+import re
 import runpy
 import signal
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +19,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from charlm import checkpoint
+from charlm.errors import InputError
+from charlm.preflight import check_command
 from charlm.sweep.jobs import PRELOAD
 from tests.conftest import ROOT
 
@@ -157,3 +162,113 @@ def test_a_run_ended_anywhere_and_resumed_equals_the_unbroken_run(start, unbroke
 @pytest.mark.timeout(3000)
 def test_a_hundred_ends_leave_no_trace(start, unbroken, tmp_path, text_file):
     assert check(start, unbroken, tmp_path, text_file, runs=50, seed=2) >= 100
+
+
+def test_a_run_may_be_made_longer(start, tmp_path, text_file):
+    settings = [*(s for s in SETTINGS if not s.startswith("scheduler")), f"data.path={text_file}"]
+    assert start(*settings, f"hydra.run.dir={tmp_path / 'long'}") == 0
+    assert start(*settings, "trainer.max_steps=20", f"hydra.run.dir={tmp_path / 'short'}") == 0
+    moved = (tmp_path / "short").rename(tmp_path / "moved")
+    assert start(f"resume={moved}", "trainer.max_steps=40") == 0
+    long, longer = story(tmp_path / "long"), story(moved)
+    assert same(longer["state"], long["state"])
+    assert longer["told"]["train/loss"] == long["told"]["train/loss"]
+    assert longer["results"] == long["results"]
+
+
+def test_metrics_csv_goes_on_where_the_state_was_saved(start, tmp_path, text_file):
+    common = [*SETTINGS, f"data.path={text_file}", "logger=csv"]
+    assert start(*common, f"hydra.run.dir={tmp_path / 'a'}") == 0
+    folder = tmp_path / "b"
+    assert start(*common, f"hydra.run.dir={folder}", place="step", number=50) == -signal.SIGKILL
+    assert start(f"resume={folder}", place="rename", number=2) == -signal.SIGKILL  # while old rows are taken over
+    assert start(f"resume={folder}") == 0
+    rows, unbroken = (
+        [
+            {key: value for key, value in row.items() if value and "per_second" not in key}
+            for row in csv.DictReader((place / "metrics.csv").read_text().splitlines())
+        ]
+        for place in (folder, tmp_path / "a")
+    )
+    assert [row for row in rows if len(row) > 1] == [row for row in unbroken if len(row) > 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("optimizer.lr=1", "optimizer.lr=1 is not how"),
+        ("model=gpt", "model=gpt is not how"),
+        ("optimizer.rl=1", "did you mean optimizer.lr?"),
+        ("trainer.max_steps=10", "has made 20 steps"),
+        ("~callbacks.samples", "cannot be asked of a run that is resumed"),
+        ("-m", "leave -m away"),
+    ],
+)
+def test_a_change_of_what_was_is_refused(trained, change, told):
+    with pytest.raises(InputError, match=re.escape(told)):
+        check_command(["train.py", f"resume={trained}", change], ROOT / "conf")
+
+
+def test_what_cannot_be_resumed_is_told(trained, tmp_path):
+    with pytest.raises(InputError, match="is no folder"):
+        check_command(["train.py", f"resume={tmp_path / 'none'}"], ROOT / "conf")
+    with pytest.raises(InputError, match="holds no checkpoint"):
+        check_command(["train.py", f"resume={tmp_path}"], ROOT / "conf")
+
+
+def test_another_text_is_refused(start, tmp_path, text_file):
+    folder = tmp_path / "run"
+    assert start(*SETTINGS, f"data.path={text_file}", f"hydra.run.dir={folder}", place="step", number=9) < 0
+    text_file.write_text(text_file.read_text() + "!")
+    with pytest.raises(InputError, match="no longer the text"):
+        check_command(["train.py", f"resume={folder}"], ROOT / "conf")
+
+
+def test_a_schedule_that_follows_the_budget_keeps_it(start, tmp_path, text_file):
+    folder = tmp_path / "run"
+    assert start(*SETTINGS, f"data.path={text_file}", f"hydra.run.dir={folder}", place="step", number=9) < 0
+    with pytest.raises(InputError, match="warmup_cosine follows the budget"):
+        check_command(["train.py", f"resume={folder}", "trainer.max_steps=80"], ROOT / "conf")
+
+
+def test_resuming_a_finished_run_says_so_and_does_nothing(trained, capsys):
+    before = {file: file.stat().st_mtime_ns for file in trained.rglob("*")}
+    with pytest.raises(SystemExit) as ended:
+        check_command(["train.py", f"resume={trained}"], ROOT / "conf")
+    assert ended.value.code == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert before == {file: file.stat().st_mtime_ns for file in trained.rglob("*")}
+
+
+def test_a_stopped_run_says_how_to_go_on(start, tmp_path, text_file):
+    folder = tmp_path / "run"
+    for end, code in (("int", 130), ("term", 143), ("usr1", 138)):
+        begun = (
+            [f"resume={folder}"]
+            if folder.exists()
+            else [*SETTINGS, f"data.path={text_file}", f"hydra.run.dir={folder}"]
+        )
+        assert start(*begun, place="step", number=9, end=end) == code
+    log = (tmp_path / "log").read_text()
+    for name, step in (("SIGINT", 5), ("SIGTERM", 10), ("SIGUSR1", 15)):
+        assert f"charlm: stopped by {name} after step {step}; go on with: python train.py resume={folder}" in log
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(train, tmp_path, text_file):
+    """The first is told, the other is not; what they go on to is what two do that nobody stops."""
+    common = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "threads=1", "data=text"]
+    common += [f"data.path={text_file}", "trainer.max_steps=3000", "callbacks.progress.seconds_between_lines=0.1"]
+    command = [sys.executable, str(ROOT / "train.py"), *common, "hydra.run.dir=stopped"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        next(line for line in process.stdout if line.startswith("step"))
+        process.send_signal(signal.SIGTERM)
+        assert "charlm: stopped by SIGTERM" in process.stderr.read()
+    assert process.returncode == 143
+    assert train("resume=stopped").code == 0
+    assert train(*common, "hydra.run.dir=unbroken").code == 0
+    weights = [checkpoint.read(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("stopped", "unbroken")]
+    assert same(weights[0]["state_dict"], weights[1]["state_dict"])
+    assert weights[0]["global_step"] == 3000

@@ -39,11 +39,13 @@ class Stop(L.Callback):
         self.received = number
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if not validates_now(trainer):
+        at_its_end = trainer.should_stop or trainer.global_step >= trainer.max_steps > 0
+        if not validates_now(trainer) and not at_its_end:
             self.leave(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.leave(trainer)
+        if not trainer.global_step >= trainer.max_steps > 0:
+            self.leave(trainer)
 
     def leave(self, trainer: L.Trainer) -> None:
         """All processes together, whichever of them was told to."""
@@ -57,7 +59,8 @@ class Stop(L.Callback):
         paths: list[Path] = []
         for callback in callbacks:
             if isinstance(callback, Checkpoint):
-                callback.save(trainer)
+                if callback.saved_at != trainer.global_step:
+                    callback.save(trainer)
                 paths.append(callback.path)
         if trainer.is_global_zero:
             terminal.stopped(
@@ -66,6 +69,7 @@ class Stop(L.Callback):
         raise SystemExit(128 + number)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.leave(trainer)
         self.give_back()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
