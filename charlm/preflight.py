@@ -355,9 +355,12 @@ def check_folder(folder: Path, setting: str = "hydra.run.dir") -> None:
     Raises:
         InputError: if there is a run in it already, or if it cannot be made.
     """
-    for trace, left in {"results.json": "run", "checkpoints": "run", "multirun.yaml": "sweep"}.items():
-        if os.path.exists(folder / trace):
-            raise InputError(f"{folder} already holds a {left}: choose another {setting}, or move that one away")
+    for trace, left in {"results.json": "run", "checkpoints/*.ckpt": "run", "multirun.yaml": "sweep"}.items():
+        if any(folder.glob(trace)):
+            onwards = f" (or say resume={folder})" if left == "run" else ""
+            raise InputError(
+                f"{folder} already holds a {left}: choose another {setting}, or move that one away{onwards}"
+            )
     missing = [place for place in (folder.absolute(), *folder.absolute().parents) if not os.path.exists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -436,10 +436,9 @@ def test_a_folder_that_cannot_be_written(refused, train, tmp_path, place, mode):
     assert f"choose another hydra.{mode}.dir" in told
 
 
-@pytest.mark.parametrize("trace", ["results.json", "checkpoints"])
+@pytest.mark.parametrize("trace", ["results.json", "checkpoints/last.ckpt"])
 def test_a_folder_that_holds_a_run_is_left_alone(refused, train, tmp_path, trace):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / trace).mkdir()
+    (tmp_path / "run" / trace).mkdir(parents=True)
     assert "run already holds a run: choose another hydra.run.dir" in refused(train, "hydra.run.dir=run")
 
 
