@@ -75,7 +75,7 @@ def train(cfg: DictConfig) -> None:
             tidy(Path(cfg.run_dir))
         for logger in trainer.loggers:
             if state and isinstance(logger, TensorBoard | CSV):
-                logger.resume(checkpoint.read(state)["global_step"])
+                logger.resume(checkpoint.read(state)["global_step"] or -1)  # the first state is before all
             logger.log_hyperparams(hyperparameters(config, data))
         if trainer.is_global_zero:
             terminal.header(config, data, module.model, trainer)

@@ -77,7 +77,10 @@ class TensorBoard(TensorBoardLogger):
         for file in Path(self.log_dir).glob("events.out.tfevents.*"):
             records = list(RawEventFileLoader(str(file)).Load())  # up to where a kill may have torn the last one
             kept = [record for record in records if Event.FromString(record).step <= step]
-            write_atomically(file, partial(write_records, kept))
+            if kept:
+                write_atomically(file, partial(write_records, kept))
+            else:
+                file.unlink()
         self._kwargs["purge_step"] = step + 1  # for a dashboard that has read the old files
 
     @rank_zero_only

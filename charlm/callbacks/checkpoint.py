@@ -42,8 +42,8 @@ class Checkpoint(L.Callback):
         self.every_n_steps = every_n_steps
         self.saved_at = -1
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step == 0:
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.ckpt_path:  # before anything is told of the first step
             self.save(trainer)
 
     def on_train_batch_end(
