@@ -1,35 +1,62 @@
 """Checkpoints of a run: at a steady pace and at its end, each whole or not there."""
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
-import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from charlm.checkpoint import NAME, write_atomically
+from charlm import archive
+from charlm.checkpoint import NAME, write
+from charlm.errors import DiskError
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's files, written beside the target and renamed: a kill or a full disk costs only the new one."""
+    """Lightning's files, written beside the target and renamed: a kill or a full disk costs only the new one.
+
+    Raises:
+        DiskError: when a checkpoint cannot be written; what stood there before is then untouched.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
+        try:
+            write(checkpoint, Path(path))
+        except OSError as error:
+            stands = "the one before still stands whole" if Path(path).is_file() else "there is none from before"
+            raise DiskError(
+                f"the checkpoint {path} could not be written ({error.strerror or error}), and {stands}: "
+                "make room, or choose another folder with hydra.run.dir=..."
+            ) from error
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        """Never without the checks, whatever Lightning asks for."""
+        return archive.load(Path(path))
 
 
 class Checkpoint(L.Callback):
-    """Keeps the newest state of the run in `dirpath`/last.ckpt.
+    """Keeps the newest state of the run in `dirpath`/last.ckpt, and the one before it in previous.ckpt.
 
     Args:
         every_n_steps: how often, in optimizer steps; the end of training saves as well.
+        every_n_minutes: how long, at most, a run goes on without saving, so that a slow one never loses much. Several
+            processes must agree, and so look at the clock only where the trainer logs.
     """
 
-    def __init__(self, dirpath: str, every_n_steps: Annotated[int, Ge(1)] = 1000):
+    def __init__(
+        self,
+        dirpath: str,
+        every_n_steps: Annotated[int, Ge(1)] = 1000,
+        every_n_minutes: Annotated[float, Gt(0)] = 5,
+    ):
         self.path = Path(dirpath, NAME)
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.saved_at = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.saved_when = time.monotonic()
 
     def on_train_batch_end(
         self,
@@ -39,13 +66,20 @@ class Checkpoint(L.Callback):
         batch: tuple[Tensor, Tensor],
         batch_idx: int,
     ) -> None:
-        if trainer.global_step % self.every_n_steps == 0:
+        if trainer.global_step % self.every_n_steps == 0 or self.overdue(trainer):
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step != self.saved_at:
             self.save(trainer)
 
+    def overdue(self, trainer: L.Trainer) -> bool:
+        late = time.monotonic() - self.saved_when > 60 * self.every_n_minutes
+        if trainer.world_size == 1:
+            return late
+        settings: Any = trainer
+        return trainer.global_step % settings.log_every_n_steps == 0 and trainer.strategy.broadcast(late)
+
     def save(self, trainer: L.Trainer) -> None:
         trainer.save_checkpoint(self.path)
-        self.saved_at = trainer.global_step
+        self.saved_at, self.saved_when = trainer.global_step, time.monotonic()
