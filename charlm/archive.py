@@ -147,7 +147,7 @@ def find_hash(file: IO[bytes]) -> str | None:
     if tail[-END:].startswith(SIGNATURE) and tail.endswith(b"\0\0"):
         return None
     if not (tail.startswith(SIGNATURE) and tail[:END].endswith(LENGTH) and tail[END:].startswith(LABEL)):
-        raise Refused("is damaged: it ends with something else than its hash")
+        raise Refused("is cut off or damaged: it does not end with its hash")
     return tail[END + len(LABEL) :].decode("ascii")
 
 

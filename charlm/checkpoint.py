@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import IO, Annotated, Any, Literal, NamedTuple
+from typing import IO, Annotated, Any, NamedTuple
 
 import torch
 from annotated_types import Ge, Le
@@ -27,11 +27,12 @@ FORMAT = 1
 NAME, PREVIOUS = "last.ckpt", "previous.ckpt"  # two generations: damage to one file costs the steps between them
 BEST = "best.ckpt"
 COMPUTED = 2**28  # bytes, at most, of what a model computes from its settings and keeps beside its weights
+TOO_LARGE = "it names a larger model than it has weights for; use another checkpoint"
 # What every checkpoint holds, beside what a run needs to go on: each place in the file, and its type.
 PARTS: dict[str, Any] = {
     "global_step": Annotated[int, Ge(0)],
     "state_dict": dict[str, Tensor],
-    "charlm.format": Literal[1],
+    "charlm.format": Annotated[int, Ge(FORMAT), Le(FORMAT)],
     "charlm.config.model": dict[str, Any],
     "charlm.config.data": dict[str, Any],
     "charlm.config.evaluate": list[str],
@@ -122,13 +123,18 @@ def load(run_or_file: str | Path, device: str | torch.device = "cpu") -> Checkpo
         tokenizer = TOKENIZERS[kept["tokenizer"]["name"]].from_state_dict(kept["tokenizer"])
         model = trained(kept["config"]["model"], tokenizer.vocab_size, weights_of(content))
     except InputError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{path} is not used: {one_line(error)}") from error
     except Exception as error:  # a model is built from whatever the file says
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"{path} is damaged or of another version: {detail}; train again, or use its backup"
+            f"{path} is damaged or of another version: {one_line(error)}; train again, or use its backup"
         ) from error
     return Checkpoint(path, content["global_step"], model.to(device).eval(), tokenizer, kept["config"], kept["corpus"])
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, which may quote the file: nothing that a terminal would take for a command."""
+    said = str(error).splitlines()[:1] or [""]
+    return "".join(c if c.isprintable() else "?" for c in said[0])[:300] or type(error).__name__
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -156,7 +162,7 @@ def checked(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         try:
             part = reduce(lambda node, name: node[name], place.split("."), content)
             TypeAdapter(hint, config=STRICT).validate_python(part)
-        except (KeyError, TypeError):
+        except (LookupError, TypeError):
             raise InputError(f"{path} is damaged or of another version: it has no {place}") from None
         except ValidationError as error:
             what = error.errors(include_url=False, include_input=False)[0]["msg"]
@@ -177,12 +183,12 @@ def trained(node: dict[str, Any], vocab_size: int, weights: dict[str, Tensor]) -
         nonlocal left
         left -= 1
         if left < 0:
-            raise InputError("the checkpoint names a larger model than it has weights for: not loaded")
+            raise InputError(TOO_LARGE)
 
     with register_module_parameter_registration_hook(count), torch.device("meta"):
         sketch = build(node, vocab_size)
     if sum(buffer.nbytes for buffer in sketch.buffers()) > COMPUTED:
-        raise InputError("the checkpoint names a larger model than it has weights for: not loaded")
+        raise InputError(TOO_LARGE)
     sketch.load_state_dict(weights, assign=True)  # do names and shapes agree, before memory is taken?
     model = build(node, vocab_size)
     model.load_state_dict(weights)
@@ -191,14 +197,14 @@ def trained(node: dict[str, Any], vocab_size: int, weights: dict[str, Tensor]) -
 
 def build(node: dict[str, Any], vocab_size: int) -> nn.Module:
     """The model that a configuration names, among charlm's own: a checkpoint of a stranger must not name others."""
-    target = str(node["_target_"])
+    target = node["_target_"] if isinstance(node["_target_"], str) else "no name"
     found = pkgutil.resolve_name(target) if target.startswith("charlm.model.") else None
     if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith("charlm.model.")):
         raise InputError(f"the checkpoint names {target} as its model, which is not one of charlm.model: not loaded")
     settings = {k: v for k, v in node.items() if not k.startswith("_")}
     for key, value in settings.items():
-        if isinstance(value, dict):  # which might name something of its own
-            raise InputError(f"the checkpoint gives model.{key} settings of its own, as no model of charlm has")
+        if not isinstance(value, str | int | float | None):  # which might name something of its own, or have no end
+            raise InputError(f"the checkpoint gives model.{key} more than one value, which no model of charlm takes")
     check_node("model", settings | {"_target_": target})
     return found(vocab_size=vocab_size, **settings)
 
