@@ -40,6 +40,19 @@ class Refused(Exception):
     """Why a file is not used, to follow its name in a sentence."""
 
 
+class Memo(dict[int, Any]):
+    """What an unpickler has made and may take again.
+
+    Tuples of tuples that are taken twice at each of many levels would take forever to hash, as a key of a dict.
+    """
+
+    def __getitem__(self, place: int) -> Any:
+        made = super().__getitem__(place)
+        if type(made) is tuple and any(type(item) is tuple for item in made):
+            raise Refused("takes a tuple of tuples twice, which no checkpoint needs: not loaded")
+        return made
+
+
 class Hashed:
     """A file to write to, which hashes what it is given.
 
@@ -170,20 +183,23 @@ def sketch(file: IO[bytes]) -> dict[str, Any]:
         pickled = archive.read(f"{root}/data.pkl")
     for operation, argument, _ in pickletools.genops(pickled):
         if operation.name == "GLOBAL" and argument not in NAMES:
-            raise Refused(f"names {str(argument)[:80].replace(' ', '.')}, which no checkpoint needs: not loaded")
+            raise Refused(f"names {ascii(argument)[1:80].replace(' ', '.')}, which no checkpoint needs: not loaded")
         if operation.name == "PROTO" and argument != 2:
             raise Refused("is of another pickle protocol than torch.save's")
     storages: dict[str, UntypedStorage] = {}
 
     def storage(pid: tuple[Any, ...]) -> TypedStorage:
         _, kind, key, _, n = pid
+        if type(n) is not int or type(key) is not str:
+            raise Refused("is damaged: it claims a storage without a name or a size")
         nbytes = sizes[f"{root}/data/{key}"]
-        if type(n) is not int or n * kind.dtype.itemsize != nbytes:
+        if n * kind.dtype.itemsize != nbytes:
             raise Refused(f"is damaged: it claims {n} numbers where {nbytes} bytes are")
         untyped = storages.setdefault(key, UntypedStorage(nbytes, device="meta"))
         return TypedStorage(wrap_storage=untyped, dtype=kind.dtype, _internal=True)
 
     unpickler = Unpickler(io.BytesIO(pickled), encoding="utf-8")
+    unpickler.memo = Memo()
     unpickler.persistent_load = storage  # type: ignore[method-assign]
     content = unpickler.load()
     check_plain(content)

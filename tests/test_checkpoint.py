@@ -117,7 +117,8 @@ def test_damage_to_the_last_generation_costs_the_steps_since_the_one_before(tmp_
 @pytest.mark.parametrize("damaged", [None, "last.ckpt", "previous.ckpt"])
 def test_at_every_instant_of_writing_a_whole_generation_stands(tmp_path, monkeypatch, links, damaged):
     """A kill leaves the folder as it is between two calls of the system: each such state is copied and read."""
-    run, states = tmp_path / "run", []
+    run = tmp_path / "run"
+    states: list[Path] = []
     run.mkdir()
     for step in (1, 2):
         write(run, step)
@@ -370,7 +371,7 @@ def test_no_damage_and_no_forgery_ends_in_anything_but_one_line(tmp_path, monkey
     path, draw = tmp_path / "x.ckpt", random.Random(1)
     assert [outcome(path, raw) for raw in bases] == ["loaded"] * 2
     before, slowest = peak(), 0.0
-    found = {"damaged": [], "forged": [], "without a hash": []}
+    found: dict[str, list[Any]] = {"damaged": [], "forged": [], "without a hash": []}
     for trial in range(900):
         raw = bases[trial % 2]
         kind = ("damaged", "forged", "without a hash")[trial % 3]
@@ -423,9 +424,9 @@ WRONG = [KeyError, None, float("nan"), -1, True, torch.zeros(2), circular(), dou
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_part_that_is_missing_or_of_another_type_is_refused(tmp_path, place):
-    free = {"charlm/config/data": [{"a": 1}], "charlm/corpus/sha256": ["\x1b[1m\n"]}.get(place, [])
+    may: dict[str, list[Any]] = {"charlm/config/data": [{"a": 1}], "charlm/corpus/sha256": ["\x1b[1m\n"]}
     for number, value in enumerate(WRONG):  # some values have no end to print
-        if not any(value is one or value == one for one in free):
+        if not any(value is one or value == one for one in may.get(place, [])):
             assert outcome(tmp_path / "x.ckpt", with_part(place, value)) == "refused", number
 
 
@@ -499,6 +500,18 @@ def test_a_claim_of_more_than_the_file_holds_is_refused_before_memory_is_taken(t
     before = max(before, peak())
     assert outcome(tmp_path / "x.ckpt", bomb) == "refused"
     assert peak() - before < 5e7
+
+
+def test_a_key_that_takes_forever_to_hash_is_refused(tmp_path):
+    key: Any = (0, 0)
+    for _ in range(60):
+        key = (key, key)
+    assert outcome(tmp_path / "x.ckpt", dumped(content_of() | {"extra": [key]})) == "refused"
+    # The same as a key, which no writer could make: (0, 0) doubled in the memo, then {key: 0}.
+    doubling = b"K\0K\0\x86q\0" + b"".join(b"h%ch%c\x86q%c" % (i, i, i + 1) for i in range(60))
+    forged = b"\x80\x02}" + doubling + b"K\0s."
+    change = lambda records: [(records[0][0], forged), *records[1:]]  # noqa: E731
+    assert outcome(tmp_path / "x.ckpt", rezipped(dumped(content_of()), change)) == "refused"
 
 
 # The command
