@@ -36,6 +36,23 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return archive.load(Path(path))
 
 
+def save(trainer: L.Trainer, path: Path) -> None:
+    """Save a checkpoint together, or end together: only the first process writes, and knows whether it could.
+
+    Raises:
+        DiskError: if it could not, in the first process; the others then end without a word.
+    """
+    failure = None
+    try:
+        trainer.save_checkpoint(path)
+    except DiskError as error:
+        failure = str(error)
+        trainer.strategy.barrier()  # where the others wait for the end of saving
+    failure = trainer.strategy.broadcast(failure)
+    if failure:
+        raise DiskError(failure) if trainer.is_global_zero else SystemExit(DiskError.code)
+
+
 class Checkpoint(L.Callback):
     """Keeps the newest state of the run in `dirpath`/last.ckpt, and the one before it in previous.ckpt.
 
@@ -81,5 +98,5 @@ class Checkpoint(L.Callback):
         return trainer.global_step % settings.log_every_n_steps == 0 and trainer.strategy.broadcast(late)
 
     def save(self, trainer: L.Trainer) -> None:
-        trainer.save_checkpoint(self.path)
+        save(trainer, self.path)
         self.saved_at, self.saved_when = trainer.global_step, time.monotonic()
