@@ -37,7 +37,7 @@ gc.freeze()
 def train(cfg: DictConfig) -> None:
     """Configuration -> parts -> fit -> evaluate."""
     with one_line_errors(), terminal.logged():
-        state = checkpoint.find(cfg.resume) if cfg.resume else None
+        state = checkpoint.found(cfg.resume) if cfg.resume else None
         if cfg.resume:
             cfg = resumed(Path(cfg.resume), changes(HydraConfig.get().overrides.task))
         L.seed_everything(cfg.seed, workers=True, verbose=False)
@@ -75,11 +75,11 @@ def train(cfg: DictConfig) -> None:
             tidy(Path(cfg.run_dir))
         for logger in trainer.loggers:
             if state and isinstance(logger, TensorBoard | CSV):
-                logger.resume(checkpoint.read(state)["global_step"] or -1)  # the first state is before all
+                logger.resume(state.content["callbacks"]["Checkpoint"]["logged"])
             logger.log_hyperparams(hyperparameters(config, data))
         if trainer.is_global_zero:
             terminal.header(config, data, module.model, trainer)
-        trainer.fit(module, data, ckpt_path=state, weights_only=True)
+        trainer.fit(module, data, ckpt_path=state and state.path, weights_only=True)
         model = module.whole()
         if trainer.is_global_zero:
             finish(config, data, model, trainer, throughput)

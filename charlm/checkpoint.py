@@ -1,25 +1,48 @@
 """A checkpoint file -> model, tokenizer, configuration. Loads without running any code that is in the file."""
 
+import json
 import os
 import pkgutil
+import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Annotated, Any, NamedTuple
 
 import torch
-from torch import nn
+from annotated_types import Ge, Le
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from charlm.errors import InputError
+from charlm import archive
+from charlm.config import STRICT, check_node
+from charlm.errors import InputError, warn
 from charlm.tokenizer import TOKENIZERS, CharTokenizer
 
 # The layout of `record`; raised when an older reader could not understand it.
 FORMAT = 1
-NAME = "last.ckpt"
+NAME, PREVIOUS = "last.ckpt", "previous.ckpt"  # two generations: damage to one file costs the steps between them
 BEST = "best.ckpt"
 PARTIAL = ".partial-"  # what files are called until they are whole
+COMPUTED = 2**28  # bytes, at most, of what a model computes from its settings and keeps beside its weights
+TOO_LARGE = "it names a larger model than it has weights for; use another checkpoint"
+# What every checkpoint holds, beside what a run needs to go on: each place in the file, and its type.
+PARTS: dict[str, Any] = {
+    "global_step": Annotated[int, Ge(0)],
+    "state_dict": dict[str, Tensor],
+    "charlm.format": Annotated[int, Ge(FORMAT), Le(FORMAT)],
+    "charlm.config.model": dict[str, Any],
+    "charlm.config.data": dict[str, Any],
+    "charlm.config.evaluate": list[str],
+    "charlm.tokenizer": dict[str, str | list[Annotated[int, Ge(0), Le(0x10FFFF)]]],
+    "charlm.tokenizer.name": str,
+    "charlm.corpus.name": str,
+    "charlm.corpus.source": str,
+    "charlm.corpus.sha256": str,
+}
 
 
 @dataclass(frozen=True)
@@ -34,28 +57,59 @@ class Checkpoint:
     corpus: dict[str, Any]
 
 
+class Newest(NamedTuple):
+    """The newest checkpoint that is whole, its content, and a line for each newer one that is not."""
+
+    path: Path
+    content: dict[str, Any]
+    damaged: list[str]
+
+
 def record(config: dict[str, Any], tokenizer: CharTokenizer, corpus: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint holds beside weights and training state; plain types only."""
     return {"format": FORMAT, "config": config, "tokenizer": tokenizer.state_dict(), "corpus": corpus}
 
 
-def find(run_or_file: str | Path) -> Path:
-    """The checkpoint that a run folder or a file name means.
+def generations(run_or_file: str | Path) -> list[Path]:
+    """The checkpoints that a run folder or a file name means, newest first.
 
     Raises:
         InputError: if there is none.
     """
     place = Path(run_or_file).expanduser()
     if os.path.isdir(place):  # os.path, unlike pathlib, says no where a name is too long to be one
-        for file in (place / "checkpoints" / NAME, place / NAME):
-            if file.is_file():
-                return file
+        for folder in (place / "checkpoints", place):
+            if found := [folder / name for name in (NAME, PREVIOUS) if (folder / name).is_file()]:
+                return found
         raise InputError(
             f"{place} holds no checkpoint: give a run folder, one with checkpoints/{NAME} in it, or a file"
         )
     if not os.path.exists(place):
         raise InputError(f"{place} does not exist: give a run folder (they are under outputs/) or a checkpoint file")
-    return place
+    return [place]
+
+
+def newest(run_or_file: str | Path, reader: Callable[[Path], dict[str, Any]] | None = None) -> Newest:
+    """The newest whole checkpoint of a run folder, or a file. `reader`: `read`, the default, or `outline`.
+
+    Raises:
+        InputError: if there is none, or none that can be read.
+    """
+    damaged: list[str] = []
+    for path in generations(run_or_file):
+        try:
+            return Newest(path, (reader or read)(path), damaged)
+        except InputError as error:
+            damaged.append(str(error))
+    raise InputError(f"{', and '.join(damaged)}: use another checkpoint, or train again")
+
+
+def found(run_or_file: str | Path, reader: Callable[[Path], dict[str, Any]] | None = None) -> Newest:
+    """`newest`, which says on standard error which newer checkpoints it passed over."""
+    newest_one = newest(run_or_file, reader)
+    for line in newest_one.damaged:
+        warn(f"{line}: using {newest_one.path}, the one before")
+    return newest_one
 
 
 def load(run_or_file: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -64,64 +118,153 @@ def load(run_or_file: str | Path, device: str | torch.device = "cpu") -> Checkpo
     Raises:
         InputError: for a file that is missing, cut off, of another kind or not charlm's.
     """
-    path = find(run_or_file)
-    content = read(path)
-    kept = content.get("charlm")
-    if not isinstance(kept, dict) or not isinstance(content.get("state_dict"), dict):
-        raise InputError(f"{path} is a checkpoint of another program: charlm reads those that python train.py writes")
-    if kept.get("format") != FORMAT:
-        raise InputError(
-            f"{path} has format {kept.get('format')}, and this charlm reads format {FORMAT}: update charlm"
-        )
+    path, content, _ = found(run_or_file)
+    kept = content["charlm"]
     try:
         tokenizer = TOKENIZERS[kept["tokenizer"]["name"]].from_state_dict(kept["tokenizer"])
-        model = build(kept["config"]["model"], tokenizer.vocab_size)
-        weights = {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
-        model.load_state_dict(weights)
-        return Checkpoint(
-            path, content["global_step"], model.to(device).eval(), tokenizer, kept["config"], kept["corpus"]
-        )
-    except InputError:
-        raise
-    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-        detail = str(error).splitlines()[0] if str(error) else type(error).__name__
+        model = trained(kept["config"]["model"], tokenizer.vocab_size, weights_of(content))
+    except InputError as error:
+        raise InputError(f"{path} is not used: {one_line(error)}") from error
+    except Exception as error:  # a model is built from whatever the file says
         raise InputError(
-            f"{path} is damaged or of another version: {detail}; train again, or use its backup"
+            f"{path} is damaged or of another version: {one_line(error)}; train again, or use its backup"
         ) from error
+    return Checkpoint(path, content["global_step"], model.to(device).eval(), tokenizer, kept["config"], kept["corpus"])
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, which may quote the file: nothing that a terminal would take for a command."""
+    said = str(error).splitlines()[:1] or [""]
+    return "".join(c if c.isprintable() else "?" for c in said[0])[:300] or type(error).__name__
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint file as plain types and tensors."""
-    try:
-        with path.open("rb") as file:
-            start = file.read(2)
-        if start != b"PK":
-            raise InputError(f"{path} is not a checkpoint: give a run folder or a file that python train.py wrote")
-        if not zipfile.is_zipfile(path):
-            raise InputError(f"{path} is cut off: it begins as a checkpoint and has no end; use another checkpoint")
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged or foreign file fails in the unpickler in any way it likes
-        raise InputError(f"{path} is not a checkpoint of charlm, or is damaged: use another checkpoint") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path} holds a {type(content).__name__}, not a checkpoint: give a run folder or its file")
+    """The content of a checkpoint of charlm, as plain types and tensors on the CPU.
+
+    Raises:
+        InputError: if it is missing, damaged, of another kind or version; what to do is for the caller to say.
+    """
+    return checked(path, archive.load(path))
+
+
+def outline(path: Path) -> dict[str, Any]:
+    """As `read`, with tensors on the meta device: of any checkpoint, in little time and memory."""
+    return checked(path, archive.outline(path))
+
+
+def checked(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Content that is of charlm, of this format and of the right types."""
+    kept = content.get("charlm")
+    if not isinstance(kept, dict) or not isinstance(content.get("state_dict"), dict):
+        raise InputError(f"{path} is a checkpoint of another program, and charlm reads those that train.py writes")
+    if type(kept.get("format")) is int and kept["format"] > FORMAT:
+        raise InputError(f"{path} has format {kept['format']}, and this charlm reads format {FORMAT}: update charlm")
+    for place, hint in PARTS.items():
+        try:
+            part = reduce(lambda node, name: node[name], place.split("."), content)
+            TypeAdapter(hint, config=STRICT).validate_python(part)
+        except (LookupError, TypeError):
+            raise InputError(f"{path} is damaged or of another version: it has no {place}") from None
+        except ValidationError as error:
+            what = error.errors(include_url=False, include_input=False)[0]["msg"]
+            raise InputError(f"{path} is damaged or of another version: {place}: {what}") from None
     return content
+
+
+def weights_of(content: dict[str, Any]) -> dict[str, Tensor]:
+    """The weights of the model, named as in the model."""
+    return {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
+
+
+def trained(node: dict[str, Any], vocab_size: int, weights: dict[str, Tensor]) -> nn.Module:
+    """The model that a configuration names, with these weights, for which it must not be too large."""
+    left = 2 * len(weights)  # a parameter that stands in two places is registered in both
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise InputError(TOO_LARGE)
+
+    with register_module_parameter_registration_hook(count), torch.device("meta"):
+        sketch = build(node, vocab_size)
+    if sum(buffer.nbytes for buffer in sketch.buffers()) > COMPUTED:
+        raise InputError(TOO_LARGE)
+    sketch.load_state_dict(weights, assign=True)  # do names and shapes agree, before memory is taken?
+    model = build(node, vocab_size)
+    model.load_state_dict(weights)
+    return model
 
 
 def build(node: dict[str, Any], vocab_size: int) -> nn.Module:
     """The model that a configuration names, among charlm's own: a checkpoint of a stranger must not name others."""
-    target = str(node["_target_"])
+    target = node["_target_"] if isinstance(node["_target_"], str) else "no name"
     found = pkgutil.resolve_name(target) if target.startswith("charlm.model.") else None
     if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith("charlm.model.")):
         raise InputError(f"the checkpoint names {target} as its model, which is not one of charlm.model: not loaded")
-    return found(vocab_size=vocab_size, **{k: v for k, v in node.items() if not k.startswith("_")})
+    settings = {k: v for k, v in node.items() if not k.startswith("_")}
+    for key, value in settings.items():
+        if not isinstance(value, str | int | float | None):  # which might name something of its own, or have no end
+            raise InputError(f"the checkpoint gives model.{key} more than one value, which no model of charlm takes")
+    check_node("model", settings | {"_target_": target})
+    return found(vocab_size=vocab_size, **settings)
 
 
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
+def describe(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """What is in a checkpoint, for people and programs; `content` may be an outline."""
+    kept, weights = content["charlm"], weights_of(content)
+    return {
+        "checkpoint": str(path),
+        "generation": {NAME: "last", PREVIOUS: "previous", BEST: "best"}.get(path.name),
+        "bytes": path.stat().st_size,
+        "sha256": archive.stored_hash(path),
+        "format": kept["format"],
+        "step": content["global_step"],
+        "model": kept["config"]["model"],
+        "parameters": sum(weight.numel() for weight in weights.values()),
+        "tensors": {
+            name: {"shape": list(w.shape), "dtype": str(w.dtype).removeprefix("torch.")} for name, w in weights.items()
+        },
+        "optimizer_state": bool(content.get("optimizer_states")),
+        "tokenizer": kept["tokenizer"]["name"],
+        "corpus": kept["corpus"],
+    }
+
+
+def export(loaded: Checkpoint, file: Path) -> None:
+    """Write the weights for other tools, as safetensors with what they belong to as metadata.
+
+    Raises:
+        InputError: for a file of another name than *.safetensors, which may be something else.
+        OSError: if it cannot be written.
+    """
+    from safetensors.torch import save
+
+    if file.suffix != ".safetensors":
+        raise InputError(f"--export {file}: give a name that ends with .safetensors")
+    told = {"step": loaded.step, "model": loaded.config["model"], "corpus": loaded.corpus}
+    told["tokenizer"] = loaded.tokenizer.state_dict()
+    weights = {name: weight.cpu().contiguous().clone() for name, weight in loaded.model.state_dict().items()}
+    metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in told.items()}
+    write_atomically(file, lambda opened: opened.write(save(weights, metadata)))
+
+
+def write(content: dict[str, Any], path: Path) -> None:
+    """Write a checkpoint; the last one that stands there becomes the previous one.
+
+    Raises:
+        OSError: if it cannot be written; what stood there before is then untouched.
+    """
+    for stray in path.parent.glob(f"{PARTIAL}*"):  # of a process that was killed while it wrote
+        stray.unlink(missing_ok=True)
+    previous = path.with_name(PREVIOUS) if path.name == NAME else None
+    write_atomically(path, partial(archive.dump, content), previous)
+
+
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], previous: Path | None = None) -> None:
     """Write a file so that its name only ever stands for a whole one: beside it, to the disk, then renamed.
+
+    What stood there before goes to `previous`, if that is given, but only once its successor stands.
 
     Raises:
         OSError: if it cannot be written; what stood there before is then untouched.
@@ -129,15 +272,22 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
+    spare = temporary + ".before"
     try:
         with os.fdopen(descriptor, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~umask())
+        keep = previous is not None and path.exists()
+        if keep:
+            link(path, spare)
         os.replace(temporary, path)
+        if previous and keep:
+            os.replace(spare, previous)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        for left in (temporary, spare):
+            Path(left).unlink(missing_ok=True)
         raise
     if os.name == "posix":  # the name itself must reach the disk too
         folder = os.open(path.parent, os.O_RDONLY)
@@ -145,6 +295,14 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def link(file: Path, name: str) -> None:
+    """Another name for the same file, or a copy where the file system has no such thing."""
+    try:
+        os.link(file, name)
+    except OSError:
+        shutil.copyfile(file, name)
 
 
 def umask() -> int:

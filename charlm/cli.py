@@ -20,6 +20,7 @@ Examples:
   charlm generate outputs/RUN                      text from what it learned
   charlm generate outputs/RUN --prompt "ROMEO:" --temperature 0.8 --num-samples 3
   charlm evaluate outputs/RUN --split val          its exact loss, beside that of counting
+  charlm checkpoint outputs/RUN                    what its last state holds; --export for other tools
   tensorboard --logdir outputs                     all runs in one dashboard
 """
 RUN = click.argument("run", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
@@ -143,6 +144,28 @@ def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str
         print(json.dumps(report.plain(found), indent=2))
     else:
         terminal.console.print(terminal.figures(found, f"{report.name_of(loaded.config['model'])} at {loaded.step:,}"))
+
+
+@charlm.command()
+@RUN
+@click.option("--export", type=click.Path(path_type=Path), help="Write the weights to a FILE.safetensors.")
+@click.option("--force", is_flag=True, help="Let --export replace a file.")
+@AS_JSON
+def checkpoint(run: Path, export: Path | None, force: bool, as_json: bool) -> None:
+    """Show what is in a checkpoint, without loading its weights."""
+    from charlm import checkpoint, report, terminal
+
+    path, content, _ = checkpoint.found(run, checkpoint.outline)
+    found = checkpoint.describe(path, content)
+    if export:
+        if export.exists() and not force:
+            raise InputError(f"--export {export} is there already: choose another name, or say --force")
+        checkpoint.export(checkpoint.load(path), export)
+        found["exported"] = str(export)
+    if as_json:
+        print(json.dumps(report.plain(found), indent=2))
+    else:
+        terminal.console.print(terminal.checkpoint(found))
 
 
 def main() -> None:

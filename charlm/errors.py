@@ -16,6 +16,14 @@ DISK_TROUBLE = {
 class InputError(ValueError):
     """A mistake of the user's, told in one line: what was given, what is allowed, what to do."""
 
+    code = 2  # of the exit
+
+
+class DiskError(InputError):
+    """The disk did not take a file: which one, why, what still stands, what to do."""
+
+    code = 1
+
 
 class CorpusUnavailable(InputError):
     """A corpus that exists but cannot be had from here, for example without internet."""
@@ -27,7 +35,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        stop(str(error), 2)
+        stop(str(error), error.code)
     except KeyboardInterrupt:
         stop("interrupted", 130)
     except SystemExit as ended:
@@ -48,6 +56,11 @@ def one_line_errors() -> Iterator[None]:
 
 
 def stop(line: str, code: int) -> NoReturn:
+    warn(line)
+    sys.exit(code)
+
+
+def warn(line: str) -> None:
+    """Tell something that a person should know, behind what was printed so far."""
     sys.stdout.flush()
     print(f"charlm: {line}", file=sys.stderr)
-    sys.exit(code)

@@ -5,18 +5,14 @@ import io
 import os
 from argparse import Namespace
 from collections.abc import Mapping
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
-from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard.summary import hparams
 
 from charlm.checkpoint import write_atomically
@@ -37,6 +33,7 @@ TRAINER_SETTINGS = (
 # What the CUSTOM SCALARS tab shows: the names are regular expressions.
 CHARTS = {"loss": {"train and val, nats per character": ["Multiline", ["train/loss$", "val/loss$"]]}}
 SECONDS_BETWEEN_WRITES = 5  # a person who watches does not look more often
+EVENTS = "events.out.tfevents.*"
 FINISHED = "finished"  # the status that `train.py` gives to a run whose final figures are known
 
 
@@ -71,17 +68,20 @@ class TensorBoard(TensorBoardLogger):
         image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
         self.experiment._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
+    def position(self) -> dict[str, int]:
+        """How far the files go that hold what was told up to now, in bytes."""
+        if self._experiment is not None:
+            self.experiment.flush()
+        return {file.name: file.stat().st_size for file in Path(self.log_dir).glob(EVENTS)}
+
     @rank_zero_only
-    def resume(self, step: int) -> None:
-        """Go on behind `step`, without what an earlier process told of later steps."""
-        for file in Path(self.log_dir).glob("events.out.tfevents.*"):
-            records = list(RawEventFileLoader(str(file)).Load())  # up to where a kill may have torn the last one
-            kept = [record for record in records if Event.FromString(record).step <= step]
-            if kept:
-                write_atomically(file, partial(write_records, kept))
+    def resume(self, position: dict[str, int]) -> None:
+        """Go on behind what was told there; what followed will be told again."""
+        for file in Path(self.log_dir).glob(EVENTS):
+            if file.name in position:
+                os.truncate(file, min(position[file.name], file.stat().st_size))
             else:
                 file.unlink()
-        self._kwargs["purge_step"] = step + 1  # for a dashboard that has read the old files
 
     @rank_zero_only
     def save(self) -> None:
@@ -106,28 +106,33 @@ class TensorBoard(TensorBoardLogger):
             self.experiment.flush()
 
 
-def write_records(records: list[bytes], file: IO[bytes]) -> None:
-    writer = RecordWriter(file)
-    for record in records:
-        writer.write(record)
-
-
 class CSV(CSVLogger):
     """metrics.csv in the run folder; Lightning's own would begin it anew where a run goes on."""
 
     def __init__(self, save_dir: str):
         super().__init__(save_dir, name="", version="")
+        self.rows = 0
 
     @rank_zero_only
-    def resume(self, step: int) -> None:
-        """Go on behind `step`, with the rows up to it. A kill in between leaves them aside, where this looks again."""
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.rows += 1
+        super().log_metrics(metrics, step)
+
+    def position(self) -> dict[str, int]:
+        """How many rows hold what was told up to now."""
+        self.save()
+        return {"rows": self.rows}
+
+    @rank_zero_only
+    def resume(self, position: dict[str, int]) -> None:
+        """Go on behind the rows that were there. A kill in between leaves all of them aside, where this looks again."""
         file = Path(self.log_dir, "metrics.csv")
         aside = file.with_name(".metrics.csv")
         if file.is_file():
             os.replace(file, aside)
         if not aside.is_file():
             return
-        rows = [row for row in csv.DictReader(aside.read_text().splitlines()) if int(row["step"]) <= step]
+        rows = list(csv.DictReader(aside.read_text().splitlines()))[: position["rows"]]
         experiment = self.experiment  # removes what it finds under the file's name
         if rows:
             text = io.StringIO()
@@ -136,6 +141,7 @@ class CSV(CSVLogger):
             writer.writeheader()
             writer.writerows(rows)
             write_atomically(file, lambda opened: opened.write(text.getvalue().encode()))
+        self.rows = len(rows)
         aside.unlink()
 
 

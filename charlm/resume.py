@@ -7,7 +7,7 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from charlm.checkpoint import PARTIAL, find, read
+from charlm.checkpoint import PARTIAL, newest
 from charlm.config import leaves, unknown_key
 from charlm.data.corpus import load_corpus
 from charlm.errors import InputError
@@ -43,7 +43,7 @@ def resumed(run_dir: Path, changes: Mapping[str, Any]) -> DictConfig:
     """
     if not run_dir.is_dir():
         raise InputError(f"resume={run_dir} is no folder: give one that python train.py made, as outputs/RUN")
-    content = read(find(run_dir))
+    content = newest(run_dir).content
     step, config = content["global_step"], content["charlm"]["config"]
     old_dir, schedule = config["run_dir"], config["scheduler"]["_target_"]
     known = list(leaves(config))
@@ -97,5 +97,5 @@ def finished(run_dir: Path, cfg: DictConfig) -> bool:
     results = read_results(run_dir)
     if results is None or results["status"] != "finished":
         return False
-    recorded = read(find(run_dir))["charlm"]["config"]
+    recorded = newest(run_dir).content["charlm"]["config"]
     return all(OmegaConf.select(OmegaConf.create(recorded), key) == OmegaConf.select(cfg, key) for key in BUDGET)

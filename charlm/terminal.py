@@ -15,7 +15,7 @@ from typing import Any
 import lightning as L
 import torch
 from rich import box
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.panel import Panel
 from rich.progress import Progress
 from rich.table import Table
@@ -147,6 +147,28 @@ def figures(found: dict[str, Any], name: str) -> Table:
     table.add_row("bits per character", *(plus_minus(found, split, "bits_per_char", 4) for split in splits))
     table.add_row("perplexity", *(plus_minus(found, split, "perplexity", 3) for split in splits))
     return table
+
+
+def checkpoint(found: dict[str, Any]) -> RenderableType:
+    """What a checkpoint holds, and its tensors."""
+    settings = {k: v for k, v in found["model"].items() if not k.startswith("_")}
+    lines = {
+        "file": f"{quote(Path(found['checkpoint']))}, {found['bytes']:,} bytes",
+        "hash": f"{found['sha256']}, which its content has" if found["sha256"] else "none, as in older files",
+        "step": f"{found['step']:,}",
+        "model": ", ".join([name_of(found["model"]), *(f"{k}={v}" for k, v in settings.items())]),
+        "parameters": f"{found['parameters']:,}",
+        "optimizer": "its state is there" if found["optimizer_state"] else "its state is not there",
+        "corpus": f"{found['corpus']['name']}, sha256 {found['corpus']['sha256']}",
+    }
+    lines |= {"exported to": quote(Path(found["exported"]))} if "exported" in found else {}
+    grid = Table.grid(padding=(0, 2))
+    for name, value in lines.items():
+        grid.add_row(Text(name, style="bold cyan"), Text(value, overflow="fold"))
+    tensors = Table("tensor", "shape", "dtype", box=box.SIMPLE_HEAD)
+    for name, tensor in found["tensors"].items():
+        tensors.add_row(Text(name), " x ".join(map(str, tensor["shape"])), tensor["dtype"])
+    return Group(grid, tensors)
 
 
 def summary(results: dict[str, Any], sample: str) -> None:

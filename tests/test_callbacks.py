@@ -211,7 +211,10 @@ def test_nan_is_never_the_best_and_what_was_best_is_remembered():
     saved = []
     for step, loss in enumerate([math.nan, 3.0, math.nan, 2.0, 2.5, 2.0, 1.0]):
         metrics = {"val/loss": torch.tensor(loss)}
-        trainer: Any = SimpleNamespace(global_step=step, callback_metrics=metrics, save_checkpoint=lambda path: ())
+        alone = SimpleNamespace(broadcast=lambda value: value)
+        trainer: Any = SimpleNamespace(
+            global_step=step, callback_metrics=metrics, save_checkpoint=lambda path: (), strategy=alone
+        )
         before = best.step
         best.on_validation_end(trainer, None)
         if best.step != before:

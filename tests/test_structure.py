@@ -62,6 +62,7 @@ def test_models_are_plain_torch():
 # The order in which text becomes figures; a module imports only from those before it.
 LAYERS = [
     "errors",
+    "config",
     "tokenizer",
     "data",
     "model",
@@ -70,6 +71,7 @@ LAYERS = [
     "scheduler",
     "generate",
     "evaluate",
+    "archive",
     "checkpoint",
     "report",
 ]
@@ -80,7 +82,6 @@ LAYERS += [
     "logger",
     "terminal",
     "callbacks",
-    "config",
     "preflight",
     "sweep",
     "cli",

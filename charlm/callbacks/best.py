@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from charlm.callbacks.checkpoint import save
 from charlm.checkpoint import BEST
 
 
@@ -21,7 +22,7 @@ class Best(L.Callback):
         loss = float(trainer.callback_metrics["val/loss"])
         if loss < self.loss:  # which NaN is not
             self.loss, self.step = loss, trainer.global_step
-            trainer.save_checkpoint(self.path)
+            save(trainer, self.path)
 
     def state_dict(self) -> dict[str, Any]:
         return {"loss": self.loss, "step": self.step}

@@ -1,25 +1,57 @@
 """Checkpoints of a run: at a steady pace and at its end, each whole or not there."""
 
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
-import torch
-from annotated_types import Ge
+from annotated_types import Ge, Gt
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from charlm.checkpoint import NAME, read, write_atomically
+from charlm import archive
+from charlm.checkpoint import NAME, write
+from charlm.errors import DiskError
+from charlm.logger import CSV, TensorBoard
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's files, written beside the target and renamed: a kill or a full disk costs only the new one."""
+    """Lightning's files, written beside the target and renamed: a kill or a full disk costs only the new one.
+
+    Raises:
+        DiskError: when a checkpoint cannot be written; what stood there before is then untouched.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        write_atomically(path, lambda file: torch.save(checkpoint, file))
+        try:
+            write(checkpoint, Path(path))
+        except OSError as error:
+            stands = "the one before still stands whole" if Path(path).is_file() else "there is none from before"
+            raise DiskError(
+                f"the checkpoint {path} could not be written ({error.strerror or error}), and {stands}: "
+                "make room, or choose another folder with hydra.run.dir=..."
+            ) from error
 
-    def load_checkpoint(self, path: Any, *_: Any, **__: Any) -> dict[str, Any]:
-        return read(Path(path))
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
+        """Never without the checks, whatever Lightning asks for."""
+        return archive.load(Path(path))
+
+
+def save(trainer: L.Trainer, path: Path) -> None:
+    """Save a checkpoint together, or end together: only the first process writes, and knows whether it could.
+
+    Raises:
+        DiskError: if it could not, in the first process; the others then end without a word.
+    """
+    failure = None
+    try:
+        trainer.save_checkpoint(path)
+    except DiskError as error:
+        failure = str(error)
+        trainer.strategy.barrier()  # where the others wait for the end of saving
+    failure = trainer.strategy.broadcast(failure)
+    if failure:
+        raise DiskError(failure) if trainer.is_global_zero else SystemExit(DiskError.code)
 
 
 def validates_now(trainer: L.Trainer) -> bool:
@@ -29,22 +61,34 @@ def validates_now(trainer: L.Trainer) -> bool:
 
 
 class Checkpoint(L.Callback):
-    """Keeps the newest state of the run in `dirpath`/last.ckpt, the first before the first step.
+    """Keeps the newest state of the run in `dirpath`/last.ckpt, and the one before it in previous.ckpt.
 
-    It has to come after the other observers, whose state and logs are then those of the same step.
+    The first is saved before the first step. It has to come after the other observers, whose state and logs are then
+    those of the same step.
 
     Args:
         every_n_steps: how often, in optimizer steps; the end of training saves as well.
+        every_n_minutes: how long, at most, a run goes on without saving, so that a slow one never loses much. Several
+            processes must agree, and so look at the clock only where the trainer logs.
     """
 
-    def __init__(self, dirpath: str, every_n_steps: Annotated[int, Ge(1)] = 1000):
+    def __init__(
+        self,
+        dirpath: str,
+        every_n_steps: Annotated[int, Ge(1)] = 1000,
+        every_n_minutes: Annotated[float, Gt(0)] = 5,
+    ):
         self.path = Path(dirpath, NAME)
-        self.every_n_steps = every_n_steps
-        self.saved_at = -1
+        self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
+        self.saved_at, self.saved_when = -1, time.monotonic()
+        self.logged: dict[str, int] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.ckpt_path:  # before anything is told of the first step
             self.save(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.saved_when = time.monotonic()
 
     def on_train_batch_end(
         self,
@@ -61,16 +105,28 @@ class Checkpoint(L.Callback):
         self.save_if_due(trainer)
 
     def save_if_due(self, trainer: L.Trainer) -> None:
+        due = trainer.global_step % self.every_n_steps == 0 or self.overdue(trainer)
         at_its_end = trainer.global_step >= trainer.max_steps > 0  # what others do there comes before
-        if trainer.global_step % self.every_n_steps == 0 and not at_its_end:
+        if due and not at_its_end:
             self.save(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step != self.saved_at:
             self.save(trainer)
 
+    def overdue(self, trainer: L.Trainer) -> bool:
+        late = time.monotonic() - self.saved_when > 60 * self.every_n_minutes
+        if trainer.world_size == 1:
+            return late
+        settings: Any = trainer
+        return trainer.global_step % settings.log_every_n_steps == 0 and trainer.strategy.broadcast(late)
+
     def save(self, trainer: L.Trainer) -> None:
-        for logger in trainer.loggers:  # a run that resumes here finds what was told up to here
-            logger.save()
-        trainer.save_checkpoint(self.path)
-        self.saved_at = trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoard | CSV):
+                self.logged = logger.position()
+        save(trainer, self.path)
+        self.saved_at, self.saved_when = trainer.global_step, time.monotonic()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"logged": self.logged}
