@@ -160,7 +160,7 @@ def test_at_every_instant_of_writing_a_whole_generation_stands(tmp_path, monkeyp
 
 
 def test_what_a_killed_writer_left_half_is_cleared_away_by_the_next(tmp_path):
-    (tmp_path / ".last.ckpt.abc123").write_bytes(b"half")
+    (tmp_path / ".partial-abc123").write_bytes(b"half")
     write(tmp_path, 1)
     assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
 
