@@ -28,6 +28,7 @@ from charlm.model.gpt import GPT
 from charlm.tokenizer import CharTokenizer
 from tests.conftest import ROOT
 from tests.test_callbacks import fit, flat  # noqa: F401
+from tests.test_model import MODELS, recipe
 
 GPT_NODE = {"_target_": "charlm.model.gpt.GPT", "block_size": 8, "n_layer": 1, "n_head": 1, "n_embd": 4}
 
@@ -583,3 +584,17 @@ def test_the_command_says_which_file_is_damaged_and_shows_the_one_before(tmp_pat
     assert (json.loads(ended.out)["step"], json.loads(ended.out)["generation"]) == (1, "previous")
     alone = charlm("checkpoint", "run/checkpoints/last.ckpt")
     assert (alone.code, alone.out, alone.err.count("\n")) == (2, "", 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_comes_back_from_its_file_as_it_was(tmp_path, name):
+    node = recipe(name)
+    content = content_of()
+    model = checkpoint.build(node, 10).eval()
+    content["charlm"]["config"]["model"] = node
+    content["state_dict"] = OrderedDict((f"model.{k}", v) for k, v in model.state_dict().items())
+    checkpoint.write(content, tmp_path / "last.ckpt")
+    again = checkpoint.load(tmp_path).model
+    idx = torch.arange(8)[None]
+    assert torch.equal(model(idx), again(idx))
+    assert all(not tensor.is_meta for tensor in [*again.parameters(), *again.buffers()])
