@@ -105,11 +105,15 @@ def newest(run_or_file: str | Path, reader: Callable[[Path], dict[str, Any]] | N
 
 
 def found(run_or_file: str | Path, reader: Callable[[Path], dict[str, Any]] | None = None) -> Newest:
-    """`newest`, which says on standard error which newer checkpoints it passed over."""
-    newest_one = newest(run_or_file, reader)
-    for line in newest_one.damaged:
-        warn(f"{line}: using {newest_one.path}, the one before")
-    return newest_one
+    """`newest`, which says on standard error which newer checkpoints it passed over.
+
+    Raises:
+        InputError: as `newest`.
+    """
+    whole = newest(run_or_file, reader)
+    for line in whole.damaged:
+        warn(f"{line}: using {whole.path}, the one before")
+    return whole
 
 
 def load(run_or_file: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
@@ -148,7 +152,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def outline(path: Path) -> dict[str, Any]:
-    """As `read`, with tensors on the meta device: of any checkpoint, in little time and memory."""
+    """As `read`, with tensors on the meta device: of any checkpoint, in little time and memory.
+
+    Raises:
+        InputError: as `read`.
+    """
     return checked(path, archive.outline(path))
 
 

@@ -119,7 +119,7 @@ def test_a_checkpoint_holds_the_average_and_beside_it_what_training_needs(fit, t
     assert torch.allclose(shown.flatten().double(), averaged(recorder.trained, 0.9, 10)[20], atol=1e-6)
     assert torch.equal(raw.flatten(), recorder.trained[saved])
     again, resumed = Recorder(), EMA(0.9, 10)
-    fit([again, resumed], 45, tmp_path / "last.ckpt")
+    fit([Checkpoint(str(tmp_path), 100), again, resumed], 45, tmp_path / "last.ckpt")
     assert torch.equal(again.start, recorder.trained[saved])
     assert min(again.trained) == saved + 1
     whole = recorder.trained | again.trained
@@ -131,7 +131,7 @@ def test_a_checkpoint_holds_the_average_and_beside_it_what_training_needs(fit, t
 def test_an_average_may_begin_in_a_resumed_run(fit, tmp_path):
     fit([Checkpoint(str(tmp_path), 20)], 20)
     recorder, average = Recorder(), EMA(0.9, 10)
-    fit([recorder, average], 40, tmp_path / "last.ckpt")
+    fit([Checkpoint(str(tmp_path), 100), recorder, average], 40, tmp_path / "last.ckpt")
     expected = recorder.trained[30].double() * 0.1 + recorder.trained[40].double() * 0.9
     assert torch.allclose(torch.cat([a.flatten() for a in average.average]).double(), expected, atol=1e-6)
 

@@ -82,6 +82,7 @@ LAYERS += [
     "logger",
     "terminal",
     "callbacks",
+    "resume",
     "preflight",
     "sweep",
     "cli",
@@ -109,7 +110,7 @@ def test_hydra_is_known_to_few():
         for f in ROOT.glob("charlm/**/*.py")
         if re.search(r"^\s*(from|import) (hydra|omegaconf)", f.read_text(), re.M)
     }
-    assert knowing <= {"charlm/preflight.py", "charlm/terminal.py"}
+    assert knowing <= {"charlm/preflight.py", "charlm/resume.py", "charlm/terminal.py"}
 
 
 def test_every_class_says_what_it_is():
