@@ -40,7 +40,7 @@ def one_line_errors() -> Iterator[None]:
         stop("interrupted", 130)
     except SystemExit as ended:
         # Lightning ends a run in silence on Ctrl-C, and with exit code 0 on SIGTERM, which would say that it finished.
-        if isinstance(ended.__context__, KeyboardInterrupt):
+        if ended.code != 130 and interrupted(ended):
             stop("interrupted", 130)
         if type(ended).__name__ != "SIGTERMException":
             raise
@@ -53,6 +53,16 @@ def one_line_errors() -> Iterator[None]:
         if error.errno not in DISK_TROUBLE:
             raise
         stop(f"{error.filename or 'the disk'}: {error.strerror}; choose another folder, or make room", 1)
+    except Exception as error:
+        if not interrupted(error):
+            raise
+        stop("interrupted", 130)
+
+
+def interrupted(error: BaseException) -> bool:
+    """Is this what came of Ctrl-C, under another name? torch's writer has one of its own."""
+    before = error.__context__
+    return isinstance(error, KeyboardInterrupt) or (before is not None and interrupted(before))
 
 
 def stop(line: str, code: int) -> NoReturn:

@@ -19,7 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from charlm import checkpoint
-from charlm.errors import InputError
+from charlm.errors import InputError, one_line_errors
 from charlm.preflight import check_command
 from charlm.sweep.jobs import PRELOAD
 from tests.conftest import ROOT
@@ -253,6 +253,22 @@ def test_a_stopped_run_says_how_to_go_on(start, tmp_path, text_file):
     log = (tmp_path / "log").read_text()
     for name, step in (("SIGINT", 5), ("SIGTERM", 10), ("SIGUSR1", 15)):
         assert f"charlm: stopped by {name} after step {step}; go on with: python train.py resume={folder}" in log
+
+
+def test_ctrl_c_is_told_as_such_whatever_it_became(capsys):
+    """torch's writer fails with an error of its own where it is interrupted."""
+
+    @one_line_errors()
+    def write() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos")
+
+    with pytest.raises(SystemExit) as ended:
+        write()
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "charlm: interrupted\n"
 
 
 @pytest.mark.slow
