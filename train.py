@@ -79,7 +79,9 @@ def train(cfg: DictConfig) -> None:
             logger.log_hyperparams(hyperparameters(config, data))
         if trainer.is_global_zero:
             terminal.header(config, data, module.model, trainer)
-        trainer.fit(module, data, ckpt_path=state and state.path, weights_only=True)
+        # A state from before the first step holds nothing that is not made again.
+        begun = state and state.content["global_step"] > 0
+        trainer.fit(module, data, ckpt_path=state.path if begun else None, weights_only=True)
         model = module.whole()
         if trainer.is_global_zero:
             finish(config, data, model, trainer, throughput)

@@ -85,7 +85,11 @@ class Checkpoint(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.ckpt_path:  # before anything is told of the first step
+            fresh = [optimizer.state_dict() for optimizer in trainer.optimizers]
             self.save(trainer)
+            for optimizer, state in zip(trainer.optimizers, fresh, strict=True):
+                if optimizer.state:  # torch has sharded ones take a step of nothing, to find out what they hold
+                    optimizer.load_state_dict(state)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.saved_when = time.monotonic()

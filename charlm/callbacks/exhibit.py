@@ -31,6 +31,12 @@ class Exhibit(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self.look(trainer, pl_module)
 
+    @property
+    def state_key(self) -> str:
+        """Several of a kind may look at one run, each with settings of its own."""
+        settings = {k: v for k, v in vars(self).items() if isinstance(v, int | str) and k != "shown_at"}
+        return self._generate_state_key(**settings)
+
     def state_dict(self) -> dict[str, int]:
         return {"shown_at": self.shown_at}
 
