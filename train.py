@@ -18,7 +18,8 @@ from torch import nn
 
 from charlm import checkpoint, report, terminal
 from charlm.budget import limit_tokens, stopped_by
-from charlm.callbacks import AtomicCheckpointIO, Checkpoint, Stop, Throughput
+from charlm.callbacks import AtomicCheckpointIO, Checkpoint, Losses, Stop, Throughput
+from charlm.checkpoint import Newest
 from charlm.data import CharDataModule
 from charlm.errors import one_line_errors
 from charlm.evaluate import figures
@@ -26,7 +27,8 @@ from charlm.generate import write
 from charlm.logger import CSV, FINISHED, TensorBoard, hyperparameters
 from charlm.module import VALIDATION, LanguageModel
 from charlm.preflight import check_command
-from charlm.resume import changes, resumed, tidy
+from charlm.resume import begun, tidy
+from charlm.run import Run, follows
 from charlm.trainer import precision_for
 
 gc.enable()
@@ -34,61 +36,74 @@ gc.freeze()
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
-def train(cfg: DictConfig) -> None:
-    """Configuration -> parts -> fit -> evaluate."""
+def main(cfg: DictConfig) -> None:
+    """One run, from its first second to its last: its settings, its record, its training."""
     with one_line_errors(), terminal.logged():
-        state = checkpoint.found(cfg.resume) if cfg.resume else None
-        if cfg.resume:
-            cfg = resumed(Path(cfg.resume), changes(HydraConfig.get().overrides.task))
-        L.seed_everything(cfg.seed, workers=True, verbose=False)
-        data: CharDataModule = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
-        data.setup()
-        model = instantiate(cfg.model, vocab_size=data.tokenizer.vocab_size)
-        choose(cfg, model, data)
-        torch.set_num_threads(cfg.threads)
-        # Where algorithms are deterministic, PyTorch also fills all new memory: a tenth of a GPT's step, for nothing.
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-        config: Any = OmegaConf.to_container(cfg, resolve=True)
-        record = checkpoint.record(config, data.tokenizer, data.corpus.card())
-        module = LanguageModel(
-            model,
-            instantiate(cfg.optimizer),
-            instantiate(cfg.scheduler),
-            record,
-            cfg.steps_per_execution,
-            cfg.compile,
-            cfg.cuda_graph,
-            cfg.seed,
-        )
-        throughput = Throughput()
-        # A state is saved when all others are done with its step.
-        observers = sorted(instantiate(cfg.callbacks).values(), key=lambda one: isinstance(one, Checkpoint))
-        trainer: L.Trainer = instantiate(
-            cfg.trainer,
-            default_root_dir=cfg.run_dir,
-            logger=instantiate(cfg.logger) or False,
-            callbacks=[*observers, throughput, Stop()],
-            plugins=[AtomicCheckpointIO()],
-        )
-        limit_tokens(trainer, cfg.max_tokens, data.batch_size * data.block_size)
-        if state and trainer.is_global_zero:
-            tidy(Path(cfg.run_dir))
-        for logger in trainer.loggers:
-            if state and isinstance(logger, TensorBoard | CSV):
-                logger.resume(state.content["callbacks"]["Checkpoint"]["logged"])
-            logger.log_hyperparams(hyperparameters(config, data))
-        if trainer.is_global_zero:
-            terminal.header(config, data, module.model, trainer)
-        # A state from before the first step holds nothing that is not made again.
-        begun = state and state.content["global_step"] > 0
-        trainer.fit(module, data, ckpt_path=state.path if begun else None, weights_only=True)
-        model = module.whole()
-        if trainer.is_global_zero:
-            finish(config, data, model, trainer, throughput)
+        cfg, state = begun(cfg, HydraConfig.get().overrides.task)
+        with Run(plain(cfg), follows(plain(cfg, resolve=False))) as run:
+            train(cfg, state, run)
+
+
+def train(cfg: DictConfig, state: Newest | None, run: Run) -> None:
+    """Configuration -> parts -> fit -> evaluate."""
+    L.seed_everything(cfg.seed, workers=True, verbose=False)
+    data: CharDataModule = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
+    data.setup()
+    model = instantiate(cfg.model, vocab_size=data.tokenizer.vocab_size)
+    choose(cfg, model, data)
+    torch.set_num_threads(cfg.threads)
+    # Where algorithms are deterministic, PyTorch also fills all new memory: a tenth of a GPT's step, for nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    config = plain(cfg)
+    record = checkpoint.record(config, data.tokenizer, data.corpus.card())
+    module = LanguageModel(
+        model,
+        instantiate(cfg.optimizer),
+        instantiate(cfg.scheduler),
+        record,
+        cfg.steps_per_execution,
+        cfg.compile,
+        cfg.cuda_graph,
+        cfg.seed,
+    )
+    throughput = Throughput()
+    # A state is saved when all others are done with its step.
+    observers = sorted(instantiate(cfg.callbacks).values(), key=lambda one: isinstance(one, Checkpoint))
+    trainer: L.Trainer = instantiate(
+        cfg.trainer,
+        default_root_dir=cfg.run_dir,
+        logger=instantiate(cfg.logger) or False,
+        callbacks=[*observers, Losses(cfg.run_dir), throughput, Stop(cfg.stop_at)],
+        plugins=[AtomicCheckpointIO()],
+    )
+    limit_tokens(trainer, cfg.max_tokens, data.batch_size * data.block_size)
+    run.tell(config, data.corpus.card(), trainer)
+    if state and trainer.is_global_zero:
+        tidy(Path(cfg.run_dir))
+    for logger in trainer.loggers:
+        if state and isinstance(logger, TensorBoard | CSV):
+            logger.resume(state.content["callbacks"]["Checkpoint"]["logged"])
+        logger.log_hyperparams(hyperparameters(config, data))
+    if trainer.is_global_zero:
+        terminal.header(config, data, module.model, trainer)
+    # A state from before the first step holds nothing that is not made again.
+    path = state.path if state and state.content["global_step"] > 0 else None
+    trainer.fit(module, data, ckpt_path=path, weights_only=True)
+    model = module.whole()
+    if trainer.is_global_zero:
+        finish(config, data, model, trainer, throughput)
+
+
+def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """A configuration as plain types."""
+    config: Any = OmegaConf.to_container(cfg, resolve=resolve)
+    return config
 
 
 def choose(cfg: DictConfig, model: nn.Module, data: CharDataModule) -> None:
-    """Put a value where `auto` is, as this machine and the size of a step suggest."""
+    """Put a value where `auto` is, as this machine and the size of a step suggest; and where the text was found."""
+    if cfg.data.path:
+        cfg.data.path = data.corpus.source  # absolute, so that it is found from any folder
     # What a forward pass multiplies; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
     multiplications = sum(p.numel() for p in model.parameters()) * data.batch_size * data.block_size
     if cfg.threads == "auto":
@@ -138,10 +153,10 @@ def finish(
     }
     terminal.summary(results, "".join(write(model, data.tokenizer, config["sample_length"], seed=config["seed"])))
     terminal.next_commands(run_dir)
-    report.write_results(run_dir, results)
+    report.write_json(run_dir / report.RESULTS, results)
 
 
 if __name__ == "__main__":
     with one_line_errors():
         sys.argv = check_command(sys.argv, Path(__file__).with_name("conf"))
-        train()
+        main()

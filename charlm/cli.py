@@ -21,6 +21,7 @@ Examples:
   charlm generate outputs/RUN --prompt "ROMEO:" --temperature 0.8 --num-samples 3
   charlm evaluate outputs/RUN --split val          its exact loss, beside that of counting
   charlm checkpoint outputs/RUN                    what its last state holds; --export for other tools
+  charlm reproduce outputs/RUN                     train it again: is it the same to the bit, and if not, why?
   tensorboard --logdir outputs                     all runs in one dashboard
 """
 RUN = click.argument("run", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
@@ -131,8 +132,6 @@ def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str
 
     loaded = checkpoint.load(run, device)
     settings = {k: v for k, v in loaded.config["data"].items() if not k.startswith("_")}
-    if settings["path"]:
-        settings["path"] = loaded.corpus["source"]  # absolute: the command may be typed in any folder
     data = CharDataModule(**settings, tokenizer=lambda text: loaded.tokenizer)
     data.setup()
     if data.corpus.sha256 != loaded.corpus["sha256"]:
@@ -166,6 +165,26 @@ def checkpoint(run: Path, export: Path | None, force: bool, as_json: bool) -> No
         print(json.dumps(report.plain(found), indent=2))
     else:
         terminal.console.print(terminal.checkpoint(found))
+
+
+@charlm.command()
+@click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@AS_JSON
+def reproduce(run: Path, as_json: bool) -> None:
+    """Train a run again from its record, and tell whether it is the same to the bit.
+
+    The exit code is 0 if it is, and 1 if not.
+    """
+    from charlm import report, terminal
+    from charlm.reproduce import reproduce
+
+    with terminal.tracked("training it again") as progress:
+        found = reproduce(run, progress)
+    if as_json:
+        print(json.dumps(report.plain(found), indent=2))
+    else:
+        terminal.console.print(terminal.comparison(found))
+    sys.exit(0 if found["equal"] else 1)
 
 
 def main() -> None:

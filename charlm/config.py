@@ -8,7 +8,10 @@ import difflib
 import importlib.util
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -17,6 +20,7 @@ from pydantic import ConfigDict, PydanticUserError, StringConstraints, TypeAdapt
 
 from charlm.errors import InputError
 
+FOLLOWS = re.compile(r"\$\{[\w.]+\}")  # another setting; anything else between braces may be a call
 HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
 Positive = Annotated[int, Ge(1)]
 # L.seed_everything takes 32 bits.
@@ -24,12 +28,14 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 # The settings at the top of conf/train.yaml.
 ROOT = {
     "resume": str | None,
+    "rerun": str | None,
     "seed": Seed,
     "threads": Positive | Literal["auto"],
     "steps_per_execution": Positive | Literal["auto"],
     "compile": bool,
     "cuda_graph": bool,
     "max_tokens": Positive | None,
+    "stop_at": Positive | None,
     "evaluate": list[str],
     "sample_length": Annotated[int, Ge(0)],
     "run_dir": str,
@@ -187,6 +193,33 @@ def allowed(hint: Any) -> str:
 
 def vars_of(limit: Any) -> list[Any]:
     return [getattr(limit, name) for name in limit.__dataclass_fields__]
+
+
+def check_targets(source: Path, config: Any, config_dirs: Iterable[Path]) -> None:
+    """A configuration that was recorded may be a stranger's: it must name no code but what conf/ names.
+
+    Raises:
+        InputError: for the first part that no file of conf/ names, or for a value that would be looked up elsewhere.
+    """
+    known = {
+        target
+        for folder in config_dirs
+        for file in folder.rglob("*.yaml")
+        for target in re.findall(r"^\s*_target_:\s*(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    for key, value in everything(config):
+        if key == "_target_" and value not in known:
+            raise InputError(f"{source} names {value!r} as a part of it, which no file of conf/ does: not run")
+        if isinstance(value, str) and "${" in FOLLOWS.sub("", value):
+            raise InputError(f"{source} has {value!r} as {key}, which is to be looked up elsewhere: not run")
+
+
+def everything(node: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
+    """All keys and values of a configuration, at any depth."""
+    yield key, node
+    if isinstance(node, dict | list):
+        for name, child in node.items() if isinstance(node, dict) else zip(repeat(key), node, strict=False):
+            yield from everything(child, name)
 
 
 def resolve(path: str, target: str) -> Any:

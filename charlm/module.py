@@ -102,6 +102,7 @@ class LanguageModel(L.LightningModule):
         self.compile_it, self.graph_it = compile, cuda_graph
         self.seed = seed
         self.validated_at = -1
+        self.losses: list[Tensor] = []  # of the newest steps, until somebody has looked at them
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
         """One optimizer step on the mean loss of the batches. Returns the loss of the last one."""
@@ -122,6 +123,7 @@ class LanguageModel(L.LightningModule):
             self.generator.manual_seed(seed_of(self.seed, trainer.global_rank, step))
             lr = 1 * trainer.optimizers[0].param_groups[0]["lr"]  # a copy, also of a tensor
             loss = self.run([self.fetch(dataloader_iter) for _ in range(trainer.accumulate_grad_batches)])
+            self.losses.append(loss.clone() if self.graph_it else loss)  # a graph's next replay overwrites it
             for config in trainer.lr_scheduler_configs:
                 config.scheduler.step()
         self.count(steps)

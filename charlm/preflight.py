@@ -1,5 +1,6 @@
 """Everything that can be wrong with a command, found before anything is written and before the first job starts."""
 
+import itertools
 import logging
 import os
 import re
@@ -29,9 +30,11 @@ from omegaconf.errors import OmegaConfBaseException
 
 from charlm import config, terminal
 from charlm.budget import budget_of, limit_tokens
+from charlm.checkpoint import newest
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
-from charlm.resume import changes, finished, resumed
+from charlm.resume import changes, finished, quoted, rerun, resumed, unquoted
+from charlm.run import claim, is_first
 from charlm.trainer import FSDP, precision_for
 
 
@@ -48,9 +51,10 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     args = parse(argv[1:])
     overrides: list[str] = list(args.overrides)
-    folders = [o.removeprefix("resume=") for o in overrides if o.startswith("resume=")]
-    if folders and folders[-1] not in ("", "null"):
-        return [argv[0], *check_resume(args, Path(folders[-1]), config_dir)]
+    for name in ("resume", "rerun"):
+        named = [o.removeprefix(f"{name}=") for o in overrides if o.startswith(f"{name}=")]
+        if named and named[-1] not in ("", "null"):
+            return [argv[0], *check_recorded(name, args, Path(unquoted(named[-1])), config_dir)]
     name = args.config_name or "train"
     # As Hydra does: --config-path counts from train.py, --config-dir from where one stands.
     config_dir = config_dir.parent / (args.config_path or config_dir.name)
@@ -70,9 +74,9 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             run_dir = cfgs[0].hydra[mode].dir
         if "TORCHELASTIC_RUN_ID" in os.environ and not any(o.startswith("hydra.run.dir=") for o in overrides):
             raise InputError("torchrun starts several processes: give them one folder, hydra.run.dir=outputs/NAME")
-        # Whether torchrun or Lightning started it, this is the first process; the others join it in its folder.
-        if os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0":
-            check_folder(Path(run_dir), f"hydra.{mode}.dir")
+        chosen = any(o.startswith(f"hydra.{mode}.dir=") for o in overrides)
+        if is_first():
+            check_folder(Path(run_dir), f"hydra.{mode}.dir", new=not chosen)
         cfgs = [OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]) for cfg in cfgs]
         for cfg in cfgs:  # the settings of every job before the text of any: texts take time, and perhaps the network
             check_settings(cfg)
@@ -80,33 +84,60 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             for cfg in cfgs:
                 cfg.data.fallback = None
         corpora = [check_text(cfg) for cfg in cfgs]
-    given = {f"data={corpus}" for corpus in corpora if corpus}
-    if not given:
+        given = {f"data={corpus}" for corpus in corpora if corpus}
+        if given:  # the command that gives the same run again, wherever Tiny Shakespeare is
+            argv = [*(a for a in argv if not a.startswith("data=")), *given]
+            renamed = [*(o for o in jobs[0] if not o.startswith("data=")), *given, *search]
+            HydraConfig.instance().set_config(cfg := compose(name, renamed, return_hydra_config=True))
+            run_dir = cfg.hydra[mode].dir
+    if not is_first():
         return list(argv)
-    # The command that gives the same run again, wherever Tiny Shakespeare is.
-    return [*(a for a in argv if not a.startswith("data=")), *given]
+    folder = own_folder(Path(run_dir), f"hydra.{mode}.dir", new=not chosen)
+    return [*(a for a in argv if not a.startswith(f"hydra.{mode}.dir=")), f"hydra.{mode}.dir={quoted(folder)}"]
 
 
-def check_resume(args: Namespace, run_dir: Path, config_dir: Path) -> list[str]:
-    """Check a run that is to go on.
+def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path) -> list[str]:
+    """Check a run that begins from another: resume or rerun, as `name` says, of the one in `recorded`.
 
     Returns:
-        The overrides to run with: the same, in the run's own folder, whose configuration stays as it is.
+        The overrides to run with.
 
     Raises:
-        InputError: for a change of what has begun, another text, or a run that is at its end.
+        InputError: for a change of what has begun, another text, or parts that charlm does not have.
     """
     if args.multirun:
-        raise InputError("resume= goes on with one run: leave -m away")
-    place = ("hydra.run.dir=", "hydra.output_subdir=")
-    settings = [o for o in args.overrides if not o.startswith(place)]
-    cfg = resumed(run_dir, changes([o for o in settings if not o.startswith("hydra.")]))
-    if finished(run_dir, cfg):
-        print(f"{run_dir} is at its end: nothing to do. To train it further: resume={run_dir} trainer.max_steps=N")
-        sys.exit(0)
+        raise InputError(f"{name}= begins from one run, and makes one: leave -m away")
+    if not recorded.is_dir():
+        raise InputError(f"{name}={recorded} is no folder: give one that python train.py made, as outputs/RUN")
+    given = [o for o in args.overrides if not o.startswith(("hydra.", f"{name}="))]
+    of_hydra = [o for o in args.overrides if o.startswith("hydra.")]
+    chosen = [o for o in of_hydra if o.startswith("hydra.run.dir=")]
+    if name == "resume":
+        run_dir, content = recorded, newest(recorded).content
+        cfg = resumed(recorded, content, changes(given))
+        if finished(recorded, content, cfg):
+            print(f"{recorded} is at its end: nothing to do. To go further: resume={recorded} trainer.max_steps=N")
+            sys.exit(0)
+        of_hydra = [o for o in of_hydra if not o.startswith("hydra.output_subdir=")]
+        of_hydra.append("hydra.output_subdir=null")  # what stands there is of the run's beginning
+    else:
+        # Beside the one that is recorded, there is place.
+        run_dir = Path(str(changes(chosen)["hydra.run.dir"])) if chosen else recorded
+        cfg = rerun(recorded, changes(given), str(run_dir))
+        # What a run has that conf/train.yaml by itself would not.
+        given = ["++" + o.lstrip("+") for o in given]
+    folders = [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
+    config.check_targets(recorded, OmegaConf.to_container(cfg), folders)
     with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
-        check_settings(cfg)
-    return [*settings, f"hydra.run.dir='{run_dir}'", "hydra.output_subdir=null"]
+        check_settings(cfg.copy())
+    if name == "rerun":
+        check_text(cfg)
+        if is_first():
+            check_folder(run_dir, new=not chosen)
+    if is_first():
+        run_dir = own_folder(run_dir, new=name == "rerun" and not chosen, begun=name == "resume")
+    of_hydra = [o for o in of_hydra if not o.startswith("hydra.run.dir=")]
+    return [f"{name}={quoted(recorded)}", *given, *of_hydra, f"hydra.run.dir={quoted(run_dir)}"]
 
 
 def parse(arguments: Sequence[str]) -> Namespace:
@@ -178,15 +209,18 @@ def check_settings(cfg: DictConfig) -> None:
         InputError: for the first thing that cannot work.
     """
     with told_in_one_line():
-        cfg.run_dir = "outputs"  # not known yet
+        if OmegaConf.is_interpolation(cfg, "run_dir"):
+            cfg.run_dir = "outputs"  # not known yet
         for missing in sorted(OmegaConf.missing_keys(cfg)):
             raise InputError(f"{missing} is missing: give it a value, {missing}=...")
         plain: Any = OmegaConf.to_container(cfg, resolve=True)
     config.check(plain)
     if "val" not in plain["evaluate"]:
         raise InputError(f"evaluate={plain['evaluate']} leaves out val, by which runs are compared: add it")
-    if plain["trainer"]["max_steps"] == -1 and plain["trainer"]["max_time"] is None and plain["max_tokens"] is None:
+    ends = (plain["trainer"]["max_time"], plain["max_tokens"], plain["stop_at"])
+    if plain["trainer"]["max_steps"] == -1 and not any(ends):
         raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
+    check_places(plain)
     check_average(plain)
     check_hardware(plain["trainer"])
     check_shortcuts(plain)
@@ -295,6 +329,22 @@ def check_hardware(trainer: dict[str, Any]) -> None:
         )
 
 
+def check_places(plain: dict[str, Any]) -> None:
+    """Does the run keep all that it may go on with in its own folder?
+
+    Raises:
+        InputError: if not; it would not be found there, and might be another run's.
+    """
+    places = {f"callbacks.{name}.dirpath": node for name, node in (plain["callbacks"] or {}).items()}
+    for setting, node in (places | {"logger.save_dir": plain["logger"] or {}}).items():
+        place = node.get(setting.rpartition(".")[2])
+        if place and node["_target_"].startswith("charlm.") and not Path(place).is_relative_to(plain["run_dir"]):
+            raise InputError(
+                f"{setting}={place} is outside of the run's folder, where resume= looks: leave it, and put the whole "
+                f"run elsewhere with hydra.run.dir=..."
+            )
+
+
 def check_average(plain: dict[str, Any]) -> None:
     """Are the weights that an observer averages all there, in each process?
 
@@ -349,18 +399,41 @@ def how_many(devices: int | str | list[int], on_cpu: bool) -> int:
     return 1 if devices == -1 and not on_cpu else devices
 
 
-def check_folder(folder: Path, setting: str = "hydra.run.dir") -> None:
-    """A run needs a folder of its own that can be written.
+def held(folder: Path) -> str | None:
+    """What a folder holds already: a run, a sweep or neither."""
+    traces = {"results.json": "run", "checkpoints/*.ckpt": "run", "multirun.yaml": "sweep"}
+    return next((left for trace, left in traces.items() if any(folder.glob(trace))), None)
+
+
+def own_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False, begun: bool = False) -> Path:
+    """A folder that no other process writes into, claimed at once.
+
+    Args:
+        new: it may be another, of the same name with a number, where this one is taken.
+        begun: it holds the run that is to go on.
+
+    Raises:
+        InputError: if it is taken.
+    """
+    for number in itertools.count(1):
+        place = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        if claim(place) and (begun or not held(place)):
+            return place
+        if not new:
+            raise InputError(f"{folder} is another process's just now: wait for its end, or choose another {setting}")
+    raise AssertionError
+
+
+def check_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False) -> None:
+    """A run needs a folder of its own that can be written; `new`: there is place beside one that is taken.
 
     Raises:
         InputError: if there is a run in it already, or if it cannot be made.
     """
-    for trace, left in {"results.json": "run", "checkpoints/*.ckpt": "run", "multirun.yaml": "sweep"}.items():
-        if any(folder.glob(trace)):
-            onwards = f" (or say resume={folder})" if left == "run" else ""
-            raise InputError(
-                f"{folder} already holds a {left}: choose another {setting}, or move that one away{onwards}"
-            )
+    left = held(folder)
+    if left and not new:
+        onwards = f" (or say resume={folder})" if left == "run" else ""
+        raise InputError(f"{folder} already holds a {left}: choose another {setting}, or move that one away{onwards}")
     missing = [place for place in (folder.absolute(), *folder.absolute().parents) if not os.path.exists(place)]
     try:
         folder.mkdir(parents=True, exist_ok=True)

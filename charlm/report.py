@@ -13,19 +13,18 @@ from rich.table import Table
 
 from charlm.checkpoint import write_atomically
 
-RESULTS = "results.json"
+LOSSES = "losses.f32"  # of all steps: numpy.fromfile(file, "<f4")
+RESULTS = "results.json"  # written last, so that its presence means a finished run
 
 
-def write_results(run_dir: Path, results: dict[str, Any]) -> Path:
-    """The final figures of a run, whole or not at all; written last, so that its presence means a finished run."""
-    path = run_dir / RESULTS
-    text = json.dumps(plain(results), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+def write_json(path: Path, content: Any) -> None:
+    """A file for programs, and for people who look into it; whole or not at all."""
+    text = json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
-    return path
 
 
 def read_results(run_dir: Path) -> dict[str, Any] | None:
-    """What `write_results` wrote, or None if the run did not get that far."""
+    """The final figures of a run, or None if it did not get that far."""
     path = run_dir / RESULTS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 

@@ -1,5 +1,6 @@
-"""Going on with a run: its own configuration and text, from its newest state, in its folder."""
+"""Beginning from a run: going on with it, in its folder and from its newest state, or again with its settings."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,70 +8,110 @@ from typing import Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from charlm.checkpoint import PARTIAL, newest
+from charlm.checkpoint import PARTIAL, Newest, found
 from charlm.config import leaves, unknown_key
 from charlm.data.corpus import load_corpus
 from charlm.errors import InputError
 from charlm.report import RESULTS, read_results
+from charlm.run import read_record
 
 BUDGET = ("trainer.max_steps", "trainer.max_time", "max_tokens")
-AFTERWARDS = ("evaluate", "sample_length")  # of no weight in training
-MAY_CHANGE = (*BUDGET, *AFTERWARDS)
+MAY_CHANGE = (*BUDGET, "stop_at", "evaluate", "sample_length")
 CONSTANT = "charlm.scheduler.constant"
 
 
 def changes(overrides: Sequence[str]) -> dict[str, Any]:
-    """What a command line sets, beside the run to resume.
+    """What a command line sets, beside the run to begin from.
 
     Raises:
         InputError: for what is not a setting with a value.
     """
     given = {}
     for override in OverridesParser.create().parse_overrides(list(overrides)):
-        line, key = override.input_line, override.get_key_element()
+        line, key = override.input_line, override.key_or_group
         if override.is_delete() or override.is_add() or override.is_sweep_override():
-            raise InputError(f"{line} cannot be asked of a run that is resumed: only {', '.join(MAY_CHANGE)} can")
-        if key != "resume":
+            raise InputError(f"{line} is not possible beside resume or rerun: give settings as NAME=VALUE")
+        if key not in ("resume", "rerun"):
             given[key] = override.value()
     return given
 
 
-def resumed(run_dir: Path, changes: Mapping[str, Any]) -> DictConfig:
-    """The configuration of the run in `run_dir`, with a longer budget if `changes` ask for one.
+def begun(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Newest | None]:
+    """The settings to train with, and the state to begin from: those of a run to resume or to rerun, if one is named.
 
     Raises:
-        InputError: if there is no run, or for a change after which the steps already made would have been others.
+        InputError: as `resumed` and `rerun`.
     """
-    if not run_dir.is_dir():
-        raise InputError(f"resume={run_dir} is no folder: give one that python train.py made, as outputs/RUN")
-    content = newest(run_dir).content
+    if cfg.resume:
+        run_dir = Path(cfg.resume)
+        state = found(run_dir)
+        return resumed(run_dir, state.content, changes(overrides)), state
+    return (rerun(Path(cfg.rerun), changes(overrides), cfg.run_dir) if cfg.rerun else cfg), None
+
+
+def resumed(run_dir: Path, content: Mapping[str, Any], changes: Mapping[str, Any]) -> DictConfig:
+    """The configuration of the run in `run_dir`, with a longer budget if `changes` ask for one.
+
+    Args:
+        content: of its newest checkpoint.
+
+    Raises:
+        InputError: for a change after which the steps already made would have been others, or for another text.
+    """
     step, config = content["global_step"], content["charlm"]["config"]
-    old_dir, schedule = config["run_dir"], config["scheduler"]["_target_"]
-    known = list(leaves(config))
+    schedule = config["scheduler"]["_target_"]
+    known = OmegaConf.create(config)
     for key, value in changes.items():
-        if key not in known:
-            raise InputError(unknown_key(key, known))
-        old = OmegaConf.select(OmegaConf.create(config), key)
+        if key not in leaves(config):
+            raise InputError(unknown_key(key, leaves(config)))
+        old = OmegaConf.select(known, key)
         if value == old:
             continue
         if key not in MAY_CHANGE:
             raise InputError(
                 f"{key}={value} is not how {run_dir} was trained, with {old}: leave it out to go on as before, or "
-                f"start a new run without resume"
+                f"start a new run, rerun={run_dir} {key}={value}"
             )
         if key in BUDGET and schedule != CONSTANT:
             raise InputError(
                 f"{key}={value} would change the learning rates of steps already made, as "
-                f"scheduler={schedule.rpartition('.')[2]} follows the budget: start a new run without resume"
+                f"scheduler={schedule.rpartition('.')[2]} follows the budget: start a new run, "
+                f"rerun={run_dir} {key}={value}"
             )
-        if key == "trainer.max_steps" and 0 < value < step:
+        if key in ("trainer.max_steps", "stop_at") and value is not None and 0 < value < step:
             raise InputError(f"{key}={value} is already past: {run_dir} has made {step:,} steps")
     corpus, wanted = load_corpus(config["data"]["corpus"], config["data"]["path"]), content["charlm"]["corpus"]
     if corpus.sha256 != wanted["sha256"]:
         raise InputError(
-            f"{corpus.source} is no longer the text that {run_dir} was trained on: put that back, or start a new run"
+            f"{corpus.source} is no longer the text that {run_dir} was trained on: put that back, or start a new run, "
+            f"rerun={run_dir}"
         )
-    cfg = OmegaConf.create(moved(config, old_dir, str(run_dir.absolute())))
+    return changed(moved(config, config["run_dir"], str(run_dir.absolute())), {"stop_at": None, **changes})
+
+
+def rerun(run_dir: Path, changes: Mapping[str, Any], new_dir: str) -> DictConfig:
+    """The configuration of the run in `run_dir`, with `changes`, for a new run in `new_dir`.
+
+    Raises:
+        InputError: if there is no record of a run, or for a setting that it does not have.
+    """
+    record = read_record(run_dir)
+    config, follows = record["config"], record["follows"]
+    for key, value in changes.items():
+        if key not in leaves(config):
+            raise InputError(unknown_key(key, leaves(config)))
+        if isinstance(OmegaConf.select(OmegaConf.create(config), key), DictConfig):
+            raise InputError(
+                f"{key}={value} chooses another part, and rerun= takes over all parts with their values: say which "
+                f"values are others, or write a command without rerun"
+            )
+    begins = {"run_dir": new_dir, "stop_at": None, "resume": None, "rerun": None}
+    return changed(moved(config, config["run_dir"], new_dir), {**follows, **begins, **changes})
+
+
+def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> DictConfig:
+    """A recorded configuration with `changes`."""
+    cfg = OmegaConf.create(config)
     for key, value in changes.items():
         OmegaConf.update(cfg, key, value)
     return cfg
@@ -92,10 +133,27 @@ def tidy(run_dir: Path) -> None:
     (run_dir / RESULTS).unlink(missing_ok=True)
 
 
-def finished(run_dir: Path, cfg: DictConfig) -> bool:
+def finished(run_dir: Path, content: Mapping[str, Any], cfg: DictConfig) -> bool:
     """Has the run come to the end that `cfg` sets it?"""
     results = read_results(run_dir)
     if results is None or results["status"] != "finished":
         return False
-    recorded = newest(run_dir).content["charlm"]["config"]
-    return all(OmegaConf.select(OmegaConf.create(recorded), key) == OmegaConf.select(cfg, key) for key in BUDGET)
+    recorded = OmegaConf.create(content["charlm"]["config"])
+    return all(OmegaConf.select(recorded, key) == OmegaConf.select(cfg, key) for key in BUDGET)
+
+
+def quoted(path: Path) -> str:
+    """A path as Hydra's grammar takes it, with whatever is in its name."""
+    if re.fullmatch(r"[\w./-]+", str(path)):
+        return str(path)
+    # In quotes, a backslash is one by itself, but for those before a quote.
+    text = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), str(path))
+    return f"'{text}'"
+
+
+def unquoted(text: str) -> str:
+    """A path as it was typed: as it is, with all the = and , that names of sweeps have, or quoted for Hydra."""
+    if text[0] not in "'\"":
+        return text
+    [override] = OverridesParser.create().parse_overrides([f"path={text}"])
+    return str(override.value())

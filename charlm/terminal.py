@@ -171,6 +171,32 @@ def checkpoint(found: dict[str, Any]) -> RenderableType:
     return Group(grid, tensors)
 
 
+def comparison(found: dict[str, Any]) -> RenderableType:
+    """A run and its repetition: equal, or where they part and what is not as it was."""
+    if found["equal"]:
+        told = f"Equal to the bit: the losses of all {found['steps']:,} steps, the weights and all states after them."
+    elif found["first_step"]:
+        then, now = found["losses"]
+        told = f"Not the same. Losses differ from step {found['first_step']:,} on: {then:.9g} then, {now:.9g} now."
+    else:
+        told = f"Not the same, though the losses of all {found['steps']:,} steps are. What differs:"
+    lines: list[RenderableType] = [Text(told, style="bold")]
+    if not found["equal"] and not found["first_step"]:
+        names = found["differs"]
+        lines += [Text(f"  {name}") for name in names[:10]]
+        lines += [Text(f"  and {len(names) - 10} more")] if len(names) > 10 else []
+    if found["clock"] and not found["equal"]:
+        lines.append(Text("Its learning rate followed the clock (trainer.max_time), which no repetition can."))
+    if found["surroundings"]:
+        table = Table("surroundings", "then", "now", box=box.SIMPLE_HEAD)
+        for name, (before, after) in found["surroundings"].items():
+            table.add_row(*(Text(str(cell), overflow="fold") for cell in (name, before, after)))
+        lines.append(table)
+    elif not found["equal"]:
+        lines.append(Text("The surroundings are as they were: versions, device, threads, corpus, commit."))
+    return Group(*lines)
+
+
 def summary(results: dict[str, Any], sample: str) -> None:
     """After a run: its figures beside the references, and some text."""
     title = f"{results['model']} after {results['steps']:,} steps"
@@ -181,10 +207,10 @@ def summary(results: dict[str, Any], sample: str) -> None:
         say(Panel(Text(sample), title="a sample", title_align="left", box=box.ROUNDED))
 
 
-def stopped(signal: str, step: int, run_dir: Path | None) -> None:
+def stopped(why: str, step: int, run_dir: Path | None) -> None:
     """A run that was told to stop, and how to go on with it."""
     how = f"go on with: python train.py resume={quote(run_dir)}" if run_dir else "without checkpoints, nothing is left"
-    print(f"charlm: stopped by {signal} after step {step:,}; {how}", file=sys.stderr)
+    print(f"charlm: {why} after step {step:,}; {how}", file=sys.stderr)
 
 
 def next_commands(run_dir: Path) -> None:

@@ -57,7 +57,6 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, prose: str) -> Path:
     """A single run, a sweep, a run that failed, and one of a model with a setting that the bigram does not have."""
     folder = tmp_path_factory.mktemp("dashboard")
     (folder / "prose.txt").write_text(prose, encoding="utf-8")
-    (folder / "a_file").touch()
 
     def train(*overrides: str, code: int = 0) -> None:
         common = ["data=text", f"data.path={folder / 'prose.txt'}", "trainer=cpu", "trainer.log_every_n_steps=20"]
@@ -67,8 +66,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, prose: str) -> Path:
     train("hydra.run.dir=outputs/single", "trainer.max_steps=130", "trainer.val_check_interval=50")
     sweep = ("-m", "hydra.sweep.dir=outputs/sweep", "optimizer.lr=0.01,0.1", "seed=7")
     train(*sweep, "trainer.max_steps=60", "trainer.val_check_interval=60")
-    unwritable = f"callbacks.checkpoint.dirpath={folder / 'a_file' / 'checkpoints'}"
-    train("hydra.run.dir=outputs/broken", "trainer.max_steps=60", unwritable, code=1)
+    train("hydra.run.dir=outputs/broken", "trainer.max_steps=60", "optimizer.lr=1e38", code=1)
     other = TensorBoard(str(folder / "outputs" / "another_model"))
     other.log_hyperparams({"model": "transformer", "model.n_layer": 4})
     other.log_metrics({"final/val/loss": 1.5}, 10)

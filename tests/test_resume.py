@@ -7,6 +7,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,8 +44,8 @@ ENDS: dict[str, signal.Signals | None] = {
 PLACES = {
     "step": ("charlm.module", "forward_backward", 80),
     "validation": ("charlm.module", "window_losses", 6),
-    "write": ("os", "fsync", 24),
-    "rename": ("os", "replace", 12),
+    "write": ("os", "fsync", 30),
+    "rename": ("os", "replace", 18),
 }
 
 
@@ -102,7 +103,9 @@ def story(folder: Path) -> dict[str, Any]:
     state = checkpoint.read(folder / "checkpoints" / "last.ckpt")
     best = checkpoint.read(folder / "checkpoints" / "best.ckpt")
     kept = [state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ema")]
-    return {"told": told, "texts": texts, "results": results, "state": kept, "best": best["state_dict"]}
+    losses = (folder / "losses.f32").read_bytes()
+    parts = {"told": told, "texts": texts, "results": results, "state": kept, "best": best["state_dict"]}
+    return parts | {"losses": losses, "status": json.loads((folder / "run.json").read_text())["status"]}
 
 
 def same(a: Any, b: Any) -> bool:
@@ -201,8 +204,9 @@ def test_metrics_csv_goes_on_where_the_state_was_saved(start, tmp_path, text_fil
         ("model=gpt", "model=gpt is not how"),
         ("optimizer.rl=1", "did you mean optimizer.lr?"),
         ("trainer.max_steps=10", "has made 20 steps"),
-        ("~callbacks.samples", "cannot be asked of a run that is resumed"),
+        ("~callbacks.samples", "is not possible beside resume"),
         ("-m", "leave -m away"),
+        ("stop_at=3", "has made 20 steps"),
     ],
 )
 def test_a_change_of_what_was_is_refused(trained, change, told):
@@ -289,3 +293,19 @@ def test_two_processes_stop_together_and_go_on(train, tmp_path, text_file):
     weights = [checkpoint.read(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("stopped", "unbroken")]
     assert same(weights[0]["state_dict"], weights[1]["state_dict"])
     assert weights[0]["global_step"] == 3000
+
+
+@pytest.mark.parametrize(
+    "name", ["block_size=8,lr=0.01", "a b", "it's", 'a "quoted" one', "back\\slash", "back\\'", "end\\", "[x]"]
+)
+def test_a_folder_may_have_any_name(trained, tmp_path, train, charlm, name):
+    folder = tmp_path / name
+    shutil.copytree(trained, folder)
+    for path in (name, f"./{name}"):
+        ended = train(f"resume={path}")
+        assert (ended.code, ended.err) == (0, "")
+        assert "is at its end" in ended.out
+    assert train(f"rerun={name}", "trainer.max_steps=3").code == 0
+    assert (tmp_path / f"{name}_2" / "results.json").exists()
+    assert train(f"resume={name}", "trainer.max_steps=25").code == 0
+    assert charlm("reproduce", name).code == 0

@@ -4,6 +4,7 @@ from charlm.callbacks.best import Best
 from charlm.callbacks.bigram_table import BigramTable
 from charlm.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from charlm.callbacks.ema import EMA
+from charlm.callbacks.losses import Losses
 from charlm.callbacks.progress import Progress
 from charlm.callbacks.samples import Samples
 from charlm.callbacks.stop import Stop
@@ -15,6 +16,7 @@ __all__ = [
     "Best",
     "BigramTable",
     "Checkpoint",
+    "Losses",
     "Progress",
     "Samples",
     "Stop",

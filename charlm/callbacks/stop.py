@@ -20,11 +20,14 @@ class Stop(L.Callback):
     """Ends the process with 128 + the signal's number, as a shell tells it. A second Ctrl-C stops at once.
 
     It has to come after the checkpoints, so that there is one of the step just made.
+
+    Args:
+        at: a step to stop after in the same way, but with exit code 0, as that is what was asked for.
     """
 
-    every_n_steps = None  # whenever Lightning has its turn
-
-    def __init__(self) -> None:
+    def __init__(self, at: int | None = None) -> None:
+        self.every_n_steps = at  # and whenever Lightning has its turn for something else
+        self.at = at
         self.received = 0
         self.before: dict[signal.Signals, Any] = {}
 
@@ -53,7 +56,7 @@ class Stop(L.Callback):
         if trainer.world_size > 1:
             told = torch.tensor(number, device=trainer.strategy.root_device)
             number = int(trainer.strategy.reduce(told, reduce_op="max"))
-        if not number:
+        if not number and trainer.global_step != self.at:
             return
         callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         paths: list[Path] = []
@@ -63,12 +66,12 @@ class Stop(L.Callback):
                     callback.save(trainer)
                 paths.append(callback.path)
         if trainer.is_global_zero:
-            terminal.stopped(
-                signal.Signals(number).name, trainer.global_step, paths[0].parent.parent if paths else None
-            )
-        raise SystemExit(128 + number)
+            why = f"stopped by {signal.Signals(number).name}" if number else "stopped"
+            terminal.stopped(why, trainer.global_step, paths[0].parent.parent if paths else None)
+        raise SystemExit(128 + number if number else 0)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.at = None  # as it is at its end
         self.leave(trainer)
         self.give_back()
 

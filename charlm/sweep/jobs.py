@@ -17,6 +17,7 @@ from typing import Any
 from charlm import report, terminal
 from charlm.errors import stop
 from charlm.preflight import check_folder
+from charlm.resume import quoted
 
 LOG = "terminal.log"  # all that a job prints
 # What the fork server imports before the first job.
@@ -37,7 +38,7 @@ class Job:
         log = self.folder / LOG
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOAD)
-        argv = [sys.argv[0], *self.overrides, f"hydra.run.dir='{self.folder}'"]
+        argv = [sys.argv[0], *self.overrides, f"hydra.run.dir={quoted(self.folder)}"]
         process = context.Process(target=become, args=(argv, str(log)))
         process.start()
         try:

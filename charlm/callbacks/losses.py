@@ -1,0 +1,110 @@
+"""Every training loss of a run, kept; one that is not finite ends it."""
+
+import math
+import os
+from array import array
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from charlm.callbacks.checkpoint import Checkpoint
+from charlm.callbacks.ema import KEY
+from charlm.errors import DiskError, InputError
+from charlm.module import LanguageModel
+from charlm.report import LOSSES
+
+MOST = 1000  # that wait to be looked at
+
+
+class Diverged(InputError):
+    """Training has left the numbers: at which step, what still stands, what to try."""
+
+    code = 1
+
+
+class Losses(L.Callback):
+    """Looks at losses wherever the trainer logs, as looking makes a GPU wait, and before anything is saved.
+
+    A state with weights that are not finite is never saved. It has to come after an average of weights.
+
+    Raises:
+        Diverged: for a loss or a weight that is infinite or not a number, in all processes together.
+        DiskError: if the losses cannot be written.
+    """
+
+    every_n_steps = None  # whenever Lightning has its turn
+
+    def __init__(self, run_dir: str):
+        self.file = Path(run_dir, LOSSES)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What followed the state that the run goes on from will be told again."""
+        if trainer.is_global_zero:
+            with self.file.open("ab") as file:
+                kept = min(file.tell() // 4, trainer.global_step)
+                file.truncate(4 * kept)
+                file.write(array("f", [math.nan]) * (trainer.global_step - kept))  # of which the disk has lost a part
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LanguageModel, *_: Any) -> None:  # type: ignore[override]
+        settings: Any = trainer
+        if trainer.global_step % settings.log_every_n_steps == 0 or len(pl_module.losses) >= MOST:
+            self.look(trainer, pl_module)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: LanguageModel, checkpoint: Any) -> None:  # type: ignore[override]
+        self.look(trainer, pl_module)
+        raw = checkpoint[KEY]["raw"].values() if KEY in checkpoint else []
+        look_at_weights(trainer, [*pl_module.parameters(), *raw])
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
+        self.look(trainer, pl_module)
+        look_at_weights(trainer, list(pl_module.parameters()))
+
+    def look(self, trainer: L.Trainer, module: LanguageModel) -> None:
+        if not module.losses:
+            return
+        losses = array("f", torch.stack(module.losses).tolist())
+        first = trainer.global_step - len(losses) + 1
+        module.losses.clear()
+        if trainer.is_global_zero:
+            try:
+                with self.file.open("ab") as file:
+                    file.write(losses)
+            except OSError as error:
+                raise DiskError(f"{self.file} could not be written ({error.strerror}): make room") from error
+        wrong = [step for step, loss in enumerate(losses, start=first) if not math.isfinite(loss)]
+        step = earliest(trainer, wrong[0] if wrong else None)
+        if step is not None:
+            told = f" is {losses[step - first]:f}" if step in wrong else " is infinite or not a number"
+            raise Diverged(f"the loss of step {step:,}{told}: {advice(trainer)}")
+
+
+def look_at_weights(trainer: L.Trainer, weights: list[Tensor]) -> None:
+    finite = torch.stack([local(weight).isfinite().all() for weight in weights]).all().item()
+    if earliest(trainer, None if finite else trainer.global_step) is not None:
+        raise Diverged(f"weights are infinite or not numbers after step {trainer.global_step:,}: {advice(trainer)}")
+
+
+def local(parameter: Tensor) -> Tensor:
+    """The part of a parameter that this process has."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def earliest(trainer: L.Trainer, step: int | None) -> int | None:
+    """The first of all processes' steps: what ends one must end them together, or the others wait for it."""
+    if trainer.world_size == 1:
+        return step
+    never = 2**62
+    told = torch.tensor(never if step is None else step, device=trainer.strategy.root_device)
+    first = int(trainer.strategy.reduce(told, reduce_op="min"))
+    return None if first == never else first
+
+
+def advice(trainer: L.Trainer) -> str:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    saved = [(c.saved_at, c.path) for c in callbacks if isinstance(c, Checkpoint) and c.saved_at >= 0]
+    stands = "".join(f"; {os.path.relpath(path)} is of step {step:,}, and whole" for step, path in saved)
+    return f"try a lower optimizer.lr, or trainer.gradient_clip_val=1{stands}"

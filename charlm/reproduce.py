@@ -1,0 +1,127 @@
+"""Training a run again from its record, and telling whether it is the same to the bit, or where and why it is not."""
+
+import contextlib
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from charlm import checkpoint
+from charlm.errors import InputError
+from charlm.report import LOSSES, read_results
+from charlm.resume import CONSTANT, quoted
+from charlm.run import Record, read_record
+
+TRAIN = Path(__file__).parent.parent / "train.py"
+TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "ema")  # of a checkpoint: all that training changes
+ELSEWHERE = ("results.stopped_by", "results.device")  # figures that tell of the surroundings, as all seconds do
+
+
+def reproduce(run_dir: Path, report: Callable[[int, int], None]) -> dict[str, Any]:
+    """Train the run in `run_dir` again, elsewhere, as far as its newest state, and compare.
+
+    Args:
+        report: told steps made and steps in all, now and then.
+
+    Returns:
+        equal: whether all is, to the bit.
+        steps: that both made.
+        first_step: whose loss differs, or None.
+        losses: then and now, at that step.
+        differs: the names of what else does: weights, states, final figures.
+        surroundings: what is not as it was, by name, then and now.
+        clock: whether the learning rate followed it, which no repetition can.
+
+    Raises:
+        InputError: if there is no such run, if it has saved no step, or if it cannot be trained here.
+    """
+    record, state, results = read_record(run_dir), checkpoint.found(run_dir).content, read_results(run_dir)
+    step = state["global_step"]
+    constant = record["config"]["scheduler"]["_target_"] == CONSTANT
+    if step == 0:
+        raise InputError(f"{run_dir} has saved no step that could be compared")
+    if not TRAIN.is_file():
+        raise InputError(f"{TRAIN} is not there: install charlm from a clone of it, pip install -e .")
+    with tempfile.TemporaryDirectory(prefix="charlm-") as folder:
+        again = Path(folder, "run")
+        command = [sys.executable, str(TRAIN), f"rerun={quoted(run_dir.absolute())}", f"hydra.run.dir={again}"]
+        if results is None or results["stopped_by"] == "time":
+            command += [f"stop_at={step}", *(["trainer.max_time=null"] if constant else [])]
+        train(command, again / LOSSES, step, report)
+        losses = [np.fromfile(place / LOSSES, "<f4")[:step] for place in (run_dir, again)]
+        other, other_results = checkpoint.newest(again).content, read_results(again)
+        differs = [name for part in TRAINED for name in unlike(state.get(part), other.get(part), part)]
+        if results and other_results:
+            differs += [name for name in unlike(results, other_results, "results") if exact(name)]
+        surroundings = moved(record, read_record(again))
+    steps = min(len(one) for one in losses)
+    unequal = np.flatnonzero(losses[0][:steps].view("<u4") != losses[1][:steps].view("<u4")).tolist()
+    return {
+        "equal": not unequal and not differs,
+        "steps": steps,
+        "first_step": unequal[0] + 1 if unequal else None,
+        "losses": [float(one[unequal[0]]) for one in losses] if unequal else None,
+        "differs": differs,
+        "surroundings": surroundings,
+        "clock": record["config"]["trainer"]["max_time"] is not None and not constant,
+    }
+
+
+def train(command: list[str], losses: Path, steps: int, report: Callable[[int, int], None]) -> None:
+    """Run a training command, and look now and then how far it is.
+
+    Raises:
+        InputError: with the command's own last words, if it fails.
+    """
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, stdout=said, stderr=said)
+        try:
+            while process.poll() is None:
+                report(losses.stat().st_size // 4 if losses.exists() else 0, steps)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(0.2)
+        finally:
+            process.terminate()
+            process.wait()
+        said.seek(0)
+        last = said.read().decode(errors="replace").strip().rpartition("\n")[2].removeprefix("charlm: ")
+    if process.returncode:
+        raise InputError(f"it cannot be trained again here: {last}")
+
+
+def exact(figure: str) -> bool:
+    return figure not in ELSEWHERE and "second" not in figure
+
+
+def unlike(one: Any, other: Any, place: str) -> Iterator[str]:
+    """The names, below `place`, of what is not equal to the bit."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        for key in one | other:
+            yield from unlike(one.get(key), other.get(key), f"{place}.{key}")
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
+        for number, pair in enumerate(zip(one, other, strict=True)):
+            yield from unlike(*pair, f"{place}.{number}")
+    elif not (torch.equal(one, other) if torch.is_tensor(one) and torch.is_tensor(other) else one == other):
+        yield place
+
+
+def moved(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
+    """What a run depends on beside its settings, and is not as it was: by name, then and now."""
+    here = leaves_of({"corpus": now["corpus"]} | now["surroundings"])
+    found: dict[str, tuple[Any, Any]] = {}
+    for surroundings in [*(session["surroundings"] for session in then["earlier"]), then["surroundings"]]:
+        there = leaves_of({"corpus": then["corpus"]} | surroundings)
+        found |= {k: (there.get(k), here.get(k)) for k in there | here if there.get(k) != here.get(k)}
+    return found
+
+
+def leaves_of(node: Any, place: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, by dotted names."""
+    if isinstance(node, dict):
+        return {name: leaf for key, child in node.items() for name, leaf in leaves_of(child, f"{place}.{key}").items()}
+    return {place[1:]: node}

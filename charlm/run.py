@@ -1,0 +1,267 @@
+"""A run's folder: one process at a time writes in it, and its run.json tells what the run is and how it is.
+
+run.json stands from the first second. Its `status` is running, finished, stopped (by a signal, or by stop_at) or
+failed, with the reason; while it runs, its `heartbeat` is never older than a minute: what says "running" and is older
+was killed. `config`, `corpus`, `seed` and `surroundings` are all that the run depends on.
+"""
+
+import json
+import os
+import platform
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import lightning as L
+import torch
+from filelock import FileLock, Timeout
+from lightning.pytorch.utilities import rank_zero_only
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from charlm.config import FOLLOWS
+from charlm.errors import InputError, interrupted
+from charlm.report import write_json
+
+NAME, LOCK = "run.json", ".lock"
+FORMAT = 1
+SECONDS_BETWEEN_BEATS = 10.0
+LARGEST = 2**24  # bytes of a run.json that is read
+HERE = Path(__file__).parent
+
+claimed: dict[Path, FileLock] = {}
+
+
+class Record(TypedDict):
+    """What run.json holds. Times are UTC, as in ISO 8601."""
+
+    format: int
+    status: str
+    reason: str | None
+    step: int
+    started: str
+    heartbeat: str
+    command: str
+    process: dict[str, str | int]
+    seed: int
+    corpus: dict[str, str | int] | None  # None until the text is read
+    surroundings: dict[str, Any]
+    config: dict[str, Any]
+    follows: dict[str, str]  # the settings that were given as others are: {"data.seed": "${seed}"}
+    earlier: list[dict[str, Any]]  # the processes that trained before it was resumed, and how each of them ended
+
+
+def is_first() -> bool:
+    """Is this the only process, or the first, whether torchrun, Lightning or Slurm started it?"""
+    known: Any = rank_zero_only  # which is told by each of them
+    return bool(known.rank == 0)
+
+
+def claim(folder: Path) -> bool:
+    """Make `folder`, and make it this process's own until it ends. False: it is another's."""
+    folder = folder.absolute()
+    if folder in claimed:
+        return True
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        return False
+    claimed[folder] = lock
+    return True
+
+
+class Run:
+    """Keeps run.json true, as a context around a run. Of several processes, only the first does.
+
+    Raises:
+        InputError: if another process trains in the folder.
+    """
+
+    def __init__(self, config: dict[str, Any], follows: dict[str, str]):
+        self.folder = Path(config["run_dir"])
+        self.step: Callable[[], int] = lambda: 0
+        self.ended = threading.Event()
+        self.pulse = threading.Thread(target=self.beat, daemon=True)
+        self.record: Record = {
+            "format": FORMAT,
+            "status": "running",
+            "reason": None,
+            "step": 0,
+            "started": now(),
+            "heartbeat": now(),
+            "command": shlex.join(["python", *sys.argv]),
+            "process": {"host": socket.gethostname(), "pid": os.getpid()},
+            "seed": config["seed"],
+            "corpus": None,
+            "surroundings": {},
+            "config": config,
+            "follows": follows,
+            "earlier": [],
+        }
+
+    def __enter__(self) -> "Run":
+        if is_first():
+            if not claim(self.folder):
+                raise InputError(f"another process trains in {self.folder} just now: wait for it, or stop it")
+            before = previous(self.folder)
+            if before:
+                self.record["earlier"] = [*before["earlier"], session(before)]
+                self.record["follows"] |= before["follows"]
+            self.record["surroundings"] = surroundings()
+            self.write()
+            self.pulse.start()
+        return self
+
+    def tell(self, config: dict[str, Any], corpus: dict[str, str | int], trainer: L.Trainer) -> None:
+        """What was not known in the first second."""
+        self.record["config"], self.record["corpus"] = config, corpus
+        device = trainer.strategy.root_device
+        self.record["surroundings"] |= {
+            "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+            "processes": trainer.world_size,
+            "threads": torch.get_num_threads(),
+        }
+        self.step = lambda: trainer.global_step
+        self.write()
+
+    def beat(self) -> None:
+        while not self.ended.wait(SECONDS_BETWEEN_BEATS):
+            try:
+                self.write()
+            except OSError:
+                continue  # the next checkpoint tells it better
+
+    def write(self) -> None:
+        if is_first():
+            self.record["heartbeat"], self.record["step"] = now(), self.step()
+            write_json(self.folder / NAME, self.record)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if not is_first():
+            return
+        self.ended.set()
+        self.pulse.join()
+        self.record["status"], self.record["reason"] = how(error)
+        try:
+            self.write()
+        except OSError:
+            if error is None:
+                raise
+            # What ended the run, most likely the same, is to be told, and not this.
+
+
+def how(error: BaseException | None) -> tuple[str, str | None]:
+    """The status and its reason, after what ended a run."""
+    if error is None:
+        return "finished", None
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else 1
+        if code == 0:
+            return "stopped", "stop_at"
+        if code > 128:
+            return "stopped", signal.Signals(code - 128).name
+        return "failed", f"exit code {code}"
+    if interrupted(error):
+        return "stopped", "SIGINT"
+    told = str(error).strip().partition("\n")[0]
+    return "failed", told if isinstance(error, InputError) else f"{type(error).__name__}: {told}"
+
+
+def follows(node: Any, place: str = "") -> dict[str, str]:
+    """The settings that are given as others are, by their dotted names."""
+    if isinstance(node, dict):
+        return {name: told for key, child in node.items() for name, told in follows(child, f"{place}.{key}").items()}
+    return {place[1:]: node} if isinstance(node, str) and FOLLOWS.search(node) else {}
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def read_record(folder: Path) -> Record:
+    """What run.json tells, held against `Record`.
+
+    Raises:
+        InputError: if there is none, or none that can be read.
+    """
+    file = folder / NAME
+    try:
+        if file.stat().st_size > LARGEST:
+            raise InputError(f"{file} is too large to be the record of a run")
+        record: Record = TypeAdapter(Record).validate_python(json.loads(file.read_bytes()), strict=True)
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no {NAME}: give a run folder, as python train.py made it") from None
+    except (ValidationError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file} is damaged, or of another version") from None
+    if record["format"] != FORMAT:
+        raise InputError(f"{file} has format {record['format']}, and this charlm reads format {FORMAT}")
+    return record
+
+
+def previous(folder: Path) -> Record | None:
+    """The record of the process that trained in `folder` before, if there was one and it can be read."""
+    try:
+        return read_record(folder)
+    except InputError:
+        return None
+
+
+def session(record: Record) -> dict[str, Any]:
+    """How an earlier process ended. As it does not train any more, one that still says so was killed."""
+    kept = ("status", "reason", "step", "started", "heartbeat", "process", "surroundings")
+    told: dict[str, Any] = {key: record[key] for key in kept}  # type: ignore[literal-required]
+    return told | ({"status": "killed"} if told["status"] == "running" else {})
+
+
+def surroundings() -> dict[str, Any]:
+    """What a run depends on beside its settings and its text."""
+    required = (re.match(r"[\w-]+", line) for line in metadata.requires("charlm") or [] if "extra ==" not in line)
+    names = sorted({"charlm", *(found[0] for found in required if found)})
+    return {
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in names},
+        "git": git(),
+        "platform": platform.platform(),
+        "cpu": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",
+        "cuda": torch.version.cuda,
+    }
+
+
+def processor() -> str:
+    """The name of the CPU, which Linux has only in a file."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor()
+    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
+    return found[1] if found else platform.machine()
+
+
+def git() -> dict[str, str | bool] | None:
+    """The commit of charlm's code, and whether there are changes beside it; None if it is in no repository."""
+
+    def ask(*question: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(HERE), *question], capture_output=True, text=True, timeout=10, check=True
+        ).stdout
+
+    try:
+        # The second is there only if charlm itself is in the commit, and not just below somebody's repository.
+        commit = ask("rev-parse", "HEAD", "HEAD:./__init__.py").split()[0]
+        return {"commit": commit, "dirty": bool(ask("status", "--porcelain"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

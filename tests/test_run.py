@@ -1,0 +1,320 @@
+"""What a run says of itself, that its folder is its own, and that it can be trained again from its record."""
+
+import json
+import math
+import multiprocessing
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+
+from charlm import checkpoint, run
+from charlm.errors import InputError
+from charlm.preflight import check_command, own_folder
+from tests.conftest import ROOT, run_command
+
+SMALL = ["trainer=cpu", "threads=1", "trainer.max_steps=60", "evaluate=[val]", "sample_length=1"]
+
+
+def told(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_a_finished_run_tells_what_it_was(trained):
+    found = told(trained)
+    assert (found["status"], found["reason"], found["step"], found["seed"]) == ("finished", None, 20, 1337)
+    kept = checkpoint.read(trained / "checkpoints" / "last.ckpt")["charlm"]
+    assert found["config"] == kept["config"]
+    assert found["corpus"] == kept["corpus"]
+    surroundings = found["surroundings"]
+    assert surroundings["packages"]["torch"] == torch.__version__
+    assert surroundings["device"] == "cpu"
+    assert surroundings["processes"] == surroundings["threads"] == 1
+    asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+    assert (surroundings["git"] or {}).get("commit", "") == commit
+    assert run.read_record(trained) == found
+
+
+@pytest.fixture
+def begun(tmp_path, text_file):
+    """A run without end, as its own process."""
+    common = ["data=text", f"data.path={text_file}", "hydra.run.dir=run", "trainer.max_steps=100000000", "trainer=cpu"]
+    command = [sys.executable, str(ROOT / "train.py"), *common, "callbacks.progress.seconds_between_lines=0.1"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_run_json_is_there_before_the_first_step_and_tells_of_the_end(begun, train, tmp_path):
+    for line in begun.stdout:
+        if line.startswith("model"):  # the header, which comes before training
+            found = told(tmp_path / "run")
+            assert (found["status"], found["process"]["pid"]) == ("running", begun.pid)
+        if line.startswith("step"):
+            break
+    # Nobody else may train there.
+    for command in (["resume=run"], ["data=pydoc", "hydra.run.dir=run"]):
+        ended = train(*command)
+        assert ended.code == 2
+        assert "run" in ended.err
+    assert "another process" in train("resume=run").err
+    begun.send_signal(signal.SIGTERM)
+    assert begun.wait(60) == 143
+    found = told(tmp_path / "run")
+    assert (found["status"], found["reason"]) == ("stopped", "SIGTERM")
+    assert found["step"] == checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
+
+
+def test_a_killed_run_is_told_as_such_by_the_next(begun, train, tmp_path):
+    next(line for line in begun.stdout if line.startswith("step"))
+    begun.kill()
+    begun.wait()
+    assert told(tmp_path / "run")["status"] == "running"
+    ended = train("resume=run", "trainer.max_time=00:00:00:01")
+    assert ended.code == 0, ended.err
+    found = told(tmp_path / "run")
+    assert found["status"] == "finished"
+    assert found["earlier"][0]["status"] == "killed"
+
+
+def test_a_life_sign_comes_again_and_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "SECONDS_BETWEEN_BEATS", 0.01)
+    seen: list[int] = []
+    with run.Run({"run_dir": str(tmp_path / "run"), "seed": 1}, {}) as one:
+        one.step = lambda: len(seen)
+        while len(seen) < 3:
+            step = told(tmp_path / "run")["step"]
+            if step not in seen:
+                seen.append(step)
+            time.sleep(0.001)
+    assert told(tmp_path / "run")["status"] == "finished"
+    assert threading.active_count() == 1 or one.pulse not in threading.enumerate()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "reason"),
+    [
+        (None, "finished", None),
+        (SystemExit(143), "stopped", "SIGTERM"),
+        (SystemExit(0), "stopped", "stop_at"),
+        (KeyboardInterrupt(), "stopped", "SIGINT"),
+        (RuntimeError("a defect\nof ours"), "failed", "RuntimeError: a defect"),
+        (InputError("the disk is full"), "failed", "the disk is full"),
+        (SystemExit(1), "failed", "exit code 1"),
+    ],
+)
+def test_every_end_has_its_status(error, status, reason):
+    assert run.how(error) == (status, reason)
+
+
+def test_a_crash_leaves_its_traceback_in_the_runs_own_log(train, tmp_path, text_file):
+    common = [*SMALL, "data=text", f"data.path={text_file}", "hydra.run.dir=run"]
+    ended = train(*common, "+callbacks.defect={_target_: tests.test_run.Defect}", PYTHONPATH=str(ROOT))
+    assert ended.code == 1
+    assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
+    found = told(tmp_path / "run")
+    assert (found["status"], found["reason"]) == ("failed", "RuntimeError: a defect")
+
+
+class Defect(L.Callback):
+    """Ends a run as a mistake in its code would."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        raise RuntimeError("a defect")
+
+
+def test_runs_begun_in_the_same_second_have_a_folder_each(tmp_path, text_file):
+    common = [*SMALL, "data=text", f"data.path={text_file}", f"hydra.sweep.dir={tmp_path}", "trainer.max_steps=2"]
+
+    def begin(number: int) -> int:
+        place = tmp_path / f"from_{number}"
+        place.mkdir()
+        (place / "outputs").symlink_to(tmp_path / "outputs")
+        return run_command([str(ROOT / "train.py"), *common], place, {}, 100).code
+
+    (tmp_path / "outputs").mkdir()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(begin, range(4))) == [0] * 4
+    folders = list((tmp_path / "outputs").iterdir())
+    assert [told(folder)["status"] for folder in folders] == ["finished"] * 4
+
+
+def test_a_folder_is_claimed_by_one_process_alone(tmp_path):
+    """However many want a new one of the same name at the same moment."""
+    context = multiprocessing.get_context("forkserver")
+    ready, given = context.Barrier(8), context.Queue()
+    processes = [context.Process(target=own, args=(str(tmp_path / "run"), ready, given)) for _ in range(8)]
+    for process in processes:
+        process.start()
+    folders = {given.get(timeout=60) for _ in processes}
+    for process in processes:
+        process.join()
+    assert folders == {str(tmp_path / name) for name in ["run", *(f"run_{n}" for n in range(2, 9))]}
+
+
+def own(folder: str, ready: Any, given: Any) -> None:
+    ready.wait()
+    given.put(str(own_folder(Path(folder), new=True)))
+    ready.wait()  # and keeps it until all have one
+
+
+def test_a_loss_that_leaves_the_numbers_ends_the_run(train, tmp_path, text_file):
+    common = ["data=text", f"data.path={text_file}", "model=gpt", "model.n_layer=1", "model.n_embd=16"]
+    common += ["trainer=cpu", "threads=1", "trainer.max_steps=500", "callbacks.checkpoint.every_n_steps=1"]
+    ended = train(*common, "data.batch_size=2", "optimizer.lr=1e30", "trainer.log_every_n_steps=100")
+    assert ended.code == 1
+    named = re.fullmatch(r"charlm: .* step (\d+).*: try a lower optimizer.lr, .* of step (\d+), and whole\n", ended.err)
+    assert named, ended.err
+    folder = next((tmp_path / "outputs").iterdir())
+    kept = checkpoint.read(folder / "checkpoints" / "last.ckpt")
+    assert kept["global_step"] == int(named[2]) <= int(named[1])
+    assert all(weight.isfinite().all() for weight in kept["state_dict"].values())
+    found = told(folder)
+    assert found["status"] == "failed"
+    assert f"step {named[1]}" in found["reason"]
+
+
+def test_the_step_of_the_first_such_loss_is_named(train, tmp_path, text_file):
+    """Between two looks, and with the weights of the step before still finite."""
+    common = [*SMALL, "data=text", f"data.path={text_file}", "hydra.run.dir=run", "optimizer.lr=1e38"]
+    ended = train(*common, "trainer.log_every_n_steps=50")
+    losses = np.fromfile(tmp_path / "run" / "losses.f32", "<f4")
+    first = int(np.flatnonzero(~np.isfinite(losses))[0]) + 1
+    assert 1 < first < 50
+    assert f"the loss of step {first} is" in ended.err
+    assert math.isfinite(losses[0])
+
+
+def test_losses_are_kept_for_each_step(trained):
+    losses = np.fromfile(trained / "losses.f32", "<f4")
+    assert len(losses) == 20
+    assert losses[-1] < losses[0]
+
+
+def test_the_same_run_again_is_equal_to_the_bit(trained, charlm):
+    ended = charlm("reproduce", str(trained), "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    assert found["equal"]
+    assert found["steps"] == 20
+    assert found["surroundings"] == {}
+
+
+@pytest.fixture
+def copied(trained, tmp_path):
+    folder = tmp_path / "copied"
+    shutil.copytree(trained, folder)
+    return folder
+
+
+def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
+    found = told(folder)
+    change(found)
+    (folder / "run.json").write_text(json.dumps(found))
+
+
+def test_another_run_is_told_from_its_first_step_on_with_what_was_otherwise(copied, charlm):
+    losses = np.fromfile(copied / "losses.f32", "<f4")
+    losses[6:] = np.nextafter(losses[6:], np.float32(9))
+    losses.tofile(copied / "losses.f32")
+    rewrite(copied, lambda found: found["surroundings"]["packages"].update(torch="1.0"))
+    found = json.loads(charlm("reproduce", str(copied), "--json").out)
+    assert not found["equal"]
+    assert found["first_step"] == 7
+    assert found["surroundings"] == {"packages.torch": ["1.0", torch.__version__]}
+    ended = charlm("reproduce", str(copied))
+    assert ended.code == 1
+    assert "Losses differ from step 7 on" in ended.out
+    assert re.search(r"packages.torch +1.0 +" + re.escape(torch.__version__), ended.out)
+
+
+def test_other_weights_are_told_though_the_losses_are_the_same(copied, charlm):
+    path = copied / "checkpoints" / "last.ckpt"
+    content = checkpoint.read(path)
+    name, weight = next(iter(content["state_dict"].items()))
+    weight.flatten()[0] += 1
+    checkpoint.write(content, path)
+    ended = charlm("reproduce", str(copied))
+    assert ended.code == 1
+    assert f"state_dict.{name}" in ended.out
+    assert "surroundings are as they were" in ended.out
+
+
+def test_a_run_that_was_stopped_and_resumed_can_be_reproduced_at_each_state(train, charlm, tmp_path, text_file):
+    """With a schedule that follows the whole budget."""
+    common = [*SMALL, "data=text", f"data.path={text_file}", "scheduler=warmup_cosine", "scheduler.warmup_steps=5"]
+    assert train(*common, "stop_at=25", "hydra.run.dir=run").code == 0
+    assert (told(tmp_path / "run")["status"], told(tmp_path / "run")["reason"]) == ("stopped", "stop_at")
+    for resumed, steps in ((False, 25), (True, 60)):
+        if resumed:
+            assert train("resume=run").code == 0
+        ended = charlm("reproduce", "run", "--json")
+        assert ended.code == 0, ended.out + ended.err
+        assert json.loads(ended.out)["steps"] == steps
+        before = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
+        assert before == steps  # the repetition has left it alone
+
+
+def test_a_new_run_takes_the_settings_of_another_and_what_follows_them(train, trained, tmp_path):
+    assert train(f"rerun={trained}", "seed=2", "hydra.run.dir=new").code == 0
+    old, new = told(trained)["config"], told(tmp_path / "new")["config"]
+    assert new["data"]["seed"] == new["callbacks"]["samples"]["seed"] == new["seed"] == 2
+    assert new["callbacks"]["checkpoint"]["dirpath"] == str(tmp_path / "new" / "checkpoints")
+    assert new["optimizer"] == old["optimizer"]
+    assert old["seed"] == told(trained)["seed"] == 1337
+    # Without a place of its own, it goes beside the other.
+    for name in ("new_2", "new_3"):
+        assert train("rerun=new", "trainer.max_steps=3").code == 0
+        assert told(tmp_path / name)["config"]["trainer"]["max_steps"] == 3
+
+
+STRANGE: dict[str, Callable[[dict], Any]] = {
+    "which no file of conf/ does": lambda found: found["config"]["callbacks"].update(
+        evil={"_target_": "os.system", "command": "touch evil"}
+    ),
+    "no file of conf/": lambda found: found["config"]["model"].update(_target_="charlm.sweep.jobs.become"),
+    "looked up elsewhere": lambda found: found["config"].update(model="${oc.create:'{_target_: os.system}'}"),
+    "is damaged": lambda found: found.update(config=7),
+    "format 2": lambda found: found.update(format=2),
+    "outside of the run's folder": lambda found: found["config"]["logger"].update(save_dir="/elsewhere"),
+}
+
+
+@pytest.mark.parametrize("told_so", STRANGE)
+def test_a_strangers_record_runs_no_code(copied, told_so, monkeypatch, tmp_path):
+    rewrite(copied, STRANGE[told_so])
+    rewrite(copied, lambda found: found.update(follows={}))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=told_so):
+        check_command(["train.py", f"rerun={copied}"], ROOT / "conf")
+    assert not Path("evil").exists()
+
+
+def test_a_strangers_checkpoint_runs_no_code_where_it_is_resumed(copied):
+    content = checkpoint.read(copied / "checkpoints" / "last.ckpt")
+    content["charlm"]["config"]["callbacks"]["evil"] = {"_target_": "os.system", "command": "touch evil"}
+    checkpoint.write(content, copied / "checkpoints" / "last.ckpt")
+    with pytest.raises(InputError, match="no file of conf/"):
+        check_command(["train.py", f"resume={copied}", "trainer.max_steps=30"], ROOT / "conf")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 100_000, '{"format": 1}', "\xff"])
+def test_a_damaged_record_is_told_in_one_line(copied, charlm, content):
+    (copied / "run.json").write_text(content)
+    ended = charlm("reproduce", str(copied))
+    assert (ended.code, ended.err) == (2, f"charlm: {copied}/run.json is damaged, or of another version\n")
