@@ -254,6 +254,7 @@ def export(loaded: Checkpoint, file: Path) -> None:
     told["tokenizer"] = loaded.tokenizer.state_dict()
     weights = {name: weight.cpu().contiguous().clone() for name, weight in loaded.model.state_dict().items()}
     metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in told.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, lambda opened: opened.write(save(weights, metadata)))
 
 
@@ -263,6 +264,7 @@ def write(content: dict[str, Any], path: Path) -> None:
     Raises:
         OSError: if it cannot be written; what stood there before is then untouched.
     """
+    path.parent.mkdir(exist_ok=True)  # but not the run's folder, if somebody has removed that
     for stray in path.parent.glob(f"{PARTIAL}*"):  # of a process that was killed while it wrote
         stray.unlink(missing_ok=True)
     previous = path.with_name(PREVIOUS) if path.name == NAME else None
@@ -278,7 +280,6 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], pre
         OSError: if it cannot be written; what stood there before is then untouched.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
     spare = temporary + ".before"
     try:

@@ -9,7 +9,8 @@ from typing import NoReturn
 
 # Reasons of the file system that a person can do something about; any other OSError is a defect of ours.
 DISK_TROUBLE = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EFBIG
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EFBIG,
+    errno.EIO, errno.ESTALE
 }  # fmt: skip
 
 
@@ -59,10 +60,17 @@ def one_line_errors() -> Iterator[None]:
         stop("interrupted", 130)
 
 
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it came of."""
+    before: BaseException | None = error
+    while before is not None:
+        yield before
+        before = before.__cause__ or before.__context__
+
+
 def interrupted(error: BaseException) -> bool:
     """Is this what came of Ctrl-C, under another name? torch's writer has one of its own."""
-    before = error.__context__
-    return isinstance(error, KeyboardInterrupt) or (before is not None and interrupted(before))
+    return any(isinstance(one, KeyboardInterrupt) for one in chain(error))
 
 
 def stop(line: str, code: int) -> NoReturn:

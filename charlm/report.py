@@ -17,10 +17,14 @@ LOSSES = "losses.f32"  # of all steps: numpy.fromfile(file, "<f4")
 RESULTS = "results.json"  # written last, so that its presence means a finished run
 
 
+def as_json(content: Any) -> bytes:
+    """For programs, and for people who look into a file."""
+    return (json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
 def write_json(path: Path, content: Any) -> None:
-    """A file for programs, and for people who look into it; whole or not at all."""
-    text = json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    """Whole, or not at all."""
+    write_atomically(path, lambda file: file.write(as_json(content)))
 
 
 def read_results(run_dir: Path) -> dict[str, Any] | None:

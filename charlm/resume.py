@@ -13,7 +13,7 @@ from charlm.config import leaves, unknown_key
 from charlm.data.corpus import load_corpus
 from charlm.errors import InputError
 from charlm.report import RESULTS, read_results
-from charlm.run import read_record
+from charlm.run import previous, read_record
 
 BUDGET = ("trainer.max_steps", "trainer.max_time", "max_tokens")
 MAY_CHANGE = (*BUDGET, "stop_at", "evaluate", "sample_length")
@@ -135,8 +135,8 @@ def tidy(run_dir: Path) -> None:
 
 def finished(run_dir: Path, content: Mapping[str, Any], cfg: DictConfig) -> bool:
     """Has the run come to the end that `cfg` sets it?"""
-    results = read_results(run_dir)
-    if results is None or results["status"] != "finished":
+    record = previous(run_dir)
+    if read_results(run_dir) is None or record is None or record["status"] != "finished":
         return False
     recorded = OmegaConf.create(content["charlm"]["config"])
     return all(OmegaConf.select(recorded, key) == OmegaConf.select(cfg, key) for key in BUDGET)

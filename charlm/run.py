@@ -5,6 +5,7 @@ failed, with the reason; while it runs, its `heartbeat` is never older than a mi
 was killed. `config`, `corpus`, `seed` and `surroundings` are all that the run depends on.
 """
 
+import contextlib
 import json
 import os
 import platform
@@ -29,13 +30,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
+from charlm.checkpoint import write_atomically
 from charlm.config import FOLLOWS
-from charlm.errors import InputError, interrupted
-from charlm.report import write_json
+from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted
+from charlm.report import as_json
 
 NAME, LOCK = "run.json", ".lock"
 FORMAT = 1
 SECONDS_BETWEEN_BEATS = 10.0
+ROOM = 1000  # bytes of blanks at the end of run.json
 LARGEST = 2**24  # bytes of a run.json that is read
 HERE = Path(__file__).parent
 
@@ -146,20 +149,49 @@ class Run:
     def write(self) -> None:
         if is_first():
             self.record["heartbeat"], self.record["step"] = now(), self.step()
-            write_json(self.folder / NAME, self.record)
+            write_atomically(self.folder / NAME, lambda file: file.write(as_json(self.record) + b" " * ROOM))
+
+    def write_over(self) -> None:
+        """On a full disk, where a new file has no room: what ended the run is no longer than the room in the old."""
+        told = as_json(self.record)
+        with (self.folder / NAME).open("r+b") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(0)
+            if len(told) <= size:
+                file.write(told.ljust(size))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Raises DiskError: where it was the disk that ended the run, under whatever name."""
         if not is_first():
             return
         self.ended.set()
         self.pulse.join()
-        self.record["status"], self.record["reason"] = how(error)
+        trouble = disk_trouble(error, self.folder) if error else None
+        self.record["status"], self.record["reason"] = how(trouble or error)
         try:
             self.write()
-        except OSError:
+        except OSError as unwritten:
             if error is None:
-                raise
-            # What ended the run, most likely the same, is to be told, and not this.
+                raise DiskError(f"{self.folder / NAME} could not be written: {unwritten.strerror}") from unwritten
+            with contextlib.suppress(OSError):
+                self.write_over()
+        if trouble:
+            raise trouble from error
+
+
+def disk_trouble(error: BaseException, folder: Path) -> DiskError | None:
+    """What the disk has to do with it, if it has. Libraries bury that deep below errors of their own."""
+    if isinstance(error, DiskError):
+        return None  # which tells it
+    if not folder.is_dir():
+        return DiskError(f"{folder} has vanished while the run wrote there, with all it had saved: start it again")
+    for one in chain(error):
+        if isinstance(one, OSError) and one.errno in DISK_TROUBLE:
+            return DiskError(
+                f"{os.fsdecode(one.filename or folder)}: {one.strerror}. The run has ended, and its checkpoints are "
+                f"whole: see to the disk, then say resume={folder}"
+            )
+    return None
 
 
 def how(error: BaseException | None) -> tuple[str, str | None]:

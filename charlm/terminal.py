@@ -6,6 +6,7 @@ import os
 import shlex
 import shutil
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,6 +40,8 @@ LEVELS = {"uniform": "uniform", "unigram": "counted unigram", "bigram": "counted
 def logged() -> Iterator[None]:
     """Inside a run: warnings and messages of libraries, and the traceback of a failure, go to the run's own log."""
     logging.captureWarnings(True)
+    logging.raiseExceptions = False  # a log that cannot be written has a reason that is told anyway
+    threading.excepthook = lambda failed: log.error("a thread failed", exc_info=failed.exc_value)
     warnings.simplefilter("default")
     warnings.filterwarnings("ignore", message=".*`dataloader_iter`")  # Lightning's caution, which charlm has read
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):

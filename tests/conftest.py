@@ -19,6 +19,12 @@ settings.load_profile("unhurried")
 os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--ends", type=int, default=100, help="how often the fault harness ends runs (default 100)")
+
+
 # The fork server pays for these imports once, so that each command costs a fresh process but not its start-up.
 PRELOAD = ["lightning", "charlm.callbacks", "charlm.cli", "charlm.evaluate", "charlm.logger", "charlm.preflight"]
 

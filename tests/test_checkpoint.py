@@ -575,6 +575,7 @@ def test_weights_are_exported_for_other_tools_whole_and_over_nothing(trained, ch
 
 def test_the_command_says_which_file_is_damaged_and_shows_the_one_before(tmp_path, charlm):
     folder = tmp_path / "run" / "checkpoints"
+    (tmp_path / "run").mkdir()
     for step in (1, 2):
         path = write(folder, step)
     flip(path)

@@ -200,6 +200,56 @@ def test_the_step_of_the_first_such_loss_is_named(train, tmp_path, text_file):
     assert math.isfinite(losses[0])
 
 
+@pytest.fixture
+def disk(tmp_path):
+    """A file system of two megabytes."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "csv", "none"])
+def test_a_disk_that_fills_ends_a_run_with_one_line_and_it_goes_on_when_there_is_room(
+    disk, train, tmp_path, text_file, logger
+):
+    common = [*SMALL[1:2], "trainer=cpu", "data=text", f"data.path={text_file}", f"logger={logger}", "evaluate=[val]"]
+    common += ["callbacks.checkpoint.every_n_steps=100", "callbacks.progress.seconds_between_lines=0.1"]
+    command = [sys.executable, str(ROOT / "train.py"), *common, "trainer.max_steps=100000", f"hydra.run.dir={disk}/run"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
+        next(line for line in process.stdout if line.startswith("step"))
+        with pytest.raises(OSError, match="No space left"):
+            (disk / "filler").write_bytes(bytes(2**22))
+        process.stdout.read()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert said.startswith("charlm: ")
+    assert said.count("\n") == 1
+    assert "No space left on device" in said
+    assert (told(disk / "run")["status"], "No space left" in told(disk / "run")["reason"]) == ("failed", True)
+    (disk / "filler").unlink()
+    step = checkpoint.read(disk / "run" / "checkpoints" / "last.ckpt")["global_step"]
+    ended = train(f"resume={disk}/run", f"trainer.max_steps={step + 50}")
+    assert ended.code == 0, ended.err
+    assert train(*common, f"trainer.max_steps={step + 50}", "hydra.run.dir=unbroken").code == 0
+    assert (disk / "run" / "losses.f32").read_bytes() == (tmp_path / "unbroken" / "losses.f32").read_bytes()
+
+
+def test_a_folder_that_vanishes_ends_a_run_with_one_line(begun, tmp_path):
+    next(line for line in begun.stdout if line.startswith("step"))
+    while (tmp_path / "run").exists():  # between two files that it writes
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+    _, said = begun.communicate(timeout=60)
+    assert said.count("\n") == 1
+    assert said.startswith(f"charlm: {tmp_path}/run has vanished while the run wrote there")
+    assert begun.returncode == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_losses_are_kept_for_each_step(trained):
     losses = np.fromfile(trained / "losses.f32", "<f4")
     assert len(losses) == 20

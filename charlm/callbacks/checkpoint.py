@@ -26,10 +26,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         try:
             write(checkpoint, Path(path))
         except OSError as error:
-            stands = "the one before still stands whole" if Path(path).is_file() else "there is none from before"
+            advice = "there is none from before: choose another folder with hydra.run.dir=..."
+            if Path(path).is_file():
+                run_dir = Path(path).parent.parent
+                advice = f"the one before still stands whole: see to the disk, then say resume={run_dir}"
             raise DiskError(
-                f"the checkpoint {path} could not be written ({error.strerror or error}), and {stands}: "
-                "make room, or choose another folder with hydra.run.dir=..."
+                f"the checkpoint {path} could not be written ({error.strerror or error}), and {advice}"
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:

@@ -74,7 +74,7 @@ class Losses(L.Callback):
                 with self.file.open("ab") as file:
                     file.write(losses)
             except OSError as error:
-                raise DiskError(f"{self.file} could not be written ({error.strerror}): make room") from error
+                raise DiskError(f"{self.file} could not be written ({error.strerror}): see to the disk") from error
         wrong = [step for step, loss in enumerate(losses, start=first) if not math.isfinite(loss)]
         step = earliest(trainer, wrong[0] if wrong else None)
         if step is not None:
