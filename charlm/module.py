@@ -265,4 +265,7 @@ class LanguageModel(L.LightningModule):
         return whole.train(self.model.training)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["charlm"] = self.record
+        checkpoint["charlm"], checkpoint["validated_at"] = self.record, self.validated_at
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.validated_at = checkpoint["validated_at"]

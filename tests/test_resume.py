@@ -47,6 +47,7 @@ TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 PLACES = {
     "step": ("charlm.module", "cross_entropy", 80),
     "validation": ("charlm.module", "window_losses", 6),
+    "evaluation": ("charlm.evaluate", "window_losses", 3),
     "write": ("os", "fsync", 30),
     "rename": ("os", "replace", 18),
 }
@@ -195,6 +196,20 @@ def test_a_hundred_ends_leave_no_trace(start, tmp_path, text_file, pytestconfig)
 def test_ends_of_either_of_two_processes_leave_no_trace(start, tmp_path, text_file, pytestconfig):
     settings = [*SETTINGS, *TWO, f"data.path={text_file}"]
     check(start, tmp_path, settings, ends=pytestconfig.getoption("ends") // 8, seed=3)
+
+
+@pytest.mark.parametrize("ended_by", ["early stopping", "steps"])
+def test_a_run_that_is_ended_after_its_last_step_makes_no_other(start, tmp_path, text_file, ended_by):
+    early = ["callbacks=[default,ema,best,early_stopping]", "callbacks.early_stopping.patience=1"]
+    early += ["callbacks.early_stopping.min_delta=9"]
+    settings = [*SETTINGS, f"data.path={text_file}", *(early if ended_by != "steps" else ["trainer.max_steps=30"])]
+    assert start(*settings, f"hydra.run.dir={tmp_path / 'unbroken'}") == 0
+    unbroken, folder = story(tmp_path / "unbroken"), tmp_path / "run"
+    assert unbroken["results"]["stopped_by"] == ended_by
+    assert unbroken["results"]["steps"] == 30  # where there was a validation
+    assert start(*settings, f"hydra.run.dir={folder}", place="evaluation", number=1) == -signal.SIGKILL
+    assert start(f"resume={folder}") == 0
+    assert all(same(part, unbroken[name]) for name, part in story(folder).items())
 
 
 def test_a_run_may_be_made_longer(start, tmp_path, text_file):

@@ -4,7 +4,7 @@ import math
 import os
 from array import array
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import lightning as L
 import torch
@@ -40,14 +40,15 @@ class Losses(L.Callback):
 
     def __init__(self, run_dir: str):
         self.file = Path(run_dir, LOSSES)
+        self.open: IO[bytes] | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What followed the state that the run goes on from will be told again."""
         if trainer.is_global_zero:
-            with self.file.open("ab") as file:
-                kept = min(file.tell() // 4, trainer.global_step)
-                file.truncate(4 * kept)
-                file.write(array("f", [math.nan]) * (trainer.global_step - kept))  # of which the disk has lost a part
+            self.open = self.file.open("ab", buffering=0)
+            kept = min(self.open.tell() // 4, trainer.global_step)
+            self.open.truncate(4 * kept)
+            self.open.write(array("f", [math.nan]) * (trainer.global_step - kept))  # which a broken disk has lost
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: LanguageModel, *_: Any) -> None:  # type: ignore[override]
         settings: Any = trainer
@@ -63,16 +64,23 @@ class Losses(L.Callback):
         self.look(trainer, pl_module)
         look_at_weights(trainer, list(pl_module.parameters()))
 
+    def teardown(self, *_: Any, **__: Any) -> None:
+        if self.open:
+            self.open.close()
+
+    on_exception = teardown
+
     def look(self, trainer: L.Trainer, module: LanguageModel) -> None:
         if not module.losses:
             return
-        losses = array("f", torch.stack(module.losses).tolist())
+        on_cpu = module.losses[0].device.type == "cpu"  # another device is better asked once
+        found = [loss.item() for loss in module.losses] if on_cpu else torch.stack(module.losses).tolist()
+        losses = array("f", found)
         first = trainer.global_step - len(losses) + 1
         module.losses.clear()
-        if trainer.is_global_zero:
+        if self.open:
             try:
-                with self.file.open("ab") as file:
-                    file.write(losses)
+                self.open.write(losses)
             except OSError as error:
                 raise DiskError(f"{self.file} could not be written ({error.strerror}): see to the disk") from error
         wrong = [step for step, loss in enumerate(losses, start=first) if not math.isfinite(loss)]

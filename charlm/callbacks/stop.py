@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
 
 from charlm import terminal
 from charlm.callbacks.checkpoint import Checkpoint, validates_now
@@ -35,6 +36,9 @@ class Stop(L.Callback):
         # What a parent had ignored, as nohup and background jobs do, stays so.
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self.note) for number in heard}
+        # A run that was ended after it had stopped early goes on to its final figures, and not to more steps.
+        if any(c.stopping_reason != EarlyStoppingReason.NOT_STOPPED for c in early_stopping(trainer)):
+            trainer.should_stop = True
 
     def note(self, number: int, frame: FrameType | None) -> None:
         if self.received and number == signal.SIGINT:
@@ -82,3 +86,8 @@ class Stop(L.Callback):
         for number, handler in self.before.items():
             signal.signal(number, handler)
         self.before = {}
+
+
+def early_stopping(trainer: L.Trainer) -> list[EarlyStopping]:
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [callback for callback in callbacks if isinstance(callback, EarlyStopping)]
