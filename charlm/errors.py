@@ -63,8 +63,10 @@ def one_line_errors() -> Iterator[None]:
 def chain(error: BaseException) -> Iterator[BaseException]:
     """An error, and those that it came of."""
     before: BaseException | None = error
-    while before is not None:
+    seen: list[BaseException] = []
+    while before is not None and before not in seen:  # what is raised twice may come of itself
         yield before
+        seen.append(before)
         before = before.__cause__ or before.__context__
 
 

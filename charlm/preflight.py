@@ -34,6 +34,7 @@ from charlm.checkpoint import newest
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
 from charlm.resume import changes, finished, quoted, rerun, resumed, unquoted
+from charlm.run import NAME as RECORD
 from charlm.run import claim, is_first
 from charlm.trainer import FSDP, precision_for
 
@@ -113,6 +114,8 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
     of_hydra = [o for o in args.overrides if o.startswith("hydra.")]
     chosen = [o for o in of_hydra if o.startswith("hydra.run.dir=")]
     if name == "resume":
+        if (recorded / RECORD).exists() and not held(recorded):
+            raise InputError(f"{recorded} ended before it had saved a state: begin it again with rerun={recorded}")
         run_dir, content = recorded, newest(recorded).content
         cfg = resumed(recorded, content, changes(given))
         if finished(recorded, content, cfg):

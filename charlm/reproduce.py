@@ -15,7 +15,7 @@ from charlm import checkpoint
 from charlm.errors import InputError
 from charlm.report import LOSSES, read_results
 from charlm.resume import CONSTANT, quoted
-from charlm.run import Record, read_record
+from charlm.run import moved, read_record
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "ema")  # of a checkpoint: all that training changes
@@ -108,20 +108,3 @@ def unlike(one: Any, other: Any, place: str) -> Iterator[str]:
             yield from unlike(*pair, f"{place}.{number}")
     elif not (torch.equal(one, other) if torch.is_tensor(one) and torch.is_tensor(other) else one == other):
         yield place
-
-
-def moved(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
-    """What a run depends on beside its settings, and is not as it was: by name, then and now."""
-    here = leaves_of({"corpus": now["corpus"]} | now["surroundings"])
-    found: dict[str, tuple[Any, Any]] = {}
-    for surroundings in [*(session["surroundings"] for session in then["earlier"]), then["surroundings"]]:
-        there = leaves_of({"corpus": then["corpus"]} | surroundings)
-        found |= {k: (there.get(k), here.get(k)) for k in there | here if there.get(k) != here.get(k)}
-    return found
-
-
-def leaves_of(node: Any, place: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, by dotted names."""
-    if isinstance(node, dict):
-        return {name: leaf for key, child in node.items() for name, leaf in leaves_of(child, f"{place}.{key}").items()}
-    return {place[1:]: node}

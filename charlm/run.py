@@ -32,7 +32,7 @@ from typing_extensions import TypedDict
 
 from charlm.checkpoint import write_atomically
 from charlm.config import FOLLOWS
-from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted
+from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted, warn
 from charlm.report import as_json
 
 NAME, LOCK = "run.json", ".lock"
@@ -95,6 +95,7 @@ class Run:
     def __init__(self, config: dict[str, Any], follows: dict[str, str]):
         self.folder = Path(config["run_dir"])
         self.step: Callable[[], int] = lambda: 0
+        self.before: Record | None = None  # of an earlier process in the same folder
         self.ended = threading.Event()
         self.pulse = threading.Thread(target=self.beat, daemon=True)
         self.record: Record = {
@@ -118,10 +119,10 @@ class Run:
         if is_first():
             if not claim(self.folder):
                 raise InputError(f"another process trains in {self.folder} just now: wait for it, or stop it")
-            before = previous(self.folder)
-            if before:
-                self.record["earlier"] = [*before["earlier"], session(before)]
-                self.record["follows"] |= before["follows"]
+            self.before = previous(self.folder)
+            if self.before:
+                self.record["earlier"] = [*self.before["earlier"], session(self.before)]
+                self.record["follows"] |= self.before["follows"]
             self.record["surroundings"] = surroundings()
             self.write()
             self.pulse.start()
@@ -138,6 +139,9 @@ class Run:
         }
         self.step = lambda: trainer.global_step
         self.write()
+        if self.before and self.before["step"] and (other := moved(self.before, self.record)):
+            told = ", ".join(f"{name} was {then} and is {now}" for name, (then, now) in other.items())
+            warn(f"{told}: what follows may not be, to the bit, what the unbroken run would have done")
 
     def beat(self) -> None:
         while not self.ended.wait(SECONDS_BETWEEN_BEATS):
@@ -211,11 +215,9 @@ def how(error: BaseException | None) -> tuple[str, str | None]:
     return "failed", told if isinstance(error, InputError) else f"{type(error).__name__}: {told}"
 
 
-def follows(node: Any, place: str = "") -> dict[str, str]:
+def follows(node: dict[str, Any]) -> dict[str, str]:
     """The settings that are given as others are, by their dotted names."""
-    if isinstance(node, dict):
-        return {name: told for key, child in node.items() for name, told in follows(child, f"{place}.{key}").items()}
-    return {place[1:]: node} if isinstance(node, str) and FOLLOWS.search(node) else {}
+    return {name: leaf for name, leaf in leaves(node).items() if isinstance(leaf, str) and FOLLOWS.search(leaf)}
 
 
 def now() -> str:
@@ -250,6 +252,23 @@ def previous(folder: Path) -> Record | None:
         return read_record(folder)
     except InputError:
         return None
+
+
+def moved(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
+    """What a run depends on beside its settings, and is not as it was: by name, then and now."""
+    here = leaves({"corpus": now["corpus"]} | now["surroundings"])
+    found: dict[str, tuple[Any, Any]] = {}
+    for surroundings in [*(session["surroundings"] for session in then["earlier"]), then["surroundings"]]:
+        there = leaves({"corpus": then["corpus"]} | surroundings)
+        found |= {k: (there.get(k), here.get(k)) for k in there | here if there.get(k) != here.get(k)}
+    return found
+
+
+def leaves(node: Any, place: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, by dotted names."""
+    if isinstance(node, dict):
+        return {name: leaf for key, child in node.items() for name, leaf in leaves(child, f"{place}.{key}").items()}
+    return {place[1:]: node}
 
 
 def session(record: Record) -> dict[str, Any]:

@@ -200,6 +200,38 @@ def test_the_step_of_the_first_such_loss_is_named(train, tmp_path, text_file):
     assert math.isfinite(losses[0])
 
 
+@pytest.mark.slow
+def test_two_processes_leave_the_numbers_together_and_are_reproduced(train, charlm, tmp_path, text_file):
+    common = [*SMALL, "data=text", f"data.path={text_file}", "trainer=ddp", "trainer.accelerator=cpu"]
+    common += ["trainer.devices=2", "callbacks.checkpoint.every_n_steps=20"]
+    ended = train(*common, "optimizer.lr=1e38", "hydra.run.dir=diverged")
+    assert ended.code == 1
+    assert re.fullmatch(r"charlm: the loss of step \d+ is .*; diverged/checkpoints/last.ckpt .*whole\n", ended.err)
+    assert told(tmp_path / "diverged")["status"] == "failed"
+    assert train(*common, "hydra.run.dir=run").code == 0
+    ended = charlm("reproduce", "run", "--json")
+    assert ended.code == 0, ended.out + ended.err
+    assert json.loads(ended.out)["equal"]
+
+
+def test_a_run_that_goes_on_in_other_surroundings_says_so(copied, train):
+    rewrite(copied, lambda found: found["surroundings"].update(python="2.7", cpu="a Z80"))
+    ended = train(f"resume={copied}", "trainer.max_steps=30")
+    assert ended.code == 0
+    assert ended.err.startswith("charlm: python was 2.7 and is 3")
+    assert "cpu was a Z80 and is" in ended.err
+
+
+def test_a_run_that_was_killed_before_its_first_state_can_be_begun_again(copied, train, tmp_path):
+    for file in ("results.json", "checkpoints/last.ckpt", "checkpoints/previous.ckpt"):
+        (copied / file).unlink(missing_ok=True)
+    ended = train(f"resume={copied}")
+    assert ended.code == 2
+    assert f"begin it again with rerun={copied}" in ended.err
+    assert train(f"rerun={copied}").code == 0
+    assert told(copied)["status"] == "finished"
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A file system of two megabytes."""

@@ -87,13 +87,13 @@ class Losses(L.Callback):
         step = earliest(trainer, wrong[0] if wrong else None)
         if step is not None:
             told = f" is {losses[step - first]:f}" if step in wrong else " is infinite or not a number"
-            raise Diverged(f"the loss of step {step:,}{told}: {advice(trainer)}")
+            raise diverged(trainer, f"the loss of step {step:,}{told}")
 
 
 def look_at_weights(trainer: L.Trainer, weights: list[Tensor]) -> None:
     finite = torch.stack([local(weight).isfinite().all() for weight in weights]).all().item()
     if earliest(trainer, None if finite else trainer.global_step) is not None:
-        raise Diverged(f"weights are infinite or not numbers after step {trainer.global_step:,}: {advice(trainer)}")
+        raise diverged(trainer, f"weights are infinite or not numbers after step {trainer.global_step:,}")
 
 
 def local(parameter: Tensor) -> Tensor:
@@ -111,8 +111,11 @@ def earliest(trainer: L.Trainer, step: int | None) -> int | None:
     return None if first == never else first
 
 
-def advice(trainer: L.Trainer) -> str:
+def diverged(trainer: L.Trainer, told: str) -> BaseException:
+    """What ends the run: the first process tells it, and the others go without a word."""
+    if not trainer.is_global_zero:
+        return SystemExit(Diverged.code)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     saved = [(c.saved_at, c.path) for c in callbacks if isinstance(c, Checkpoint) and c.saved_at >= 0]
     stands = "".join(f"; {os.path.relpath(path)} is of step {step:,}, and whole" for step, path in saved)
-    return f"try a lower optimizer.lr, or trainer.gradient_clip_val=1{stands}"
+    return Diverged(f"{told}: try a lower optimizer.lr, or trainer.gradient_clip_val=1{stands}")
