@@ -21,7 +21,7 @@ from pydantic import ConfigDict, PydanticUserError, StringConstraints, TypeAdapt
 from charlm.errors import InputError
 
 FOLLOWS = re.compile(r"\$\{[\w.]+\}")  # another setting; anything else between braces may be a call
-HYDRA_KEYS = {"_target_", "_partial_", "_args_", "_recursive_", "_convert_"}
+HYDRA_KEYS = {"_target_": str, "_partial_": bool, "_args_": list, "_recursive_": bool, "_convert_": str}
 Positive = Annotated[int, Ge(1)]
 # L.seed_everything takes 32 bits.
 Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
@@ -150,6 +150,7 @@ def check_node(path: str, node: Any) -> None:
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for key, value in node.items():
         if key in HYDRA_KEYS:
+            check_value(f"{path}.{key}", value, HYDRA_KEYS[key])
             continue
         if key in passed or (key not in settings and not open_ended):
             raise InputError(unknown_key(f"{path}.{key}", [f"{path}.{name}" for name in settings if name != "self"]))
@@ -208,7 +209,7 @@ def check_targets(source: Path, config: Any, config_dirs: Iterable[Path]) -> Non
         for target in re.findall(r"^\s*_target_:\s*(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
     }
     for key, value in everything(config):
-        if key == "_target_" and value not in known:
+        if key == "_target_" and (not isinstance(value, str) or value not in known):
             raise InputError(f"{source} names {value!r} as a part of it, which no file of conf/ does: not run")
         if isinstance(value, str) and "${" in FOLLOWS.sub("", value):
             raise InputError(f"{source} has {value!r} as {key}, which is to be looked up elsewhere: not run")

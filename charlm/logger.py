@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import sys
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -90,11 +91,12 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
-        """Close the session with its true status; a session without one was killed.
+        """Close the session with its true status; a session without one was killed, or stopped and may go on.
 
         Lightning's "success" means that fit has returned, which is not yet the end of a run.
         """
-        if self.open_session and status in (FINISHED, "failed"):
+        stopped = isinstance(sys.exception(), SystemExit | KeyboardInterrupt)
+        if self.open_session and status in (FINISHED, "failed") and not stopped:
             ended = Status.Value("STATUS_SUCCESS" if status == FINISHED else "STATUS_FAILURE")
             data = HParamsPluginData(session_end_info=SessionEndInfo(status=ended), version=0)
             plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())

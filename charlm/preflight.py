@@ -35,7 +35,7 @@ from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
 from charlm.resume import changes, finished, quoted, rerun, resumed, unquoted
 from charlm.run import NAME as RECORD
-from charlm.run import claim, is_first
+from charlm.run import claim, is_first, read_record
 from charlm.trainer import FSDP, precision_for
 
 
@@ -110,6 +110,7 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
         raise InputError(f"{name}= begins from one run, and makes one: leave -m away")
     if not recorded.is_dir():
         raise InputError(f"{name}={recorded} is no folder: give one that python train.py made, as outputs/RUN")
+    conf = [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
     given = [o for o in args.overrides if not o.startswith(("hydra.", f"{name}="))]
     of_hydra = [o for o in args.overrides if o.startswith("hydra.")]
     chosen = [o for o in of_hydra if o.startswith("hydra.run.dir=")]
@@ -117,6 +118,7 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
         if (recorded / RECORD).exists() and not held(recorded):
             raise InputError(f"{recorded} ended before it had saved a state: begin it again with rerun={recorded}")
         run_dir, content = recorded, newest(recorded).content
+        check_strange(recorded, content["charlm"]["config"], conf)
         cfg = resumed(recorded, content, changes(given))
         if finished(recorded, content, cfg):
             print(f"{recorded} is at its end: nothing to do. To go further: resume={recorded} trainer.max_steps=N")
@@ -126,11 +128,10 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
     else:
         # Beside the one that is recorded, there is place.
         run_dir = Path(str(changes(chosen)["hydra.run.dir"])) if chosen else recorded
+        check_strange(recorded, read_record(recorded)["config"], conf)
         cfg = rerun(recorded, changes(given), str(run_dir))
         # What a run has that conf/train.yaml by itself would not.
         given = ["++" + o.lstrip("+") for o in given]
-    folders = [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
-    config.check_targets(recorded, OmegaConf.to_container(cfg), folders)
     with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
         check_settings(cfg.copy())
     if name == "rerun":
@@ -141,6 +142,19 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
         run_dir = own_folder(run_dir, new=name == "rerun" and not chosen, begun=name == "resume")
     of_hydra = [o for o in of_hydra if not o.startswith("hydra.run.dir=")]
     return [f"{name}={quoted(recorded)}", *given, *of_hydra, f"hydra.run.dir={quoted(run_dir)}"]
+
+
+def check_strange(recorded: Path, plain: dict[str, Any], conf: list[Path]) -> None:
+    """A configuration that was recorded, perhaps not by charlm: is it one, and of parts that charlm has?
+
+    Raises:
+        InputError: if not.
+    """
+    config.check_targets(recorded, plain, conf)
+    try:
+        config.check(plain)
+    except InputError as error:
+        raise InputError(f"{recorded} is not as charlm records a run: {error}") from error
 
 
 def parse(arguments: Sequence[str]) -> Namespace:

@@ -15,7 +15,7 @@ from charlm import checkpoint
 from charlm.errors import InputError
 from charlm.report import LOSSES, read_results
 from charlm.resume import CONSTANT, quoted
-from charlm.run import moved, read_record
+from charlm.run import differences, read_record
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "ema")  # of a checkpoint: all that training changes
@@ -58,7 +58,7 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None]) -> dict[str, An
         differs = [name for part in TRAINED for name in unlike(state.get(part), other.get(part), part)]
         if results and other_results:
             differs += [name for name in unlike(results, other_results, "results") if exact(name)]
-        surroundings = moved(record, read_record(again))
+        surroundings = differences(record, read_record(again))
     steps = min(len(one) for one in losses)
     unequal = np.flatnonzero(losses[0][:steps].view("<u4") != losses[1][:steps].view("<u4")).tolist()
     return {

@@ -97,7 +97,7 @@ def rerun(run_dir: Path, changes: Mapping[str, Any], new_dir: str) -> DictConfig
     """
     record = read_record(run_dir)
     config, follows = record["config"], record["follows"]
-    for key, value in changes.items():
+    for key, value in {**follows, **changes}.items():
         if key not in leaves(config):
             raise InputError(unknown_key(key, leaves(config)))
         if isinstance(OmegaConf.select(OmegaConf.create(config), key), DictConfig):

@@ -139,7 +139,7 @@ class Run:
         }
         self.step = lambda: trainer.global_step
         self.write()
-        if self.before and self.before["step"] and (other := moved(self.before, self.record)):
+        if self.before and self.before["step"] and (other := differences(self.before, self.record)):
             told = ", ".join(f"{name} was {then} and is {now}" for name, (then, now) in other.items())
             warn(f"{told}: what follows may not be, to the bit, what the unbroken run would have done")
 
@@ -202,22 +202,18 @@ def how(error: BaseException | None) -> tuple[str, str | None]:
     """The status and its reason, after what ended a run."""
     if error is None:
         return "finished", None
-    if isinstance(error, SystemExit):
-        code = error.code if isinstance(error.code, int) else 1
-        if code == 0:
-            return "stopped", "stop_at"
-        if code > 128:
-            return "stopped", signal.Signals(code - 128).name
-        return "failed", f"exit code {code}"
-    if interrupted(error):
+    if interrupted(error):  # which Lightning makes an exit code of 1
         return "stopped", "SIGINT"
-    told = str(error).strip().partition("\n")[0]
-    return "failed", told if isinstance(error, InputError) else f"{type(error).__name__}: {told}"
+    if isinstance(error, SystemExit):
+        told = {0: "stop_at"} | {128 + number: number.name for number in signal.Signals}
+        return ("stopped", told[error.code]) if error.code in told else ("failed", f"exit code {error.code}")
+    line = str(error).strip().partition("\n")[0]
+    return "failed", line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
 
 
 def follows(node: dict[str, Any]) -> dict[str, str]:
     """The settings that are given as others are, by their dotted names."""
-    return {name: leaf for name, leaf in leaves(node).items() if isinstance(leaf, str) and FOLLOWS.search(leaf)}
+    return {name: leaf for name, leaf in flat(node).items() if isinstance(leaf, str) and FOLLOWS.search(leaf)}
 
 
 def now() -> str:
@@ -254,20 +250,20 @@ def previous(folder: Path) -> Record | None:
         return None
 
 
-def moved(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
+def differences(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
     """What a run depends on beside its settings, and is not as it was: by name, then and now."""
-    here = leaves({"corpus": now["corpus"]} | now["surroundings"])
+    here = flat({"corpus": now["corpus"]} | now["surroundings"])
     found: dict[str, tuple[Any, Any]] = {}
     for surroundings in [*(session["surroundings"] for session in then["earlier"]), then["surroundings"]]:
-        there = leaves({"corpus": then["corpus"]} | surroundings)
+        there = flat({"corpus": then["corpus"]} | surroundings)
         found |= {k: (there.get(k), here.get(k)) for k in there | here if there.get(k) != here.get(k)}
     return found
 
 
-def leaves(node: Any, place: str = "") -> dict[str, Any]:
+def flat(node: Any, place: str = "") -> dict[str, Any]:
     """Nested dictionaries as one, by dotted names."""
     if isinstance(node, dict):
-        return {name: leaf for key, child in node.items() for name, leaf in leaves(child, f"{place}.{key}").items()}
+        return {name: leaf for key, child in node.items() for name, leaf in flat(child, f"{place}.{key}").items()}
     return {place[1:]: node}
 
 

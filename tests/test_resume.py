@@ -298,6 +298,9 @@ def test_a_stopped_run_says_how_to_go_on(start, tmp_path, text_file):
             else [*SETTINGS, f"data.path={text_file}", f"hydra.run.dir={folder}"]
         )
         assert start(*begun, place="step", number=9, end=end) == code
+    events = b"".join(file.read_bytes() for file in folder.glob("events.*"))
+    assert b"session_start_info" in events
+    assert b"session_end_info" not in events  # it has neither succeeded nor failed
     log = (tmp_path / "log").read_text()
     for name, step in (("SIGINT", 5), ("SIGTERM", 10), ("SIGUSR1", 15)):
         assert f"charlm: stopped by {name} after step {step}; go on with: python train.py resume=" in log

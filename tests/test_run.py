@@ -1,5 +1,6 @@
 """What a run says of itself, that its folder is its own, and that it can be trained again from its record."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -19,6 +20,8 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from charlm import checkpoint, run
 from charlm.errors import InputError
@@ -232,6 +235,24 @@ def test_a_run_that_was_killed_before_its_first_state_can_be_begun_again(copied,
     assert told(copied)["status"] == "finished"
 
 
+def test_a_second_ctrl_c_stops_at_once(tmp_path, text_file):
+    """In the middle of a step, here of many seconds; the first one only asks for its end."""
+    common = ["model=gpt", "data.batch_size=2000", "data.block_size=128", "trainer=cpu", "threads=1"]
+    command = [sys.executable, str(ROOT / "train.py"), *common, "data=text", f"data.path={text_file}"]
+    command.append("hydra.run.dir=run")
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "run" / "losses.f32").exists():  # training has begun
+            time.sleep(0.1)
+        time.sleep(1)
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=20)
+    assert (process.returncode, said) == (130, "charlm: interrupted\n")
+    assert (told(tmp_path / "run")["status"], told(tmp_path / "run")["reason"]) == ("stopped", "SIGINT")
+
+
 @pytest.fixture
 def disk(tmp_path):
     """A file system of two megabytes."""
@@ -400,3 +421,45 @@ def test_a_damaged_record_is_told_in_one_line(copied, charlm, content):
     (copied / "run.json").write_text(content)
     ended = charlm("reproduce", str(copied))
     assert (ended.code, ended.err) == (2, f"charlm: {copied}/run.json is damaged, or of another version\n")
+
+
+SPOILED = st.one_of(
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20)),
+    st.sampled_from([[], {}, "${x}", "${seed}", "${run_dir}", "???", "\x1b[2J", "a\nb"]),
+)
+
+
+def spoil(node: Any, choose: Callable[[int], int], value: Any) -> None:
+    """Put `value` somewhere into nested dictionaries, or take something away."""
+    while True:
+        key = sorted(node)[choose(len(node))]
+        if isinstance(node[key], dict) and node[key] and choose(4):
+            node = node[key]
+            continue
+        if choose(3):
+            node[key] = value
+        else:
+            del node[key]
+        return
+
+
+@settings(max_examples=60, suppress_health_check=list(HealthCheck))
+@given(SPOILED, st.lists(st.integers(0, 10**6), min_size=12), st.sampled_from(["rerun", "resume"]))
+def test_whatever_a_record_says_it_is_refused_or_a_run(trained, tmp_path_factory, value, draws, where):
+    folder = tmp_path_factory.mktemp("spoiled") / "run"
+    shutil.copytree(trained, folder)
+    numbers = iter(draws)
+
+    def choose(n: int) -> int:
+        return next(numbers, 0) % n
+
+    if where == "rerun":
+        rewrite(folder, lambda found: spoil(found, choose, value))
+    else:
+        path = folder / "checkpoints" / "last.ckpt"
+        content = checkpoint.read(path)
+        spoil(content["charlm"], choose, value)
+        checkpoint.write(content, path)
+        shutil.copy(path, path.with_name("previous.ckpt"))
+    with contextlib.suppress(InputError):
+        check_command(["train.py", f"{where}={folder}", "trainer.max_steps=21"], ROOT / "conf")

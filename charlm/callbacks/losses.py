@@ -80,9 +80,11 @@ class Losses(L.Callback):
         module.losses.clear()
         if self.open:
             try:
-                self.open.write(losses)
+                written = self.open.write(losses)
             except OSError as error:
                 raise DiskError(f"{self.file} could not be written ({error.strerror}): see to the disk") from error
+            if written != 4 * len(losses):
+                raise DiskError(f"{self.file} could not be written to its end: see to the disk")
         wrong = [step for step, loss in enumerate(losses, start=first) if not math.isfinite(loss)]
         step = earliest(trainer, wrong[0] if wrong else None)
         if step is not None:
