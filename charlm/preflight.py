@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -33,6 +33,8 @@ from charlm.budget import budget_of, limit_tokens
 from charlm.checkpoint import newest
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
+from charlm.ledger import NAME as LEDGER
+from charlm.ledger import read
 from charlm.resume import changes, finished, quoted, rerun, resumed, unquoted
 from charlm.run import NAME as RECORD
 from charlm.run import claim, is_first, read_record
@@ -51,6 +53,10 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     # Hydra would shorten errors in its own way; charlm tells a person's mistake in one line, and a defect in full.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     args = parse(argv[1:])
+    resumed_sweep = sweep_of(args)
+    if resumed_sweep:
+        argv = [argv[0], "-m", *resumed_sweep]
+        args = parse(argv[1:])
     overrides: list[str] = list(args.overrides)
     for name in ("resume", "rerun"):
         named = [o.removeprefix(f"{name}=") for o in overrides if o.startswith(f"{name}=")]
@@ -66,7 +72,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
         with told_in_one_line(overrides):
             check_overrides(overrides)
-            jobs = expand(name, overrides) if args.multirun else [overrides]
+            jobs = expand(name, overrides, search) if args.multirun else [overrides]
             cfgs = [compose(name, [*job, *search], return_hydra_config=True) for job in jobs]
             if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
                 return list(argv)
@@ -76,9 +82,15 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         if "TORCHELASTIC_RUN_ID" in os.environ and not any(o.startswith("hydra.run.dir=") for o in overrides):
             raise InputError("torchrun starts several processes: give them one folder, hydra.run.dir=outputs/NAME")
         chosen = any(o.startswith(f"hydra.{mode}.dir=") for o in overrides)
+        begun = mode == "sweep" and (Path(run_dir) / LEDGER).is_file()
         if is_first():
-            check_folder(Path(run_dir), f"hydra.{mode}.dir", new=not chosen)
+            check_folder(Path(run_dir), f"hydra.{mode}.dir", new=not chosen or begun)
         cfgs = [OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]) for cfg in cfgs]
+        if resumed_sweep:
+            folders = [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
+            for cfg in cfgs:
+                parts = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "run_dir"])
+                config.check_targets(Path(run_dir), OmegaConf.to_container(parts), folders)
         for cfg in cfgs:  # the settings of every job before the text of any: texts take time, and perhaps the network
             check_settings(cfg)
         if len({cfg.data.corpus for cfg in cfgs}) > 1:  # a sweep over corpora means each of them
@@ -93,8 +105,39 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             run_dir = cfg.hydra[mode].dir
     if not is_first():
         return list(argv)
-    folder = own_folder(Path(run_dir), f"hydra.{mode}.dir", new=not chosen)
-    return [*(a for a in argv if not a.startswith(f"hydra.{mode}.dir=")), f"hydra.{mode}.dir={quoted(folder)}"]
+    own = unfinished(Path(run_dir).parent, parse(argv[1:]).overrides) if args.multirun and not chosen else None
+    if own:
+        print(f"Going on with {own}, which the same command began; for another sweep say hydra.sweep.dir=...")
+    else:
+        own = own_folder(Path(run_dir), f"hydra.{mode}.dir", new=not chosen, begun=begun)
+    return [*(a for a in argv if not a.startswith(f"hydra.{mode}.dir=")), f"hydra.{mode}.dir={quoted(own)}"]
+
+
+def sweep_of(args: Namespace) -> list[str]:
+    """The overrides of a sweep that is to go on, resume=FOLDER, with what is given beside that in place of the old.
+
+    Raises:
+        InputError: if its ledger cannot be read.
+    """
+    named = [Path(unquoted(o.removeprefix("resume="))) for o in args.overrides if re.match("resume=.", o)]
+    if not named or not (named[-1] / LEDGER).is_file():
+        return []
+    given = [o for o in args.overrides if not o.startswith(("resume=", "hydra.sweep.dir="))]
+    keys = {o.partition("=")[0] for o in given}
+    kept = [o for o in read(named[-1] / LEDGER)["command"] if o.partition("=")[0] not in keys]
+    return [*kept, *given, f"hydra.sweep.dir={quoted(named[-1])}"]
+
+
+def unfinished(folder: Path, overrides: Sequence[str]) -> Path | None:
+    """The newest sweep in `folder` that the same command has begun and not brought to its end; it is claimed."""
+    command = [o for o in overrides if not o.startswith("hydra")]
+    for file in sorted(folder.glob(f"*/{LEDGER}"), reverse=True):
+        with suppress(InputError):
+            content = read(file)
+            states = {entry["state"] for entry in content["jobs"].values()}
+            if content["command"] == command and states != {"done"} and claim(file.parent):
+                return file.parent
+    return None
 
 
 def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path) -> list[str]:
@@ -172,6 +215,13 @@ def parse(arguments: Sequence[str]) -> Namespace:
     return parser.parse_args(arguments)
 
 
+def options(argv: Sequence[str]) -> list[str]:
+    """Where a command line says that its configuration is, for each job of a sweep to say the same."""
+    args = parse(argv[1:])
+    places = {"--config-dir": args.config_dir, "--config-path": args.config_path, "--config-name": args.config_name}
+    return [f"{name}={place}" for name, place in places.items() if place]
+
+
 def check_overrides(overrides: list[str]) -> None:
     """What Hydra would take, and what no run can do with.
 
@@ -203,11 +253,11 @@ def choices(options: Iterable[str] | None) -> list[str]:
     return [option for option in options or [] if option != "base"]
 
 
-def expand(name: str, overrides: list[str]) -> list[list[str]]:
+def expand(name: str, overrides: list[str], search: list[str]) -> list[list[str]]:
     """The overrides of each job of a sweep, as Hydra's basic sweeper will make them."""
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     firsts = [first_value(override) for override in parser.parse_overrides(overrides)]
-    sweeper = compose(name, firsts, return_hydra_config=True).hydra.sweeper
+    sweeper = compose(name, [*firsts, *search], return_hydra_config=True).hydra.sweeper
     params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     jobs: list[list[str]] = BasicSweeper.split_arguments(parser.parse_overrides([*params, *overrides]), None)[0]
     return jobs

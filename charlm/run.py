@@ -208,6 +208,8 @@ def how(error: BaseException | None) -> tuple[str, str | None]:
         told = {0: "stop_at"} | {128 + number: number.name for number in signal.Signals}
         return ("stopped", told[error.code]) if error.code in told else ("failed", f"exit code {error.code}")
     line = str(error).strip().partition("\n")[0]
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:
+        return "failed", f"out of memory: {line}" if line else "out of memory"
     return "failed", line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
 
 

@@ -7,16 +7,19 @@ import shlex
 import shutil
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from rich import box
 from rich.console import Console, Group, RenderableType
+from rich.live import Live
 from rich.panel import Panel
 from rich.progress import Progress
 from rich.table import Table
@@ -27,7 +30,7 @@ from charlm.budget import budget_of
 from charlm.checkpoint import BEST
 from charlm.data import CharDataModule
 from charlm.errors import InputError
-from charlm.report import name_of, plus_minus, table
+from charlm.report import LOSSES, name_of, plus_minus, table
 
 console = Console(highlight=False)
 log = logging.getLogger("charlm")
@@ -241,11 +244,67 @@ def command(script: str, module: str) -> str:
     return script if shutil.which(script) else f"{sys.executable} -m {module}"
 
 
-def job_ended(number: int, total: int, name: str, row: dict[str, Any]) -> None:
-    """One job of a sweep has ended."""
-    loss = row["val/loss"]
-    told = f"val loss {loss:.4f}" if loss is not None else row["status"]
-    console.print(Text(f"[{number}/{total}] {name}  {told}"), soft_wrap=True)
+def going_on(sweep_dir: Path, done: int, left: int) -> None:
+    """A sweep whose folder holds a part of it already."""
+    console.print(f"{quote(sweep_dir)} has {done} of these jobs done: {left} to go")
+
+
+class SweepAtWork:
+    """A line for each job that ends and, on a terminal, a table of those at work below."""
+
+    def __init__(self, total: int, live: Live):
+        self.total, self.live = total, live
+        self.number = 0
+
+    def ended(self, name: str, row: dict[str, Any]) -> None:
+        self.number += 1
+        loss = row["val/loss"]
+        told = f"val loss {loss:.4f}" if loss is not None else row["status"]
+        console.print(Text(f"[{self.number}/{self.total}] {name}  {told}"), soft_wrap=True)
+
+    def look(self, jobs: Sequence[tuple[str, Path, int, float]]) -> None:
+        """Of each job at work: its name, folder, number of steps, and when it began by time.monotonic()."""
+        if not console.is_terminal:
+            return
+        table = Table("at work", box=box.SIMPLE_HEAD)
+        for column in ("step", "loss", "time left"):
+            table.add_column(column, justify="right", min_width=8)
+        for name, folder, max_steps, since in jobs:
+            step, loss = glance(folder)
+            left = (time.monotonic() - since) * (max_steps / step - 1) if step and max_steps > 0 else None
+            table.add_row(
+                Text(name, overflow="fold"),
+                told_steps(step, max_steps),
+                "" if loss is None else f"{loss:.4f}",
+                "" if left is None else f"{left:,.0f} s",
+            )
+        waiting = self.total - self.number - len(jobs)
+        self.live.update(
+            Group(table, Text(f"{self.number} ended, {len(jobs)} at work, {waiting} waiting")), refresh=True
+        )
+
+
+@contextmanager
+def sweep_at_work(total: int) -> Iterator[SweepAtWork]:
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        yield SweepAtWork(total, live)
+
+
+def glance(run_dir: Path) -> tuple[int, float | None]:
+    """The newest step of a run that may be at work, and its loss, a mean over the last hundred steps."""
+    try:
+        with (run_dir / LOSSES).open("rb") as file:
+            size = file.seek(0, os.SEEK_END) // 4
+            file.seek(max(0, 4 * (size - 100)))
+            newest = np.frombuffer(file.read(400), "<f4")
+    except OSError:
+        return 0, None
+    return size, float(newest.mean()) if len(newest) else None
+
+
+def told_steps(step: int, total: int) -> str:
+    """A step as one reads it, of how many, where that is known, and no wider at the end than at the beginning."""
+    return f"{step:{len(f'{total:,}')},}/{total:,}" if total > 0 else f"{step:,}"
 
 
 def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str]) -> None:

@@ -1,22 +1,28 @@
 """Where Hydra looks for plugins, and accepts them from no other package: `-m` launches its jobs by charlm.sweep."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 
 @dataclass
 class LocalLauncherConf:
-    """hydra/launcher=local"""
+    """hydra/launcher=local: hydra.launcher.n_jobs=4"""
 
     _target_: str = "hydra_plugins.charlm_launcher.LocalLauncher"
+    n_jobs: Any = "auto"  # at a time; auto: a core or a GPU for each process
+    jobs_per_gpu: int = 1  # that share one
+    timeout: float | None = None  # minutes after which a job is taken to hang
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="local", node=LocalLauncherConf, provider="charlm")
@@ -25,21 +31,34 @@ ConfigStore.instance().store(group="hydra/launcher", name="local", node=LocalLau
 class LocalLauncher(Launcher):
     """Every job of a sweep as a fresh process on this machine."""
 
+    def __init__(self, n_jobs: Any, jobs_per_gpu: int, timeout: float | None):
+        self.settings = {"n_jobs": n_jobs, "jobs_per_gpu": jobs_per_gpu, "timeout": timeout}
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         # Imported here, as every single run finds this file too.
-        from charlm.sweep import Job, names, run_jobs
+        from charlm.ledger import Ledger
+        from charlm.sweep import Job, Pool, names, run_jobs
 
+        sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
+        ledger = Ledger(sweep_dir)
+        ledger.content["command"] = list(self.config.hydra.overrides.task)
         jobs = []
         for i, (overrides, name) in enumerate(zip(job_overrides, names(job_overrides), strict=True)):
             cfg = self.context.config_loader.load_sweep_config(self.config, list(overrides))
             with open_dict(cfg):
                 cfg.hydra.job.id, cfg.hydra.job.num = name, initial_job_idx + i
             HydraConfig.instance().set_config(cfg)  # ${hydra:...} is looked up there
-            jobs.append(Job(list(overrides), Path(cfg.hydra.sweep.dir, cfg.hydra.sweep.subdir).absolute()))
-        rows = run_jobs(jobs, Path(self.config.hydra.sweep.dir))
+            cfg.run_dir = ""  # all that the job is, wherever it is
+            plain: Any = OmegaConf.to_container(
+                OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True
+            )
+            fingerprint = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+            folder = sweep_dir / ledger.name_of(fingerprint, cfg.hydra.sweep.subdir)
+            jobs.append(Job.of(list(overrides), folder, fingerprint, plain["trainer"]))
+        rows = run_jobs(jobs, ledger, sweep_dir, Pool(**self.settings))
         returned = []
         for job, row in zip(jobs, rows, strict=True):
             one = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)

@@ -24,7 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from charlm import checkpoint
 from charlm.errors import InputError, one_line_errors
 from charlm.preflight import check_command
-from charlm.sweep.jobs import PRELOAD
+from charlm.sweep.job import PRELOAD
 from tests.conftest import ROOT
 
 SETTINGS = [

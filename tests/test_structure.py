@@ -85,6 +85,7 @@ LAYERS += [
     "run",
     "resume",
     "reproduce",
+    "ledger",
     "preflight",
     "sweep",
     "cli",

@@ -1,13 +1,27 @@
 """`python train.py -m ...`: every job an ordinary run in a folder with a readable name, one table at the end."""
 
+import contextlib
 import csv
 import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
 
+import lightning as L
 import pytest
+import torch
 from rich.console import Console
 
-from charlm import report
-from charlm.sweep import names
+from charlm import checkpoint, report
+from charlm.sweep import Job, Pool, names
+from tests.conftest import ROOT
+from tests.test_resume import same
 
 GRID = ["data.block_size=4,16", "data.batch_size=8,32", "optimizer.lr=1e-3,1e-1"]
 FOLDERS = {f"block_size={t},batch_size={b},lr={lr}" for t in (4, 16) for b in (8, 32) for lr in ("0.001", "0.1")}
@@ -15,9 +29,10 @@ FOLDERS = {f"block_size={t},batch_size={b},lr={lr}" for t in (4, 16) for b in (8
 
 @pytest.fixture
 def sweep(train, text_file):
-    def run(*overrides: str):
-        fixed = ["data=text", f"data.path={text_file}", "trainer.max_steps=40", "hydra.sweep.dir=s"]
-        return train("-m", *fixed, *overrides, timeout=280)
+    def run(*overrides: str, **env: str):
+        steps = [] if any(o.startswith("trainer.max_steps") for o in overrides) else ["trainer.max_steps=40"]
+        fixed = ["data=text", f"data.path={text_file}", *steps, "hydra.sweep.dir=s"]
+        return train("-m", *overrides, *fixed, timeout=280, **env)
 
     return run
 
@@ -96,3 +111,165 @@ def test_a_swept_list_stands_in_the_table_as_it_was_typed():
     lines = "".join(told.get().split())
     for word in ("[default]", "early_sto", "failed:see[log]"):
         assert word in lines
+
+
+class Fault(L.Callback):
+    """Ends a job in one of several ways, once: where it is begun again, it goes on."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        done = Path(trainer.default_root_dir, "faulted")
+        if self.kind == "none" or trainer.global_step < 100 or done.exists():
+            return
+        done.touch()
+        if self.kind == "raise":
+            raise RuntimeError("a defect")
+        if self.kind == "memory":
+            torch.empty(10**15)
+        while self.kind == "hang":
+            time.sleep(1)
+        os.kill(os.getpid(), {"kill": signal.SIGKILL, "term": signal.SIGTERM}[self.kind])
+
+
+KINDS = {
+    "raise": "failed: RuntimeError: a defect",
+    "kill": "failed: killed by SIGKILL",
+    "term": "failed: stopped by SIGTERM",
+    "memory": "failed: out of memory",
+    "hang": "failed: no end within 0.2 minutes",
+}
+
+
+@pytest.fixture
+def faulty(tmp_path: Path) -> list[str]:
+    """The settings of a sweep in which jobs fail as `callbacks.fault.kind` says."""
+    place = tmp_path / "conf" / "callbacks"
+    place.mkdir(parents=True)
+    (place / "fault.yaml").write_text("fault:\n  _target_: tests.test_sweep.Fault\n  kind: none\n")
+    return [f"--config-dir={tmp_path / 'conf'}", "callbacks=[default,fault]", "hydra.launcher.timeout=0.2"]
+
+
+@pytest.mark.slow
+def test_five_ways_to_fail_cost_five_jobs_which_the_same_command_then_finishes(sweep, tmp_path, faulty):
+    command = [*faulty, "trainer.max_steps=300", "trainer=cpu", f"callbacks.fault.kind=none,{','.join(KINDS)}"]
+    command.append("seed=1,2")
+    ended = sweep(*command, PYTHONPATH=str(ROOT))
+    assert ended.code == 1
+    assert "10 of 12 jobs failed" in ended.err
+    rows = [*csv.DictReader((tmp_path / "s" / "results.csv").read_text().splitlines())]
+    for row in rows:
+        assert row["status"].startswith(KINDS.get(row["callbacks.fault.kind"], "finished"))
+    ledger = json.loads((tmp_path / "s" / "sweep.json").read_text())["jobs"]
+    assert sum(entry["state"] == "done" for entry in ledger.values()) == 2
+    before = {name: (tmp_path / "s" / name / "results.json").stat().st_mtime_ns for name in ("kind=none,seed=1",)}
+    again = sweep(*command, PYTHONPATH=str(ROOT))
+    assert again.code == 0, again.err
+    assert "2 of these jobs done: 10 to go" in again.out
+    assert before == {name: (tmp_path / "s" / name / "results.json").stat().st_mtime_ns for name in before}
+    # Whatever happened to a job, it has become what it would have been.
+    rows = [*csv.DictReader((tmp_path / "s" / "results.csv").read_text().splitlines())]
+    assert len({(row["seed"], row["val/loss"]) for row in rows}) == 2
+
+
+def test_a_grown_grid_runs_only_what_is_new(sweep, train, tmp_path):
+    assert sweep("seed=1,2").code == 0
+    before = {f: f.stat().st_mtime_ns for f in (tmp_path / "s").glob("*/results.json")}
+    ended = train("resume=s", "seed=1,2,3", "optimizer.lr=1e-2,1e-1")
+    assert ended.code == 0, ended.err
+    assert "s has 2 of these jobs done: 4 to go" in ended.out
+    assert before.items() <= {f: f.stat().st_mtime_ns for f in (tmp_path / "s").glob("*/results.json")}.items()
+    assert len(list((tmp_path / "s").glob("*/results.json"))) == 6
+    assert len({entry["fingerprint"] for entry in ledger_of(tmp_path / "s").values()}) == 6
+    assert train("resume=s").code == 0  # and then there is nothing to do
+    assert {f.stat().st_mtime_ns for f in before} == set(before.values())
+
+
+def ledger_of(folder: Path) -> dict[str, Any]:
+    jobs: dict[str, Any] = json.loads((folder / "sweep.json").read_text())["jobs"]
+    return jobs
+
+
+def test_the_same_command_goes_on_with_the_sweep_that_it_has_begun(train, tmp_path, text_file, faulty):
+    command = ["-m", *faulty, "data=text", f"data.path={text_file}", "trainer.max_steps=150", "trainer=cpu"]
+    command.append("callbacks.fault.kind=none,raise")
+    for expected, code in (("2 runs", 1), ("Going on with", 0), ("2 runs", 1)):
+        ended = train(*command, PYTHONPATH=str(ROOT))
+        assert (ended.code, expected in ended.out) == (code, True), ended.out + ended.err
+    assert len(list((tmp_path / "outputs").iterdir())) == 2  # once all are done, it begins another
+
+
+def test_a_strangers_sweep_runs_no_code(sweep, train, tmp_path):
+    assert sweep("seed=1,2").code == 0
+    ledger = json.loads((tmp_path / "s" / "sweep.json").read_text())
+    for evil in ("+callbacks.evil={_target_: os.system, command: touch evil}", "hydra.searchpath=[file:///evil]", "-h"):
+        (tmp_path / "s" / "sweep.json").write_text(json.dumps(ledger | {"command": [*ledger["command"], evil]}))
+        ended = train("resume=s")
+        assert ended.code == 2
+        assert ended.err.endswith(": not run\n"), ended.err
+    (tmp_path / "s" / "sweep.json").write_text("{")
+    assert "is damaged" in train("resume=s").err
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+def test_a_sweep_whose_parent_is_killed_leaves_no_process_and_loses_nothing(tmp_path, text_file):
+    common = ["-m", "data=text", f"data.path={text_file}", "seed=1,2,3,4", "trainer.max_steps=2000", "trainer=cpu"]
+    common += ["evaluate=[val]", "sample_length=1"]
+
+    def run(folder: str, kill_after: float | None) -> int | None:
+        command = [sys.executable, str(ROOT / "train.py"), *common, f"hydra.sweep.dir={tmp_path / folder}"]
+        with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+            try:
+                return process.wait(kill_after)
+            except subprocess.TimeoutExpired:
+                process.send_signal(rng.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM]))
+        until = time.monotonic() + 10
+        while at_work(tmp_path):
+            assert time.monotonic() < until, "a process is left"
+        return None
+
+    rng = random.Random(4)
+    assert run("undisturbed", None) == 0
+    kills = 0
+    while kills < 20:
+        shutil.rmtree(tmp_path / "s", ignore_errors=True)
+        for _ in range(4):
+            kills += 1
+            if run("s", rng.uniform(1, 12)) == 0:
+                break
+        assert run("s", None) == 0
+        for seed in range(1, 5):
+            files = [tmp_path / s / f"seed={seed}" / "checkpoints" / "last.ckpt" for s in ("s", "undisturbed")]
+            weights = [checkpoint.read(file)["state_dict"] for file in files]
+            assert same(*weights)
+
+
+def at_work(folder: Path) -> list[str]:
+    found = []
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            command = (file.parent / "cmdline").read_text() + os.readlink(file.parent / "cwd")
+            found += [command] if str(folder) in command else []
+    return found
+
+
+def job(processes: int = 1, on_gpu: bool = False) -> Job:
+    return Job([], Path("x"), "x", processes, on_gpu)
+
+
+def test_as_many_jobs_run_as_the_machine_holds():
+    pool = Pool("auto", 1, None)
+    pool.cores, pool.gpus = 4, [0, 1, 2, 3]
+    assert pool.at_once([job()] * 9) == 4
+    assert pool.at_once([job()] * 2) == 2
+    assert pool.at_once([job(2)] * 9) == 2
+    assert pool.at_once([job(8)]) == 1
+    pool.gpus = [0, 1]
+    assert pool.at_once([job(on_gpu=True)] * 9) == 2
+    assert pool.at_once([job(2, on_gpu=True)] * 9) == 1
+    two = Pool(2, 3, None)
+    assert two.at_once([job(2)] * 9) == 2
+    assert two.at_once([job()]) == 1

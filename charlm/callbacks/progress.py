@@ -10,7 +10,7 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 
 from charlm.budget import budget_of
-from charlm.terminal import console
+from charlm.terminal import console, told_steps
 
 # A person reads no faster, and every look at the loss waits for the device.
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -95,8 +95,3 @@ class Progress(L.Callback):
             self.bar.stop()
             self.bar = None
             console.print()
-
-
-def told_steps(step: int, total: int) -> str:
-    """A step as one reads it, of how many, where that is known, and no wider at the end than at the beginning."""
-    return f"{step:{len(f'{total:,}')},}/{total:,}" if total > 0 else f"{step:,}"

@@ -1,5 +1,8 @@
 """Many runs from one command: python train.py -m optimizer.lr=1e-3,1e-2 seed=1,2"""
 
-from charlm.sweep.jobs import Job, names, run_jobs
+from charlm.sweep.job import Job
+from charlm.sweep.names import names
+from charlm.sweep.pool import Pool
+from charlm.sweep.sweep import run_jobs
 
-__all__ = ["Job", "names", "run_jobs"]
+__all__ = ["Job", "Pool", "names", "run_jobs"]

@@ -1,0 +1,94 @@
+"""What a sweep has to do, and what has become of it: sweep.json in its folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from charlm.errors import InputError
+from charlm.report import write_json
+
+NAME = "sweep.json"
+FORMAT = 1
+LARGEST = 2**26  # bytes of a sweep.json that is read
+
+
+class Entry(TypedDict):
+    """A job. Its state is waiting, running, done or failed; the reason tells why."""
+
+    overrides: list[str]
+    fingerprint: str
+    state: str
+    reason: str | None
+
+
+class Content(TypedDict):
+    """A sweep."""
+
+    format: int
+    command: list[str]  # the settings that were given, without those of Hydra
+    jobs: dict[str, Entry]  # by the names of their folders
+
+
+class Ledger:
+    """The jobs of a sweep, of all commands that ran in its folder. Every change is written at once, whole.
+
+    Raises:
+        InputError: for a file that cannot be read.
+    """
+
+    def __init__(self, folder: Path):
+        self.file = folder / NAME
+        self.content: Content = {"format": FORMAT, "command": [], "jobs": {}}
+        if self.file.exists():
+            self.content = read(self.file)
+
+    @property
+    def jobs(self) -> dict[str, Entry]:
+        return self.content["jobs"]
+
+    def name_of(self, fingerprint: str, wanted: str) -> str:
+        """The folder of a job: where it is already, else as is wanted, or with a number where that is another's."""
+        for name, entry in self.jobs.items():
+            if entry["fingerprint"] == fingerprint:
+                return name
+        name, number = wanted, 1
+        while name in self.jobs:
+            number += 1
+            name = f"{wanted}_{number}"
+        return name
+
+    def add(self, name: str, overrides: list[str], fingerprint: str, state: str) -> None:
+        self.jobs[name] = {"overrides": overrides, "fingerprint": fingerprint, "state": state, "reason": None}
+
+    def set(self, name: str, state: str, reason: str | None = None) -> None:
+        self.jobs[name]["state"], self.jobs[name]["reason"] = state, reason
+        self.write()
+
+    def write(self) -> None:
+        write_json(self.file, self.content)
+
+
+def read(file: Path) -> Content:
+    """What a sweep.json holds.
+
+    Raises:
+        InputError: if it is damaged or of another version.
+    """
+    try:
+        if file.stat().st_size > LARGEST:
+            raise InputError(f"{file} is too large to be the ledger of a sweep")
+        content: Any = TypeAdapter(Content).validate_python(json.loads(file.read_bytes()), strict=True)
+    except (ValidationError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file} is damaged, or of another version") from None
+    found: Content = content
+    # Whoever wrote it says what is trained, and not where from and how it is launched.
+    if any(o.startswith(("hydra", "-", "resume=", "rerun=")) for o in found["command"]):
+        raise InputError(f"{file} has a command that charlm does not record: not run")
+    if found["format"] != FORMAT:
+        raise InputError(f"{file} has format {found['format']}, and this charlm reads format {FORMAT}")
+    return found

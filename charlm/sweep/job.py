@@ -1,0 +1,140 @@
+"""One job of a sweep: a fresh process with its own command line, environment, log and folder.
+
+Hydra's own launcher runs all jobs in one process. There, settings leak from one job to the next, a killed job takes
+the rest with it, and a job that trains on several devices starts the whole sweep again in each of its processes. Here
+a fork server pays for the imports once, and each job is what `python train.py ...` would have been.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from charlm import report
+from charlm.preflight import options
+from charlm.resume import quoted
+from charlm.run import previous
+
+LOG = "terminal.log"  # all that a job prints
+# What the fork server imports before the first job.
+PRELOAD = ["lightning", "charlm.callbacks", "charlm.evaluate", "charlm.logger", "charlm.preflight", "charlm.sweep"]
+GRACE = 5.0  # seconds to save in, for a job whose sweep has gone
+
+
+@dataclass(frozen=True)
+class Job:
+    """One combination of a sweep."""
+
+    overrides: list[str]
+    folder: Path
+    fingerprint: str  # of its whole configuration
+    processes: int = 1  # it trains with so many
+    on_gpu: bool = False
+    max_steps: int = -1
+
+    @classmethod
+    def of(cls, overrides: list[str], folder: Path, fingerprint: str, trainer: dict[str, Any]) -> "Job":
+        """The job that a configuration describes, of which `trainer` tells what it needs."""
+        gpus = torch.cuda.device_count() if trainer["accelerator"] in ("auto", "gpu", "cuda") else 0
+        devices = trainer["devices"]
+        if isinstance(devices, str) and devices != "auto":
+            devices = [int(d) for d in devices.split(",")] if "," in devices else int(devices)
+        several = {"auto": 1, -1: gpus or 1}
+        processes = len(devices) if isinstance(devices, list) else several.get(devices, devices)
+        return cls(overrides, folder, fingerprint, processes, gpus > 0, trainer["max_steps"])
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def done(self) -> bool:
+        """Are its final figures there?"""
+        record = previous(self.folder)
+        return record is not None and record["status"] == "finished" and report.read_results(self.folder) is not None
+
+    def start(self, alive: Connection, threads: int, gpus: Sequence[int]) -> "Running":
+        """Begin, or go on where it was ended, in a fresh process."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        begun = any((self.folder / "checkpoints").glob("*.ckpt"))
+        what = [f"resume={quoted(self.folder)}"] if begun else [*self.overrides, f"hydra.run.dir={quoted(self.folder)}"]
+        argv = [sys.argv[0], *options(sys.argv), *what]
+        process = context.Process(target=become, args=(argv, str(self.folder / LOG), alive, threads, list(gpus)))
+        process.start()
+        return Running(self, process, time.monotonic(), list(gpus))
+
+    def how(self, code: int | None) -> str:
+        """How a process of it ended, which `done` or `failed: ` and why."""
+        if code == 0 and self.done():
+            return "finished"
+        record = previous(self.folder)
+        if code is not None and code < 0:
+            return f"failed: killed by {signal.Signals(-code).name}"
+        if record and record["status"] in ("failed", "stopped"):
+            by = "stopped by " if record["status"] == "stopped" else ""
+            return f"failed: {by}{record['reason']}"
+        said = (self.folder / LOG).read_text(errors="replace").strip().splitlines() if code else []
+        return f"failed: {said[-1] if said else f'exit code {code}'}"
+
+    def row(self, status: str) -> dict[str, Any]:
+        """Its final figures, or only how it ended."""
+        results = report.read_results(self.folder) if status == "finished" else None
+        if results is None:
+            return {"status": status, "val/loss": None}
+        return {key: value for key, value in results.items() if not isinstance(value, dict)}
+
+
+@dataclass
+class Running:
+    """A job at work."""
+
+    job: Job
+    process: Any
+    since: float
+    gpus: list[int]
+    verdict: str | None = None  # where it is the sweep that ends it
+
+    def signal(self, number: signal.Signals) -> None:
+        """To it and to the processes that it started."""
+        with suppress(ProcessLookupError):
+            try:
+                os.killpg(self.process.pid, number)
+            except ProcessLookupError:
+                os.kill(self.process.pid, number)  # it has not made its group yet
+
+
+def become(argv: list[str], log: str, alive: Connection, threads: int, gpus: list[int]) -> None:
+    """In the job's process: be `python train.py ...`, with all output in the job's own file."""
+    os.setsid()  # a group of its own: what it starts ends with it, and Ctrl-C is for the sweep
+    threading.Thread(target=follow, args=(alive,), daemon=True).start()
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    if gpus:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that it starts
+    torch.set_num_threads(threads)
+    sys.argv = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def follow(alive: Connection) -> None:
+    """However the sweep ends, its jobs end too: the system closes the other end of this pipe."""
+    with suppress(EOFError, OSError):
+        alive.recv_bytes()
+    os.killpg(0, signal.SIGTERM)
+    time.sleep(GRACE)
+    os.killpg(0, signal.SIGKILL)

@@ -1,0 +1,135 @@
+"""Jobs side by side, as many as the machine holds, whatever becomes of any of them."""
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import wait
+from types import FrameType
+from typing import Any, Literal, NoReturn
+
+import torch
+
+from charlm.sweep.job import Job, Running
+
+SECONDS_BETWEEN_LOOKS = 0.25
+SECONDS_TO_SAVE = 30.0  # for a job that is told to stop
+
+
+class Pool:
+    """Runs jobs, `n_jobs` at a time or as many as there are cores and GPUs for.
+
+    Args:
+        n_jobs: at a time, whatever they need; "auto" gives each of their processes a core, or a GPU.
+        jobs_per_gpu: that may share one, each with one process.
+        timeout: minutes after which a job is taken to hang.
+    """
+
+    def __init__(self, n_jobs: int | Literal["auto"], jobs_per_gpu: int, timeout: float | None):
+        self.n_jobs, self.timeout = n_jobs, timeout
+        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.gpus = [gpu for _ in range(jobs_per_gpu) for gpu in range(torch.cuda.device_count())]
+        self.running: list[Running] = []
+
+    def run(
+        self,
+        jobs: list[Job],
+        begun: Callable[[Job], None],
+        ended: Callable[[Job, str], None],
+        look: Callable[[list[Running]], None],
+    ) -> None:
+        """Run all; `begun` and `ended` are told of each, with how it ended, and `look` of those at work now and then.
+
+        Raises:
+            KeyboardInterrupt, SystemExit: after all that ran were stopped, by Ctrl-C or SIGTERM.
+        """
+        waiting = list(jobs)
+        at_once = self.at_once(jobs)
+        reader, writer = multiprocessing.get_context("forkserver").Pipe(duplex=False)
+        with terminable():
+            try:
+                while waiting or self.running:
+                    while waiting and self.fits(waiting[0]):
+                        job = waiting.pop(0)
+                        begun(job)
+                        gpus = [self.gpus.pop(0) for _ in range(job.processes)] if job.on_gpu else []
+                        self.running.append(job.start(reader, max(1, self.cores // (at_once * job.processes)), gpus))
+                    wait([one.process.sentinel for one in self.running], SECONDS_BETWEEN_LOOKS)
+                    self.hurry()
+                    self.reap(ended)
+                    look(self.running)
+            except BaseException:
+                self.stop(ended)
+                raise
+            finally:
+                writer.close()
+                reader.close()
+
+    def at_once(self, jobs: list[Job]) -> int:
+        """How many will run at a time."""
+        if self.n_jobs != "auto":
+            return min(self.n_jobs, len(jobs))
+        room = self.gpus if any(job.on_gpu for job in jobs) else range(self.cores)
+        return max(1, min(len(jobs), len(room) // max((job.processes for job in jobs), default=1)))
+
+    def fits(self, job: Job) -> bool:
+        """Is there room for another job beside those that run? For the first, always."""
+        if not self.running:
+            return True
+        if job.on_gpu and len(self.gpus) < job.processes:
+            return False
+        if self.n_jobs != "auto":
+            return len(self.running) < self.n_jobs
+        return job.on_gpu or job.processes + sum(one.job.processes for one in self.running) <= self.cores
+
+    def hurry(self) -> None:
+        """End what goes beyond its time: first so that it can save, then at once."""
+        if self.timeout is None:
+            return
+        for one in self.running:
+            late = time.monotonic() - one.since - 60 * self.timeout
+            if late > 0 and one.verdict is None:
+                one.verdict = f"failed: no end within {self.timeout:g} minutes"
+                one.signal(signal.SIGTERM)
+            elif one.verdict and late > SECONDS_TO_SAVE:
+                one.signal(signal.SIGKILL)
+
+    def reap(self, ended: Callable[[Job, str], None]) -> None:
+        for one in [one for one in self.running if not one.process.is_alive()]:
+            one.signal(signal.SIGKILL)  # whatever it has left behind
+            self.running.remove(one)
+            self.gpus += one.gpus
+            ended(one.job, one.verdict or one.job.how(one.process.exitcode))
+
+    def stop(self, ended: Callable[[Job, str], None]) -> None:
+        """Let all save and end. A second Ctrl-C ends them at once."""
+        until = time.monotonic() + SECONDS_TO_SAVE
+        number = signal.SIGTERM
+        for one in self.running:
+            one.signal(number)
+        while self.running:
+            try:
+                if time.monotonic() > until and number == signal.SIGTERM:
+                    raise KeyboardInterrupt
+                wait([one.process.sentinel for one in self.running], SECONDS_BETWEEN_LOOKS)
+            except (KeyboardInterrupt, SystemExit):
+                number = signal.SIGKILL
+                for one in self.running:
+                    one.signal(number)
+            self.reap(ended)
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """SIGTERM as an exception, so that the jobs are told to stop."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        raise SystemExit(128 + number)
+
+    before: Any = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
