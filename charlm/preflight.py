@@ -78,6 +78,8 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
                 return list(argv)
             HydraConfig.instance().set_config(cfgs[0])
             mode = "sweep" if args.multirun else "run"
+            if args.multirun:
+                check_launcher(cfgs[0].hydra.launcher)
             run_dir = cfgs[0].hydra[mode].dir
         if "TORCHELASTIC_RUN_ID" in os.environ and not any(o.startswith("hydra.run.dir=") for o in overrides):
             raise InputError("torchrun starts several processes: give them one folder, hydra.run.dir=outputs/NAME")
@@ -267,6 +269,16 @@ def first_value(override: Override) -> str:
     if override.is_sweep_override():
         return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
     return str(override.input_line)
+
+
+def check_launcher(node: DictConfig) -> None:
+    """Can a pool of jobs be as it is asked for? Other launchers check their settings by themselves.
+
+    Raises:
+        InputError: if not.
+    """
+    if node._target_.endswith(".LocalLauncher"):
+        config.check_node("hydra.launcher", OmegaConf.to_container(node))
 
 
 def check_settings(cfg: DictConfig) -> None:

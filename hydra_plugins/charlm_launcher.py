@@ -5,8 +5,9 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
+from annotated_types import Ge, Gt
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
@@ -21,8 +22,8 @@ class LocalLauncherConf:
 
     _target_: str = "hydra_plugins.charlm_launcher.LocalLauncher"
     n_jobs: Any = "auto"  # at a time; auto: a core or a GPU for each process
-    jobs_per_gpu: int = 1  # that share one
-    timeout: float | None = None  # minutes after which a job is taken to hang
+    jobs_per_gpu: Any = 1  # that share one
+    timeout: Any = None  # minutes after which a job is taken to hang
 
 
 ConfigStore.instance().store(group="hydra/launcher", name="local", node=LocalLauncherConf, provider="charlm")
@@ -31,8 +32,13 @@ ConfigStore.instance().store(group="hydra/launcher", name="local", node=LocalLau
 class LocalLauncher(Launcher):
     """Every job of a sweep as a fresh process on this machine."""
 
-    def __init__(self, n_jobs: Any, jobs_per_gpu: int, timeout: float | None):
-        self.settings = {"n_jobs": n_jobs, "jobs_per_gpu": jobs_per_gpu, "timeout": timeout}
+    def __init__(
+        self,
+        n_jobs: Annotated[int, Ge(1)] | Literal["auto"],
+        jobs_per_gpu: Annotated[int, Ge(1)],
+        timeout: Annotated[float, Gt(0)] | None,
+    ):
+        self.settings: Any = {"n_jobs": n_jobs, "jobs_per_gpu": jobs_per_gpu, "timeout": timeout}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config

@@ -77,13 +77,26 @@ def test_a_job_that_fails_costs_only_itself(sweep, tmp_path):
     assert [row["status"][:7] for row in rows] == ["failed:", "finishe", "finishe"]
 
 
-def test_devices_may_be_swept_under_ddp(sweep, tmp_path):
+def test_devices_may_be_swept_under_ddp(sweep, train, tmp_path, text_file):
     ended = sweep("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1,2", "data.batch_size=4")
     assert ended.code == 0, ended.err
     tokens = {
         n: json.loads((tmp_path / "s" / f"devices={n}" / "results.json").read_text())["train/tokens"] for n in (1, 2)
     }
     assert tokens == {1: 40 * 4 * 8, 2: 40 * 4 * 8 * 2}
+    alone = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=4", "data=text"]
+    assert train(*alone, f"data.path={text_file}", "trainer.max_steps=40", "hydra.run.dir=alone").code == 0
+    both = ("alone", "s/devices=2")
+    losses = [json.loads((tmp_path / place / "results.json").read_text())["val/loss"] for place in both]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("setting", ["n_jobs=0", "n_jobs=many", "jobs_per_gpu=0", "timeout=-1"])
+def test_a_launcher_that_cannot_be_is_refused(sweep, tmp_path, setting):
+    ended = sweep("seed=1,2", f"hydra.launcher.{setting}")
+    assert ended.code == 2
+    assert ended.err.startswith(f"charlm: hydra.launcher.{setting} is not possible: give ")
+    assert not (tmp_path / "s").exists()
 
 
 def test_names_are_the_settings_that_vary():
