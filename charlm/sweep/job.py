@@ -108,11 +108,11 @@ class Running:
 
     def signal(self, number: signal.Signals) -> None:
         """To it and to the processes that it started."""
-        with suppress(ProcessLookupError):
-            try:
-                os.killpg(self.process.pid, number)
-            except ProcessLookupError:
-                os.kill(self.process.pid, number)  # it has not made its group yet
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            if self.process.is_alive():  # and has not made its group yet
+                os.kill(self.process.pid, number)
 
 
 def become(argv: list[str], log: str, alive: Connection, threads: int, gpus: list[int]) -> None:

@@ -54,7 +54,7 @@ class Pool:
                     while waiting and self.fits(waiting[0]):
                         job = waiting.pop(0)
                         begun(job)
-                        gpus = [self.gpus.pop(0) for _ in range(job.processes)] if job.on_gpu else []
+                        gpus = self.take(job.processes) if job.on_gpu else []
                         self.running.append(job.start(reader, max(1, self.cores // (at_once * job.processes)), gpus))
                     wait([one.process.sentinel for one in self.running], SECONDS_BETWEEN_LOOKS)
                     self.hurry()
@@ -78,11 +78,18 @@ class Pool:
         """Is there room for another job beside those that run? For the first, always."""
         if not self.running:
             return True
-        if job.on_gpu and len(self.gpus) < job.processes:
+        if job.on_gpu and len(set(self.gpus)) < job.processes:
             return False
         if self.n_jobs != "auto":
             return len(self.running) < self.n_jobs
         return job.on_gpu or job.processes + sum(one.job.processes for one in self.running) <= self.cores
+
+    def take(self, number: int) -> list[int]:
+        """So many GPUs, each another; those first of which the most is free."""
+        taken = sorted(set(self.gpus), key=lambda gpu: (-self.gpus.count(gpu), gpu))[:number]
+        for gpu in taken:
+            self.gpus.remove(gpu)
+        return taken
 
     def hurry(self) -> None:
         """End what goes beyond its time: first so that it can save, then at once."""
