@@ -442,11 +442,12 @@ def test_a_folder_that_holds_a_run_is_left_alone(refused, train, tmp_path, trace
     assert "run already holds a run: choose another hydra.run.dir" in refused(train, "hydra.run.dir=run")
 
 
-def test_a_second_run_or_sweep_in_the_same_folder_is_refused(refused, train, text_file):
+def test_a_folder_that_holds_a_run_or_a_sweep_without_a_ledger_is_refused(refused, train, tmp_path, text_file):
     once = (*ANY_TEXT, "trainer.max_steps=2", "logger=none", "callbacks=none")
     assert train(*once, "hydra.run.dir=run").code == 0
     assert "run already holds a run" in refused(train, *once, "hydra.run.dir=run")
     assert train("-m", *once, "seed=1,2", "hydra.sweep.dir=sweep").code == 0
+    (tmp_path / "sweep" / "sweep.json").unlink()
     assert "sweep already holds a sweep" in refused(train, "-m", *once, "seed=1,3", "hydra.sweep.dir=sweep")
 
 
