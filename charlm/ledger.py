@@ -1,14 +1,11 @@
 """What a sweep has to do, and what has become of it: sweep.json in its folder."""
 
-import json
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from charlm.errors import InputError
-from charlm.report import write_json
+from charlm.report import read_json, write_json
 
 NAME = "sweep.json"
 FORMAT = 1
@@ -77,18 +74,8 @@ def read(file: Path) -> Content:
     Raises:
         InputError: if it is damaged or of another version.
     """
-    try:
-        if file.stat().st_size > LARGEST:
-            raise InputError(f"{file} is too large to be the ledger of a sweep")
-        content: Any = TypeAdapter(Content).validate_python(json.loads(file.read_bytes()), strict=True)
-    except (ValidationError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file} is damaged, or of another version") from None
-    found: Content = content
+    found = read_json(file, Content, "the ledger of a sweep", LARGEST, FORMAT)
     # Whoever wrote it says what is trained, and not where from and how it is launched.
     if any(o.startswith(("hydra", "-", "resume=", "rerun=")) for o in found["command"]):
         raise InputError(f"{file} has a command that charlm does not record: not run")
-    if found["format"] != FORMAT:
-        raise InputError(f"{file} has format {found['format']}, and this charlm reads format {FORMAT}")
     return found

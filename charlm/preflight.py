@@ -65,7 +65,8 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     name = args.config_name or "train"
     # As Hydra does: --config-path counts from train.py, --config-dir from where one stands.
     config_dir = config_dir.parent / (args.config_path or config_dir.name)
-    for folder in [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]:
+    conf = conf_dirs(config_dir, args)
+    for folder in conf:
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}: give one with configuration files, or leave it to conf/")
     search = [f"hydra.searchpath=[file://{os.path.abspath(args.config_dir)}]"] if args.config_dir else []
@@ -89,10 +90,9 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             check_folder(Path(run_dir), f"hydra.{mode}.dir", new=not chosen or begun)
         cfgs = [OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]) for cfg in cfgs]
         if resumed_sweep:
-            folders = [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
             for cfg in cfgs:
                 parts = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "run_dir"])
-                config.check_targets(Path(run_dir), OmegaConf.to_container(parts), folders)
+                config.check_targets(Path(run_dir), OmegaConf.to_container(parts), conf)
         for cfg in cfgs:  # the settings of every job before the text of any: texts take time, and perhaps the network
             check_settings(cfg)
         if len({cfg.data.corpus for cfg in cfgs}) > 1:  # a sweep over corpora means each of them
@@ -113,6 +113,11 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     else:
         own = own_folder(Path(run_dir), f"hydra.{mode}.dir", new=not chosen, begun=begun)
     return [*(a for a in argv if not a.startswith(f"hydra.{mode}.dir=")), f"hydra.{mode}.dir={quoted(own)}"]
+
+
+def conf_dirs(config_dir: Path, args: Namespace) -> list[Path]:
+    """Where configuration files are: charlm's, and those that a command adds."""
+    return [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
 
 
 def sweep_of(args: Namespace) -> list[str]:
@@ -155,7 +160,7 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
         raise InputError(f"{name}= begins from one run, and makes one: leave -m away")
     if not recorded.is_dir():
         raise InputError(f"{name}={recorded} is no folder: give one that python train.py made, as outputs/RUN")
-    conf = [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
+    conf = conf_dirs(config_dir, args)
     given = [o for o in args.overrides if not o.startswith(("hydra.", f"{name}="))]
     of_hydra = [o for o in args.overrides if o.startswith("hydra.")]
     chosen = [o for o in of_hydra if o.startswith("hydra.run.dir=")]

@@ -5,13 +5,17 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
 from charlm.checkpoint import write_atomically
+from charlm.errors import InputError
+
+T = TypeVar("T")
 
 LOSSES = "losses.f32"  # of all steps: numpy.fromfile(file, "<f4")
 RESULTS = "results.json"  # written last, so that its presence means a finished run
@@ -25,6 +29,27 @@ def as_json(content: Any) -> bytes:
 def write_json(path: Path, content: Any) -> None:
     """Whole, or not at all."""
     write_atomically(path, lambda file: file.write(as_json(content)))
+
+
+def read_json(file: Path, kind: type[T], what: str, largest: int, format: int) -> T:
+    """A file that `write_json` wrote, held against `kind`; perhaps a stranger's, so that nothing in it is trusted.
+
+    Raises:
+        InputError: if it is too large, damaged or of another version.
+        FileNotFoundError: if there is none.
+    """
+    try:
+        if file.stat().st_size > largest:
+            raise InputError(f"{file} is too large to be {what}")
+        content: Any = TypeAdapter(kind).validate_python(json.loads(file.read_bytes()), strict=True)
+    except (ValidationError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file} is damaged, or of another version") from None
+    if content["format"] != format:
+        raise InputError(f"{file} has format {content['format']}, and this charlm reads format {format}")
+    found: T = content
+    return found
 
 
 def read_results(run_dir: Path) -> dict[str, Any] | None:

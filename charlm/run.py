@@ -6,7 +6,6 @@ was killed. `config`, `corpus`, `seed` and `surroundings` are all that the run d
 """
 
 import contextlib
-import json
 import os
 import platform
 import re
@@ -27,13 +26,12 @@ import lightning as L
 import torch
 from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
-from pydantic import TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from charlm.checkpoint import write_atomically
 from charlm.config import FOLLOWS
 from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted, warn
-from charlm.report import as_json
+from charlm.report import as_json, read_json
 
 NAME, LOCK = "run.json", ".lock"
 FORMAT = 1
@@ -228,20 +226,10 @@ def read_record(folder: Path) -> Record:
     Raises:
         InputError: if there is none, or none that can be read.
     """
-    file = folder / NAME
     try:
-        if file.stat().st_size > LARGEST:
-            raise InputError(f"{file} is too large to be the record of a run")
-        record: Record = TypeAdapter(Record).validate_python(json.loads(file.read_bytes()), strict=True)
+        return read_json(folder / NAME, Record, "the record of a run", LARGEST, FORMAT)
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {NAME}: give a run folder, as python train.py made it") from None
-    except (ValidationError, ValueError, RecursionError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{file} is damaged, or of another version") from None
-    if record["format"] != FORMAT:
-        raise InputError(f"{file} has format {record['format']}, and this charlm reads format {FORMAT}")
-    return record
 
 
 def previous(folder: Path) -> Record | None:
