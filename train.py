@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
 from charlm import checkpoint, report, terminal
-from charlm.budget import limit_tokens, stopped_by
-from charlm.callbacks import AtomicCheckpointIO, Checkpoint, Losses, Stop, Throughput
+from charlm.budget import limit_tokens, steps_of, stopped_by
+from charlm.callbacks import AtomicCheckpointIO, Checkpoint, Losses, Stop, Throughput, Validations
 from charlm.checkpoint import Newest
 from charlm.data import CharDataModule
 from charlm.errors import one_line_errors
@@ -73,7 +73,13 @@ def train(cfg: DictConfig, state: Newest | None, run: Run) -> None:
         cfg.trainer,
         default_root_dir=cfg.run_dir,
         logger=instantiate(cfg.logger) or False,
-        callbacks=[*observers, Losses(cfg.run_dir), throughput, Stop(cfg.stop_at)],
+        callbacks=[
+            Validations(cfg.run_dir, throughput),
+            *observers,
+            Losses(cfg.run_dir),
+            throughput,
+            Stop(cfg.stop_at),
+        ],
         plugins=[AtomicCheckpointIO()],
     )
     limit_tokens(trainer, cfg.max_tokens, data.batch_size * data.block_size)
@@ -102,6 +108,7 @@ def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
 
 def choose(cfg: DictConfig, model: nn.Module, data: CharDataModule) -> None:
     """Put a value where `auto` is, as this machine and the size of a step suggest; and where the text was found."""
+    cfg.trainer.max_steps = steps_of(cfg.trainer.max_steps, cfg.max_tokens, cfg.trainer.max_time)
     if cfg.data.path:
         cfg.data.path = data.corpus.source  # absolute, so that it is found from any folder
     # What a forward pass multiplies; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
@@ -143,6 +150,7 @@ def finish(
         "model": report.name_of(config["model"]),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": config["seed"],
+        "min_context": data.min_context,
         "device": str(trainer.strategy.root_device),
         "steps": trainer.global_step,
         "stopped_by": stopped_by(trainer, config["trainer"]["max_steps"]),

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.callbacks import Timer
@@ -43,6 +43,13 @@ class Budget:
         times = self.steps * tokens_per_step / tokens_of_text
         steps = f"{self.steps:,} steps of {tokens_per_step:,} tokens ({times:.2g} times the text)"
         return f"{steps} or {time}, whichever ends first" if time else steps
+
+
+def steps_of(max_steps: int | Literal["auto"], max_tokens: int | None, max_time: str | None) -> int:
+    """What trainer.max_steps=auto means: the lecture's order of magnitude, or no end where something else is one."""
+    if max_steps != "auto":
+        return max_steps
+    return -1 if max_tokens or max_time else 5000
 
 
 def budget_of(trainer: L.Trainer) -> Budget:

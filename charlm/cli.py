@@ -138,7 +138,9 @@ def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str
         raise InputError(f"{data.corpus.source} has changed since {run} was trained on it: put the old text back")
     with terminal.tracked("evaluating") as progress:
         found = figures(loaded.model, data, list(splits) or loaded.config["evaluate"], progress, stride)
-    found = {"checkpoint": str(loaded.path), "step": loaded.step, "corpus": data.corpus.name} | found
+    context = data.min_context if stride is None else max(1, data.block_size - stride + 1)
+    told = {"checkpoint": str(loaded.path), "step": loaded.step, "corpus": data.corpus.name, "min_context": context}
+    found = told | found
     if as_json:
         print(json.dumps(report.plain(found), indent=2))
     else:

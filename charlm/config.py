@@ -55,9 +55,9 @@ Part = Annotated[float, Ge(0), Le(1)] | Annotated[int, Ge(0)]
 RANGES = {
     "lightning.Trainer": {
         "max_steps": Annotated[
-            int,
-            Predicate(lambda steps: steps == -1 or steps >= 1),
-            doc("a whole number of at least 1, or -1 for no end"),
+            int | Literal["auto"],
+            Predicate(lambda steps: steps in ("auto", -1) or steps >= 1),
+            doc("a whole number of at least 1, -1 for no end, or auto"),
         ],
         "val_check_interval": Positive,
         "log_every_n_steps": Positive,

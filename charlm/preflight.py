@@ -29,7 +29,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from charlm import config, terminal
-from charlm.budget import budget_of, limit_tokens
+from charlm.budget import budget_of, limit_tokens, steps_of
 from charlm.checkpoint import newest
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
@@ -295,6 +295,8 @@ def check_settings(cfg: DictConfig) -> None:
     with told_in_one_line():
         if OmegaConf.is_interpolation(cfg, "run_dir"):
             cfg.run_dir = "outputs"  # not known yet
+        if cfg.trainer.get("max_steps") == "auto":
+            cfg.trainer.max_steps = steps_of("auto", cfg.max_tokens, cfg.trainer.max_time)
         for missing in sorted(OmegaConf.missing_keys(cfg)):
             raise InputError(f"{missing} is missing: give it a value, {missing}=...")
         plain: Any = OmegaConf.to_container(cfg, resolve=True)

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +19,7 @@ from charlm.errors import InputError
 T = TypeVar("T")
 
 LOSSES = "losses.f32"  # of all steps: numpy.fromfile(file, "<f4")
+VALIDATIONS = "validations.csv"  # step, seconds of training, val/loss; a line for each validation
 RESULTS = "results.json"  # written last, so that its presence means a finished run
 
 
@@ -56,6 +58,20 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
     """The final figures of a run, or None if it did not get that far."""
     path = run_dir / RESULTS
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+
+
+def read_validations(run_dir: Path) -> list[tuple[int, float, float]]:
+    """Step, seconds of training and val loss of each validation, in order, as far as they can be read."""
+    try:
+        lines = (run_dir / VALIDATIONS).read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return []
+    found = []
+    for line in lines[1:-1]:  # between the head and what is not yet a whole line
+        with suppress(ValueError):
+            step, seconds, loss = line.split(",")
+            found.append((int(step), float(seconds), float(loss)))
+    return found
 
 
 def name_of(node: dict[str, Any]) -> str:

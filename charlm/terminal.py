@@ -140,7 +140,10 @@ def notice_fallback(wanted: str, given: str, reason: Exception) -> None:
 def figures(found: dict[str, Any], name: str) -> Table:
     """The losses of a run beside those of counting, a column for each split."""
     splits = list(found["references"])
-    table = Table(box=box.SIMPLE_HEAD, title="loss, nats per character", title_justify="left", title_style="bold")
+    title = "loss, nats per character"
+    if found.get("min_context", 1) > 1:
+        title += f", each after {found['min_context']} or more"
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     table.add_column("")
     for split in splits:
         table.add_column(split, justify="right")

@@ -144,7 +144,7 @@ def test_every_number_has_a_type_and_a_range(refused, train, number):
 
 
 def test_the_numbers_of_every_group_are_found():
-    for known in ("seed", "data.block_size", "optimizer.lr", "trainer.max_steps", "callbacks.samples.length"):
+    for known in ("seed", "data.block_size", "optimizer.lr", "trainer.val_check_interval", "callbacks.samples.length"):
         assert known in numbers()
 
 

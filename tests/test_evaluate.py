@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from charlm.data.chunks import Windows
 from charlm.data.corpus import Corpus
 from charlm.data.datamodule import CharDataModule
+from charlm.errors import InputError
 from charlm.evaluate import Score, evaluate, figures, references
 from charlm.model.bigram import Bigram
 from charlm.tokenizer import CharTokenizer
@@ -163,3 +164,35 @@ def test_a_text_with_a_large_alphabet_needs_no_table_of_its_square():
     tokenizer = CharTokenizer.from_text(text)
     ids = tokenizer.encode(text)
     assert references(ids[:50_000], ids[50_000:], tokenizer.vocab_size, 1.0)["bigram"] > 0
+
+
+class LooksBackFour(nn.Module):
+    """A function of the last four characters, which windows of any block_size may show or not."""
+
+    block_size = 1_000_000
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, vocab_size, vocab_size))
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        seen = F.pad(F.one_hot(idx, self.weight.shape[1]).float(), (0, 0, 3, 0))  # (B, 3 + T, V)
+        return torch.stack([seen[:, k : k + idx.shape[1]] @ self.weight[k] for k in range(4)]).sum(0)  # (B, T, V)
+
+
+def test_one_model_has_one_loss_at_every_block_size_that_shows_it_as_much():
+    torch.manual_seed(0)
+    data = {t: {m: CharDataModule("pydoc", t, 1, min_context=m) for m in (1, 4)} for t in (8, 256)}
+    losses = {}
+    for t, modules in data.items():
+        for m, module in modules.items():
+            module.setup()
+            torch.manual_seed(0)
+            losses[t, m] = evaluate(LooksBackFour(module.tokenizer.vocab_size), module.windows("val")).loss
+    assert losses[8, 4] == pytest.approx(losses[256, 4], rel=1e-6)
+    assert abs(losses[8, 1] - losses[256, 1]) > 0.01
+
+
+def test_a_window_cannot_show_more_than_it_holds():
+    with pytest.raises(InputError, match=r"data.min_context=9 is more than data.block_size=8 characters can show"):
+        CharDataModule("pydoc", 8, 1, min_context=9).setup()

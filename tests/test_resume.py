@@ -21,7 +21,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from charlm import checkpoint
+from charlm import checkpoint, report
 from charlm.errors import InputError, one_line_errors
 from charlm.preflight import check_command
 from charlm.sweep.job import PRELOAD
@@ -127,7 +127,12 @@ def story(folder: Path) -> dict[str, Any]:
     kept = [state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ema")]
     losses = (folder / "losses.f32").read_bytes()
     parts = {"told": told, "texts": texts, "results": results, "state": kept, "best": best["state_dict"]}
-    return parts | {"losses": losses, "status": json.loads((folder / "run.json").read_text())["status"]}
+    validations = [(step, loss) for step, _, loss in report.read_validations(folder)]
+    return parts | {
+        "losses": losses,
+        "validations": validations,
+        "status": json.loads((folder / "run.json").read_text())["status"],
+    }
 
 
 def same(a: Any, b: Any) -> bool:

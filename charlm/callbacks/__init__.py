@@ -4,7 +4,7 @@ from charlm.callbacks.best import Best
 from charlm.callbacks.bigram_table import BigramTable
 from charlm.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
 from charlm.callbacks.ema import EMA
-from charlm.callbacks.losses import Losses
+from charlm.callbacks.losses import Losses, Validations
 from charlm.callbacks.progress import Progress
 from charlm.callbacks.samples import Samples
 from charlm.callbacks.stop import Stop
@@ -21,4 +21,5 @@ __all__ = [
     "Samples",
     "Stop",
     "Throughput",
+    "Validations",
 ]

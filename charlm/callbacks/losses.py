@@ -1,5 +1,7 @@
-"""Every training loss of a run, kept; one that is not finite ends it."""
+"""Every loss of a run, kept, whichever logger there is; a training loss that is not finite ends it."""
 
+import csv
+import io
 import math
 import os
 from array import array
@@ -13,9 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from charlm.callbacks.checkpoint import Checkpoint
 from charlm.callbacks.ema import KEY
+from charlm.callbacks.throughput import Throughput
+from charlm.checkpoint import write_atomically
 from charlm.errors import DiskError, InputError
 from charlm.module import LanguageModel
-from charlm.report import LOSSES
+from charlm.report import LOSSES, VALIDATIONS, read_validations
 
 MOST = 1000  # that wait to be looked at
 
@@ -90,6 +94,37 @@ class Losses(L.Callback):
         if step is not None:
             told = f" is {losses[step - first]:f}" if step in wrong else " is infinite or not a number"
             raise diverged(trainer, f"the loss of step {step:,}{told}")
+
+
+class Validations(L.Callback):
+    """A line for each validation. It has to come before the checkpoints, so that no state is ahead of it.
+
+    Raises:
+        DiskError: if it cannot be written.
+    """
+
+    every_n_steps = None  # whenever Lightning has its turn
+
+    def __init__(self, run_dir: str, throughput: Throughput):
+        self.folder, self.throughput = Path(run_dir), throughput
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What followed the state that the run goes on from will be told again."""
+        if trainer.is_global_zero:
+            text = io.StringIO(newline="")
+            rows = [row for row in read_validations(self.folder) if row[0] <= trainer.global_step]
+            csv.writer(text, lineterminator="\n").writerows([("step", "seconds", "val/loss"), *rows])
+            write_atomically(self.folder / VALIDATIONS, lambda file: file.write(text.getvalue().encode()))
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            row = trainer.global_step, self.throughput.seconds, float(trainer.callback_metrics["val/loss"])
+            try:
+                with (self.folder / VALIDATIONS).open("a") as file:
+                    file.write("{},{:.3f},{!r}\n".format(*row))
+            except OSError as error:
+                told = f"{self.folder / VALIDATIONS} could not be written ({error.strerror}): see to the disk"
+                raise DiskError(told) from error
 
 
 def look_at_weights(trainer: L.Trainer, weights: list[Tensor]) -> None:

@@ -25,11 +25,13 @@ class CharDataModule(L.LightningDataModule):
         block_size: characters in a chunk, T.
         batch_size: chunks in a batch of one process, B.
         val_fraction, test_fraction: the part of the text, at its end, that is kept for val, and after it for test.
+        min_context: characters that evaluation shows a model, at least, for each target, of its block_size at most;
+            where 1 suffices, windows do not overlap. Losses compare across block sizes if it is the same.
         seed: of the random chunks.
         tokenizer: makes a tokenizer from the whole text.
 
     Raises (from `setup`):
-        InputError: for a text that cannot be read, or a split shorter than block_size + 1.
+        InputError: for a text that cannot be read, a split shorter than block_size + 1, or a min_context above it.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class CharDataModule(L.LightningDataModule):
         fallback: Literal["pydoc"] | None = None,
         val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1,
         test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        min_context: Annotated[int, Ge(1)] = 1,
         seed: Annotated[int, Ge(0)] = 0,
         tokenizer: Callable[[str], CharTokenizer] = CharTokenizer.from_text,
     ):
@@ -48,7 +51,7 @@ class CharDataModule(L.LightningDataModule):
         self.corpus_name, self.path, self.fallback = corpus, path, fallback
         self.block_size, self.batch_size = block_size, batch_size
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        self.seed = seed
+        self.min_context, self.seed = min_context, seed
         self.make_tokenizer = tokenizer
         self.splits: dict[str, Tensor] = {}
         self.corpus: Corpus
@@ -58,6 +61,11 @@ class CharDataModule(L.LightningDataModule):
         """Read, tokenize and split the text; a second call does nothing."""
         if self.splits:
             return
+        if self.min_context > self.block_size:
+            raise InputError(
+                f"data.min_context={self.min_context} is more than data.block_size={self.block_size} characters can "
+                f"show: make it {self.block_size} at most"
+            )
         self.corpus = load_corpus(self.corpus_name, self.path)
         self.tokenizer = self.make_tokenizer(self.corpus.text)
         self.splits = self.split(self.tokenizer.encode(self.corpus.text))
@@ -117,7 +125,7 @@ class CharDataModule(L.LightningDataModule):
         world_size: int = 1,
         stride: int | None = None,
     ) -> Windows:
-        """Every target of `split` exactly once.
+        """Every target of `split` exactly once, with min_context unless there is another `stride` between windows.
 
         Raises:
             InputError: for a split that there is not.
@@ -125,6 +133,7 @@ class CharDataModule(L.LightningDataModule):
         if split not in self.splits:
             raise InputError(f"there is no split {split!r} in this run: choose one of {', '.join(self.splits)}")
         ids = self.splits[split].to(self.home(torch.device(device)))
+        stride = stride or self.block_size - self.min_context + 1
         return Windows(ids, self.block_size, stride, rank=rank, world_size=world_size, split=split)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
