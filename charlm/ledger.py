@@ -1,5 +1,6 @@
 """What a sweep has to do, and what has become of it: sweep.json in its folder."""
 
+from collections.abc import Collection
 from pathlib import Path
 
 from typing_extensions import TypedDict
@@ -26,6 +27,7 @@ class Content(TypedDict):
 
     format: int
     command: list[str]  # the settings that were given, without those of Hydra
+    min_context: int | None  # that all jobs are evaluated with; None: what each one's settings say
     jobs: dict[str, Entry]  # by the names of their folders
 
 
@@ -38,13 +40,37 @@ class Ledger:
 
     def __init__(self, folder: Path):
         self.file = folder / NAME
-        self.content: Content = {"format": FORMAT, "command": [], "jobs": {}}
-        if self.file.exists():
+        self.content: Content = {"format": FORMAT, "command": [], "min_context": None, "jobs": {}}
+        self.is_new = not self.file.exists()
+        if not self.is_new:
             self.content = read(self.file)
 
     @property
     def jobs(self) -> dict[str, Entry]:
         return self.content["jobs"]
+
+    def min_context(self, block_sizes: Collection[int], chosen: bool) -> int | None:
+        """The data.min_context of all jobs, so that their losses compare: None is as each one's settings say.
+
+        Where block sizes differ it is half the smallest, for which the windows of that one overlap by half. A sweep
+        that grows keeps what it began with, as its jobs that are done do.
+
+        Args:
+            chosen: whether the command gives one.
+
+        Raises:
+            InputError: for a block size that is smaller than what the sweep began with.
+        """
+        if self.is_new:
+            fair = max(1, min(block_sizes) // 2) if len(set(block_sizes)) > 1 else None
+            self.content["min_context"] = None if chosen else fair
+        kept = self.content["min_context"]
+        if kept and min(block_sizes) < kept:
+            raise InputError(
+                f"{self.file.parent} compares its jobs after {kept} characters or more, which data.block_size="
+                f"{min(block_sizes)} cannot show: give that a sweep of its own"
+            )
+        return kept
 
     def name_of(self, fingerprint: str, wanted: str) -> str:
         """The folder of a job: where it is already, else as is wanted, or with a number where that is another's."""

@@ -313,7 +313,9 @@ def told_steps(step: int, total: int) -> str:
 def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str]) -> None:
     """After a sweep: all its jobs, failures first, then the best."""
     console.print()
-    console.print(table(rows, swept, f"{len(rows)} runs, by val loss (nats per character, ± standard error)"))
+    contexts = {row["min_context"] for row in rows if row.get("min_context")}
+    after = f" after {contexts.pop()} or more" if len(contexts) == 1 and max(contexts) > 1 else ""
+    console.print(table(rows, swept, f"{len(rows)} runs, by val loss (nats per character{after}, ± standard error)"))
     console.print(f"All figures: {quote(sweep_dir / 'results.csv')}", soft_wrap=True)
     next_commands(sweep_dir / "any")
 

@@ -52,18 +52,23 @@ class LocalLauncher(Launcher):
         ledger = Ledger(sweep_dir)
         ledger.content["command"] = list(self.config.hydra.overrides.task)
         jobs = []
-        for i, (overrides, name) in enumerate(zip(job_overrides, names(job_overrides), strict=True)):
-            cfg = self.context.config_loader.load_sweep_config(self.config, list(overrides))
+        cfgs = [self.context.config_loader.load_sweep_config(self.config, list(one)) for one in job_overrides]
+        chosen = any(o.startswith("data.min_context=") for o in ledger.content["command"])
+        min_context = ledger.min_context([cfg.data.block_size for cfg in cfgs], chosen)
+        fair = [f"data.min_context={min_context}"] if min_context else []
+        for i, (given, name, cfg) in enumerate(zip(job_overrides, names(job_overrides), cfgs, strict=True)):
+            overrides = [*given, *fair]
             with open_dict(cfg):
                 cfg.hydra.job.id, cfg.hydra.job.num = name, initial_job_idx + i
             HydraConfig.instance().set_config(cfg)  # ${hydra:...} is looked up there
             cfg.run_dir = ""  # all that the job is, wherever it is
+            cfg.data.min_context = min_context or cfg.data.min_context
             plain: Any = OmegaConf.to_container(
                 OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True
             )
             fingerprint = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
             folder = sweep_dir / ledger.name_of(fingerprint, cfg.hydra.sweep.subdir)
-            jobs.append(Job.of(list(overrides), folder, fingerprint, plain["trainer"]))
+            jobs.append(Job.of(overrides, folder, fingerprint, plain["trainer"]))
         rows = run_jobs(jobs, ledger, sweep_dir, Pool(**self.settings))
         returned = []
         for job, row in zip(jobs, rows, strict=True):

@@ -54,6 +54,7 @@ def test_eight_jobs_make_eight_runs_and_one_table(sweep, tmp_path, train, text_f
     alone = [
         "data.block_size=16",
         "data.batch_size=8",
+        "data.min_context=2",
         "optimizer.lr=1e-1",
         "trainer.max_steps=40",
         "hydra.run.dir=one",
@@ -197,6 +198,27 @@ def test_a_grown_grid_runs_only_what_is_new(sweep, train, tmp_path):
     assert len({entry["fingerprint"] for entry in ledger_of(tmp_path / "s").values()}) == 6
     assert train("resume=s").code == 0  # and then there is nothing to do
     assert {f.stat().st_mtime_ns for f in before} == set(before.values())
+
+
+def test_block_sizes_are_compared_after_equally_much_of_the_text(sweep, train, tmp_path):
+    assert sweep("data.block_size=8,32", "logger=none").code == 0
+    found = {t: json.loads((tmp_path / "s" / f"block_size={t}" / "results.json").read_text()) for t in (8, 32)}
+    assert {one["min_context"] for one in found.values()} == {4}
+    rows = [*csv.DictReader((tmp_path / "s" / "results.csv").read_text().splitlines())]
+    assert {row["min_context"] for row in rows} == {"4"}
+    ended = train("resume=s", "data.block_size=8,64,2")  # done ones stay, and a smaller one would need other windows
+    assert ended.code == 2
+    told = "compares its jobs after 4 characters or more, which data.block_size=2 cannot show: give that a sweep of its"
+    assert told in ended.err
+    assert ended.err.count("\n") == 1
+    assert train("resume=s", "data.block_size=8,64").code == 0
+    assert json.loads((tmp_path / "s" / "block_size=64" / "results.json").read_text())["min_context"] == 4
+
+
+def test_block_sizes_are_compared_as_the_command_says(sweep, tmp_path):
+    assert sweep("data.block_size=8,32", "data.min_context=8", "logger=none").code == 0
+    found = [json.loads(file.read_text())["min_context"] for file in (tmp_path / "s").glob("*/results.json")]
+    assert found == [8, 8]
 
 
 def ledger_of(folder: Path) -> dict[str, Any]:
