@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from charlm import forkserver
+
+if __name__ == "__main__" and not {"-m", "--multirun"}.isdisjoint(sys.argv):
+    forkserver.start()
+
 import hydra
 import lightning as L
 import torch

@@ -76,6 +76,10 @@ class Score:
 
 def window_losses(model: nn.Module, batch: EvalBatch) -> Tensor:
     """The loss of each window, summed over the targets that it counts, in nats: (B,) float32."""
+    shortcut: Any = getattr(model, "nll", None)
+    if shortcut:
+        found: Tensor = shortcut(batch.x, batch.y.clamp_min(0)).masked_fill(batch.y == IGNORE, 0.0)
+        return found.sum(1)
     logits = model(batch.x)  # (B, T, V)
     nll = F.cross_entropy(logits.flatten(0, 1).float(), batch.y.flatten(), reduction="none", ignore_index=IGNORE)
     return nll.view_as(batch.y).sum(1)
@@ -111,20 +115,31 @@ def references(train: Tensor, split: Tensor, vocab_size: int, smoothing: float) 
         uniform: log V. unigram, bigram: from the frequencies of characters, and of pairs of them.
     """
     train, split, v = train.long(), split.long(), vocab_size
-    targets = split[1:]
+    n = len(split) - 1
     unigram = torch.bincount(train[1:], minlength=v).double() + smoothing
-    # Pairs are looked up among those that occur, so that memory is bounded by the text and not by V squared.
-    pairs, pair_counts = (train[:-1] * v + train[1:]).unique(return_counts=True)
-    wanted = split[:-1] * v + targets
-    place = torch.searchsorted(pairs, wanted).clamp_max(len(pairs) - 1)
-    count = torch.where(pairs[place] == wanted, pair_counts[place], 0).double()
-    row = torch.bincount(train[:-1], minlength=v).double()[split[:-1]]
+    targets, often = counted(split[1:], v)
+    # Each pair is looked up once, however often it occurs.
+    seen, times = counted(train[:-1] * v + train[1:], v * v)
+    pairs, weights = counted(split[:-1] * v + split[1:], v * v)
+    place = torch.searchsorted(seen, pairs).clamp_max(len(seen) - 1)
+    count = torch.where(seen[place] == pairs, times[place], 0).double()
+    row = torch.bincount(train[:-1], minlength=v).double()[pairs // v]
     bigram = (count + smoothing) / (row + smoothing * v)
     return {
         "uniform": math.log(v),
-        "unigram": float(-(unigram[targets] / unigram.sum()).log().mean()),
-        "bigram": float(-bigram.log().mean()),
+        "unigram": float(-(often * (unigram[targets] / unigram.sum()).log()).sum() / n),
+        "bigram": float(-(weights * bigram.log()).sum() / n),
     }
+
+
+def counted(values: Tensor, below: int) -> tuple[Tensor, Tensor]:
+    """The values that occur, in order, and how often: `values` (N,) are whole numbers from 0 to `below`."""
+    if below > len(values):  # memory is bounded by the text, and not by V squared
+        found, counts = values.unique(return_counts=True)
+        return found, counts
+    counts = torch.bincount(values, minlength=below)
+    found = counts.nonzero().flatten()
+    return found, counts[found]
 
 
 def figures(

@@ -10,7 +10,7 @@ import warnings
 from argparse import Namespace
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -31,6 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from charlm import config, terminal
 from charlm.budget import budget_of, limit_tokens, steps_of
 from charlm.checkpoint import newest
+from charlm.composition import composed
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
 from charlm.ledger import NAME as LEDGER
@@ -74,7 +75,8 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         with told_in_one_line(overrides):
             check_overrides(overrides)
             jobs = expand(name, overrides, search) if args.multirun else [overrides]
-            cfgs = [compose(name, [*job, *search], return_hydra_config=True) for job in jobs]
+            whole = partial(compose, name, return_hydra_config=True)
+            cfgs = list(composed([[*job, *search] for job in jobs], whole))
             if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
                 return list(argv)
             HydraConfig.instance().set_config(cfgs[0])
@@ -98,8 +100,8 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         if len({cfg.data.corpus for cfg in cfgs}) > 1:  # a sweep over corpora means each of them
             for cfg in cfgs:
                 cfg.data.fallback = None
-        corpora = [check_text(cfg) for cfg in cfgs]
-        given = {f"data={corpus}" for corpus in corpora if corpus}
+        texts = {str([cfg.tokenizer, cfg.evaluate, {**cfg.data, "batch_size": 0}]): cfg for cfg in cfgs}
+        given = {f"data={corpus}" for corpus in map(check_text, texts.values()) if corpus}
         if given:  # the command that gives the same run again, wherever Tiny Shakespeare is
             argv = [*(a for a in argv if not a.startswith("data=")), *given]
             renamed = [*(o for o in jobs[0] if not o.startswith("data=")), *given, *search]

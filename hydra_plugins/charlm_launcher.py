@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -45,6 +46,7 @@ class LocalLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         # Imported here, as every single run finds this file too.
+        from charlm.composition import composed
         from charlm.ledger import Ledger
         from charlm.sweep import Job, Pool, names, run_jobs
 
@@ -52,7 +54,7 @@ class LocalLauncher(Launcher):
         ledger = Ledger(sweep_dir)
         ledger.content["command"] = list(self.config.hydra.overrides.task)
         jobs = []
-        cfgs = [self.context.config_loader.load_sweep_config(self.config, list(one)) for one in job_overrides]
+        cfgs = list(composed(job_overrides, partial(self.context.config_loader.load_sweep_config, self.config)))
         chosen = any(o.startswith("data.min_context=") for o in ledger.content["command"])
         min_context = ledger.min_context([cfg.data.block_size for cfg in cfgs], chosen)
         fair = [f"data.min_context={min_context}"] if min_context else []
@@ -61,14 +63,13 @@ class LocalLauncher(Launcher):
             with open_dict(cfg):
                 cfg.hydra.job.id, cfg.hydra.job.num = name, initial_job_idx + i
             HydraConfig.instance().set_config(cfg)  # ${hydra:...} is looked up there
-            cfg.run_dir = ""  # all that the job is, wherever it is
             cfg.data.min_context = min_context or cfg.data.min_context
-            plain: Any = OmegaConf.to_container(
-                OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]), resolve=True
-            )
+            itself = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+            itself.run_dir = ""  # all that the job is, wherever it is
+            plain: Any = OmegaConf.to_container(itself, resolve=True)
             fingerprint = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
             folder = sweep_dir / ledger.name_of(fingerprint, cfg.hydra.sweep.subdir)
-            jobs.append(Job.of(overrides, folder, fingerprint, plain["trainer"]))
+            jobs.append(Job.of(overrides, folder, fingerprint, plain["trainer"], cfg))
         rows = run_jobs(jobs, ledger, sweep_dir, Pool(**self.settings))
         returned = []
         for job, row in zip(jobs, rows, strict=True):

@@ -73,6 +73,7 @@ DECODING = [case for case in CASES if hasattr(build(case, **SMALL), "decode")]
 SIZED = [case for case in CASES if build(case, **SMALL).block_size is not None]
 REFUSING = [case for case in SIZED if case in DECODING]  # more than block_size characters: they have no more positions
 ENDLESS = [case for case in CASES if case not in SIZED]
+SHORT = [case for case in CASES if hasattr(build(case, **SMALL), "nll")]
 every_model = pytest.mark.parametrize("case", CASES)
 every_decoding_model = pytest.mark.parametrize("case", DECODING)
 
@@ -453,3 +454,14 @@ def test_every_setting_of_a_yaml_is_one_of_its_model():
     for name in MODELS:
         settings_there = inspect.signature(type(build(name))).parameters.keys() - {"vocab_size"}
         assert {key for key in recipe(name) if not key.startswith("_")} == settings_there
+
+
+@pytest.mark.parametrize("case", SHORT)
+def test_the_short_way_to_a_loss_is_that_of_the_logits(case):
+    model, idx, targets = small(case), ids(3, BLOCK), ids(3, BLOCK, seed=1)
+    found = []
+    for nll in (model.nll(idx, targets), F.cross_entropy(model(idx).mT, targets, reduction="none")):
+        gradients = torch.autograd.grad(nll.mean(), list(model.parameters()))
+        found.append([nll, *gradients])
+    for short, long in zip(*found, strict=True):
+        torch.testing.assert_close(short, long)

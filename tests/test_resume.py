@@ -23,8 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from charlm import checkpoint, report
 from charlm.errors import InputError, one_line_errors
+from charlm.forkserver import PRELOAD
 from charlm.preflight import check_command
-from charlm.sweep.job import PRELOAD
 from tests.conftest import ROOT
 
 SETTINGS = [

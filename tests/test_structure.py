@@ -86,7 +86,9 @@ LAYERS += [
     "resume",
     "reproduce",
     "ledger",
+    "composition",
     "preflight",
+    "forkserver",
     "sweep",
     "cli",
     "__main__",
@@ -113,7 +115,7 @@ def test_hydra_is_known_to_few():
         for f in ROOT.glob("charlm/**/*.py")
         if re.search(r"^\s*(from|import) (hydra|omegaconf)", f.read_text(), re.M)
     }
-    assert knowing <= {"charlm/preflight.py", "charlm/resume.py", "charlm/terminal.py"}
+    assert knowing <= {f"charlm/{name}.py" for name in ("composition", "preflight", "resume", "terminal", "sweep/job")}
 
 
 def test_every_class_says_what_it_is():

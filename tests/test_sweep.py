@@ -10,15 +10,20 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from charlm import checkpoint, report
+from charlm.composition import composed
 from charlm.sweep import Job, Pool, names
 from tests.conftest import ROOT
 from tests.test_resume import same
@@ -98,6 +103,18 @@ def test_a_launcher_that_cannot_be_is_refused(sweep, tmp_path, setting):
     assert ended.code == 2
     assert ended.err.startswith(f"charlm: hydra.launcher.{setting} is not possible: give ")
     assert not (tmp_path / "s").exists()
+
+
+def test_compositions_that_share_files_are_what_hydra_makes_of_each():
+    files = [[], ["model=gpt", "callbacks=[default,ema]"], ["experiment=lecture_bigram"], ["~callbacks.samples"]]
+    values = [["seed=1", "optimizer.lr=1e-3"], ["seed=2", "data.block_size=16", "hydra.job.chdir=false"]]
+    jobs = [[*a, *b, "+trainer.fast_dev_run=true"] for a in files for b in values]
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        alone = partial(compose, "train", return_hydra_config=True)
+        found = list(composed(jobs, alone))
+        assert [OmegaConf.to_yaml(cfg) for cfg in found] == [OmegaConf.to_yaml(alone(job)) for job in jobs]
+        with pytest.raises(HydraException, match=r"Could not override 'data.blok_size'"):
+            next(composed([["data.blok_size=8"]], alone))
 
 
 def test_names_are_the_settings_that_vary():

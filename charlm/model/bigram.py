@@ -4,7 +4,9 @@ The model of Karpathy's "Let's build GPT" (2023); the idea is Markov's (1913). I
 closed form, from the counts of pairs of characters: `charlm.evaluate.references`.
 """
 
+import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 class Bigram(nn.Module):
@@ -23,3 +25,12 @@ class Bigram(nn.Module):
     def forward(self, idx: Tensor) -> Tensor:
         """idx (B, T) int64 -> logits (B, T, V)."""
         return self.token_embedding_table(idx)
+
+    def nll(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """idx, targets (B, T) int64 -> the loss of each target, -log p, in nats (B, T).
+
+        All that a batch can ask for are the V rows of the table: their softmax is less work than that of B*T copies.
+        """
+        table = self.token_embedding_table.weight  # (V, V)
+        log_p = F.log_softmax(table, dim=-1, dtype=torch.float32).flatten()  # (V*V,)
+        return -log_p.gather(0, (idx * len(table) + targets).flatten()).view_as(idx)

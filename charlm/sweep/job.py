@@ -5,7 +5,6 @@ the rest with it, and a job that trains on several devices starts the whole swee
 a fork server pays for the imports once, and each job is what `python train.py ...` would have been.
 """
 
-import multiprocessing
 import os
 import runpy
 import signal
@@ -20,15 +19,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra._internal.callbacks import Callbacks
+from hydra.core.utils import JobRuntime, run_job, setup_globals
+from hydra.types import HydraContext
+from omegaconf import DictConfig, read_write
 
-from charlm import report
+from charlm import forkserver, report
+from charlm.budget import steps_of
 from charlm.preflight import options
 from charlm.resume import quoted
 from charlm.run import previous
 
 LOG = "terminal.log"  # all that a job prints
-# What the fork server imports before the first job.
-PRELOAD = ["lightning", "charlm.callbacks", "charlm.evaluate", "charlm.logger", "charlm.preflight", "charlm.sweep"]
 GRACE = 5.0  # seconds to save in, for a job whose sweep has gone
 
 
@@ -42,9 +44,12 @@ class Job:
     processes: int = 1  # it trains with so many
     on_gpu: bool = False
     max_steps: int = -1
+    cfg: DictConfig | None = None  # as Hydra composed it, which takes longer than to hand it over
 
     @classmethod
-    def of(cls, overrides: list[str], folder: Path, fingerprint: str, trainer: dict[str, Any]) -> "Job":
+    def of(
+        cls, overrides: list[str], folder: Path, fingerprint: str, trainer: dict[str, Any], cfg: DictConfig
+    ) -> "Job":
         """The job that a configuration describes, of which `trainer` tells what it needs."""
         gpus = torch.cuda.device_count() if trainer["accelerator"] in ("auto", "gpu", "cuda") else 0
         devices = trainer["devices"]
@@ -52,7 +57,10 @@ class Job:
             devices = [int(d) for d in devices.split(",")] if "," in devices else int(devices)
         several = {"auto": 1, -1: gpus or 1}
         processes = len(devices) if isinstance(devices, list) else several.get(devices, devices)
-        return cls(overrides, folder, fingerprint, processes, gpus > 0, trainer["max_steps"])
+        steps = steps_of(trainer["max_steps"], cfg.max_tokens, trainer["max_time"])
+        with read_write(cfg.hydra):
+            cfg.hydra.mode, cfg.hydra.run.dir = "RUN", str(folder)
+        return cls(overrides, folder, fingerprint, processes, gpus > 0, steps, cfg)
 
     @property
     def name(self) -> str:
@@ -66,12 +74,12 @@ class Job:
     def start(self, alive: Connection, threads: int, gpus: Sequence[int]) -> "Running":
         """Begin, or go on where it was ended, in a fresh process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOAD)
         begun = any((self.folder / "checkpoints").glob("*.ckpt"))
         what = [f"resume={quoted(self.folder)}"] if begun else [*self.overrides, f"hydra.run.dir={quoted(self.folder)}"]
         argv = [sys.argv[0], *options(sys.argv), *what]
-        process = context.Process(target=become, args=(argv, str(self.folder / LOG), alive, threads, list(gpus)))
+        # What has begun is held against its own record first, as any resume= is.
+        arguments = (argv, None if begun else self.cfg, str(self.folder / LOG), alive, threads, list(gpus))
+        process = forkserver.start().Process(target=become, args=arguments)
         process.start()
         return Running(self, process, time.monotonic(), list(gpus))
 
@@ -115,8 +123,12 @@ class Running:
                 os.kill(self.process.pid, number)
 
 
-def become(argv: list[str], log: str, alive: Connection, threads: int, gpus: list[int]) -> None:
-    """In the job's process: be `python train.py ...`, with all output in the job's own file."""
+def become(argv: list[str], cfg: DictConfig | None, log: str, alive: Connection, threads: int, gpus: list[int]) -> None:
+    """In the job's process: be `python train.py ...`, with all output in the job's own file.
+
+    Args:
+        cfg: what Hydra would compose from `argv`, checked already.
+    """
     os.setsid()  # a group of its own: what it starts ends with it, and Ctrl-C is for the sweep
     threading.Thread(target=follow, args=(alive,), daemon=True).start()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -128,7 +140,14 @@ def become(argv: list[str], log: str, alive: Connection, threads: int, gpus: lis
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that it starts
     torch.set_num_threads(threads)
     sys.argv = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    if cfg is None:
+        runpy.run_path(argv[0], run_name="__main__")
+        return
+    setup_globals()
+    JobRuntime.instance().set("name", cfg.hydra.job.name)
+    context: Any = HydraContext(config_loader=None, callbacks=Callbacks(cfg))  # type: ignore[arg-type]
+    main = runpy.run_path(argv[0], run_name="train")["main"]
+    run_job(main, cfg, "hydra.run.dir", None, context).return_value  # noqa: B018, as it raises what the job has raised
 
 
 def follow(alive: Connection) -> None:

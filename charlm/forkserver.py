@@ -1,0 +1,31 @@
+"""The process that the jobs of a sweep are forked from: it pays for their imports once.
+
+It imports nothing heavy itself, so that `train.py` can start the server first, and both import side by side.
+"""
+
+import multiprocessing
+import os
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
+from pathlib import Path
+
+PRELOAD = [
+    "lightning",
+    "charlm.callbacks",
+    "charlm.evaluate",
+    "charlm.logger",
+    "charlm.preflight",
+    "charlm.sweep",
+]
+
+
+def start() -> ForkServerContext:
+    """Start the server, if there is none yet. Returns what makes processes that it forks."""
+    context = multiprocessing.get_context("forkserver")
+    root = str(Path(__file__).parent.parent)
+    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if root not in places:  # the server, too, takes charlm from beside train.py, and not from where it is installed
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, places)])
+    context.set_forkserver_preload(PRELOAD)
+    ensure_running()
+    return context
