@@ -10,7 +10,7 @@ from typing import Any
 
 from charlm import forkserver
 
-if __name__ == "__main__" and not {"-m", "--multirun"}.isdisjoint(sys.argv):
+if __name__ == "__main__" and forkserver.is_sweep(sys.argv):
     forkserver.start()
 
 import hydra

@@ -11,6 +11,8 @@ from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+SEARCH = "hydra.searchpath"  # a value that says where files are
+
 
 def composed(jobs: Sequence[Sequence[str]], compose: Callable[[list[str]], DictConfig]) -> Iterator[DictConfig]:
     """The configuration of each job, with Hydra's own part.
@@ -25,10 +27,14 @@ def composed(jobs: Sequence[Sequence[str]], compose: Callable[[list[str]], DictC
     loader = GlobalHydra.instance().config_loader()
     parser = OverridesParser.create(config_loader=loader)
     is_group = cache(lambda key: "." not in key and bool(loader.get_group_options(key)))
+
+    def is_value(o: Override) -> bool:
+        return o.type == OverrideType.CHANGE and o.key_or_group != SEARCH and not is_group(o.key_or_group)
+
     kept: dict[tuple[str, ...], DictConfig] = {}
     for job in jobs:
         parsed = parser.parse_overrides(list(job))
-        values = [o for o in parsed if o.type == OverrideType.CHANGE and not is_group(o.key_or_group)]
+        values = [o for o in parsed if is_value(o)]
         choices = tuple(str(o.input_line) for o in parsed if o not in values)
         if choices not in kept:
             kept[choices] = compose(list(choices))

@@ -5,6 +5,8 @@ It imports nothing heavy itself, so that `train.py` can start the server first, 
 
 import multiprocessing
 import os
+import re
+from collections.abc import Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.forkserver import ensure_running
 from pathlib import Path
@@ -17,6 +19,12 @@ PRELOAD = [
     "charlm.preflight",
     "charlm.sweep",
 ]
+
+
+def is_sweep(argv: Sequence[str]) -> bool:
+    """Does a command line ask for many runs? A study, sweep=NAME, does; the jobs of it say that they are one."""
+    study = any(re.match(r"\+?sweep=(?!(null)?$)", argument) for argument in argv) and "hydra.mode=RUN" not in argv
+    return study or "-m" in argv or "--multirun" in argv
 
 
 def start() -> ForkServerContext:

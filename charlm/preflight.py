@@ -34,6 +34,7 @@ from charlm.checkpoint import newest
 from charlm.composition import composed
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
+from charlm.forkserver import is_sweep
 from charlm.ledger import NAME as LEDGER
 from charlm.ledger import read
 from charlm.resume import changes, finished, quoted, rerun, resumed, unquoted
@@ -56,9 +57,13 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     args = parse(argv[1:])
     resumed_sweep = sweep_of(args)
     if resumed_sweep:
-        argv = [argv[0], "-m", *resumed_sweep]
+        argv = [argv[0], "-m", *options(argv), *resumed_sweep]
         args = parse(argv[1:])
     overrides: list[str] = list(args.overrides)
+    if args.multirun and (args.cfg or args.info):
+        raise InputError("--cfg and --info show one run: leave -m away")
+    if is_sweep(argv) and not (args.multirun or args.cfg or args.info):
+        argv, args.multirun = [argv[0], "-m", *argv[1:]], True
     for name in ("resume", "rerun"):
         named = [o.removeprefix(f"{name}=") for o in overrides if o.startswith(f"{name}=")]
         if named and named[-1] not in ("", "null"):

@@ -254,6 +254,7 @@ def test_no_observers_are_a_choice(train, text_file, callbacks):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
+        (["-m", "--cfg=job", "seed=1,2"], "--cfg and --info show one run: leave -m away"),
         (["trainer.max_steps=-1"], "trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time"),
         (["scheduler=linear", "trainer.max_steps=100"], "warmup_steps=100 leaves nothing of a run of 100 steps"),
         (["scheduler=warmup_cosine", "max_tokens=2560"], "warmup_steps=100 leaves nothing of a run of 10 steps"),

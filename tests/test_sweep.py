@@ -238,6 +238,24 @@ def test_block_sizes_are_compared_as_the_command_says(sweep, tmp_path):
     assert found == [8, 8]
 
 
+def test_a_study_is_many_runs_by_itself(train, tmp_path, text_file):
+    place = tmp_path / "conf" / "sweep"
+    place.mkdir(parents=True)
+    (place / "mine.yaml").write_text("# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: 1,2\n")
+    common = ["--config-dir=conf", "sweep=mine", "data=text", f"data.path={text_file}", "trainer.max_steps=10"]
+    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
+    ended = train(*common, *two, "hydra.sweep.dir=s")
+    assert ended.code == 0, ended.err
+    assert {file.parent.name for file in (tmp_path / "s").glob("*/results.json")} == {"seed=1", "seed=2"}
+    assert train("--config-dir=conf", "resume=s").code == 0
+
+
+@pytest.mark.parametrize("study", sorted(file.stem for file in (ROOT / "conf" / "sweep").glob("*.yaml")))
+def test_every_study_is_possible(study, train):
+    ended = train(f"sweep={study}", "--cfg=job")
+    assert ended.code == 0, ended.err
+
+
 def ledger_of(folder: Path) -> dict[str, Any]:
     jobs: dict[str, Any] = json.loads((folder / "sweep.json").read_text())["jobs"]
     return jobs

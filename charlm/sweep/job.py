@@ -75,7 +75,8 @@ class Job:
         """Begin, or go on where it was ended, in a fresh process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         begun = any((self.folder / "checkpoints").glob("*.ckpt"))
-        what = [f"resume={quoted(self.folder)}"] if begun else [*self.overrides, f"hydra.run.dir={quoted(self.folder)}"]
+        run_dir = [f"hydra.run.dir={quoted(self.folder)}", "hydra.mode=RUN"]  # also where a study says otherwise
+        what = [f"resume={quoted(self.folder)}"] if begun else [*self.overrides, *run_dir]
         argv = [sys.argv[0], *options(sys.argv), *what]
         # What has begun is held against its own record first, as any resume= is.
         arguments = (argv, None if begun else self.cfg, str(self.folder / LOG), alive, threads, list(gpus))
