@@ -12,6 +12,7 @@ from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 
 PRELOAD = [
+    "charlm.mortal",
     "lightning",
     "charlm.callbacks",
     "charlm.evaluate",
