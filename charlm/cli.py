@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ Examples:
   charlm evaluate outputs/RUN --split val          its exact loss, beside that of counting
   charlm checkpoint outputs/RUN                    what its last state holds; --export for other tools
   charlm reproduce outputs/RUN                     train it again: is it the same to the bit, and if not, why?
+  charlm report outputs/SWEEP                      what many runs found: over seeds, with plots, as one page
   tensorboard --logdir outputs                     all runs in one dashboard
 """
 RUN = click.argument("run", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
@@ -187,6 +189,51 @@ def reproduce(run: Path, as_json: bool) -> None:
     else:
         terminal.console.print(terminal.comparison(found))
     sys.exit(0 if found["equal"] else 1)
+
+
+def check_folder(ctx: click.Context, param: click.Parameter, file: Path | None) -> Path | None:
+    if file and not file.parent.is_dir():
+        raise InputError(f"{file} cannot be written, as {file.parent} is no folder: make it, or choose another place")
+    return file
+
+
+def output(name: str, purpose: str) -> Callable[[Any], Any]:
+    return click.option(name, type=click.Path(path_type=Path), callback=check_folder, help=purpose)
+
+
+@charlm.command()
+@click.argument("places", metavar="SWEEP_OR_RUNS...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@output("--html", "Where to write the page. Default: report.html in the folder.")
+@output("--png", "Also draw the main plots as one picture.")
+@AS_JSON
+def report(places: tuple[Path, ...], html: Path | None, png: Path | None, as_json: bool) -> None:
+    """Compare runs: what was swept, what it did, over seeds, as text and as one HTML page.
+
+    SWEEP_OR_RUNS are folders of runs or of sweeps, or folders that hold such, at any depth.
+    """
+    from charlm import report, terminal
+    from charlm.checkpoint import write_atomically
+    from charlm.study import read_study
+    from charlm.study.text import text
+
+    study = read_study(places)
+    if as_json:
+        print(json.dumps(report.plain(study.found()), indent=2))
+    else:
+        terminal.console.print(text(study, terminal.console))
+        html = html or (places[0] if len(places) == 1 else Path()) / "report.html"
+    if html:
+        from charlm.study.page import page
+
+        content = page(study, f"charlm report: {', '.join(map(str, places))}").encode()
+        write_atomically(html, lambda file: file.write(content))
+    if png:
+        from charlm.study.plots import draw_png
+
+        picture = draw_png(study)
+        write_atomically(png, lambda file: file.write(picture))
+    for file in filter(None, (html, png)) if not as_json else ():
+        terminal.console.print(f"written: {terminal.quote(file)}", soft_wrap=True)
 
 
 def main() -> None:

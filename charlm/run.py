@@ -20,18 +20,19 @@ from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import torch
 from filelock import FileLock, Timeout
-from lightning.pytorch.utilities import rank_zero_only
 from typing_extensions import TypedDict
 
 from charlm.checkpoint import write_atomically
 from charlm.config import FOLLOWS
 from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted, warn
 from charlm.report import as_json, read_json
+
+if TYPE_CHECKING:  # what only reads a record does without the seconds that this import takes
+    import lightning as L
 
 NAME, LOCK = "run.json", ".lock"
 FORMAT = 1
@@ -64,6 +65,8 @@ class Record(TypedDict):
 
 def is_first() -> bool:
     """Is this the only process, or the first, whether torchrun, Lightning or Slurm started it?"""
+    from lightning.pytorch.utilities import rank_zero_only
+
     known: Any = rank_zero_only  # which is told by each of them
     return bool(known.rank == 0)
 
@@ -126,7 +129,7 @@ class Run:
             self.pulse.start()
         return self
 
-    def tell(self, config: dict[str, Any], corpus: dict[str, str | int], trainer: L.Trainer) -> None:
+    def tell(self, config: dict[str, Any], corpus: dict[str, str | int], trainer: "L.Trainer") -> None:
         """What was not known in the first second."""
         self.record["config"], self.record["corpus"] = config, corpus
         device = trainer.strategy.root_device

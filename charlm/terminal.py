@@ -12,9 +12,8 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning as L
 import numpy as np
 import torch
 from rich import box
@@ -26,11 +25,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import nn
 
-from charlm.budget import budget_of
 from charlm.checkpoint import BEST
-from charlm.data import CharDataModule
 from charlm.errors import InputError
 from charlm.report import LOSSES, name_of, plus_minus, table
+
+if TYPE_CHECKING:  # what trains nothing does without the seconds that this import takes
+    import lightning as L
+
+    from charlm.data import CharDataModule
 
 console = Console(highlight=False)
 log = logging.getLogger("charlm")
@@ -72,8 +74,10 @@ def say(thing: RenderableType) -> None:
     log.info("\n%s", plain.file.getvalue().rstrip())  # type: ignore[attr-defined]
 
 
-def header(config: dict[str, Any], data: CharDataModule, model: nn.Module, trainer: L.Trainer) -> None:
+def header(config: dict[str, Any], data: "CharDataModule", model: nn.Module, trainer: "L.Trainer") -> None:
     """Before a run: what is trained, on what, how, and where it is written."""
+    from charlm.budget import budget_of
+
     corpus, sizes = data.corpus, {name: len(ids) for name, ids in data.splits.items()}
     tokens = data.batch_size * data.block_size * trainer.world_size * trainer.accumulate_grad_batches
     parameters = sum(p.numel() for p in model.parameters())
@@ -236,6 +240,11 @@ def next_commands(run_dir: Path) -> None:
             f"{charlm} generate {quote(run_dir)} --length 500": "more text",
             f"{charlm} evaluate {quote(run_dir)}": "these figures again",
         } | commands
+    type_next(commands)
+
+
+def type_next(commands: dict[str, str]) -> None:
+    """Commands, and what each is for."""
     console.print("\nWhat to type next:")
     for line, purpose in commands.items():
         # Not wrapped, so that it can be pasted.
@@ -317,7 +326,13 @@ def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str])
     after = f" after {contexts.pop()} or more" if len(contexts) == 1 and max(contexts) > 1 else ""
     console.print(table(rows, swept, f"{len(rows)} runs, by val loss (nats per character{after}, ± standard error)"))
     console.print(f"All figures: {quote(sweep_dir / 'results.csv')}", soft_wrap=True)
-    next_commands(sweep_dir / "any")
+    charlm, board = command("charlm", "charlm"), command("tensorboard", "tensorboard.main")
+    type_next(
+        {
+            f"{charlm} report {quote(sweep_dir)}": "what each setting did, over seeds, with plots",
+            f"{board} --logdir {quote(sweep_dir)}": "the dashboard of all runs there",
+        }
+    )
 
 
 def quote(path: Path) -> str:

@@ -88,6 +88,7 @@ LAYERS += [
     "ledger",
     "composition",
     "mortal",
+    "study",
     "forkserver",
     "preflight",
     "sweep",
@@ -133,6 +134,12 @@ def test_every_class_says_what_it_is():
 def test_the_command_answers_without_loading_torch():
     code = "import sys, charlm.cli; sys.exit(bool({'torch', 'lightning', 'hydra'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_a_report_does_not_load_lightning_nor_what_is_imported_by_everything_the_plots():
+    code = "import sys, charlm.cli, charlm.terminal, charlm.study.text; sys.exit('{}' in sys.modules)"
+    for library in ("lightning", "matplotlib"):
+        assert subprocess.run([sys.executable, "-c", code.format(library)], cwd=ROOT, check=False).returncode == 0
 
 
 def test_generation_does_not_load_lightning():

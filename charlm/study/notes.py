@@ -1,0 +1,137 @@
+"""What a reader must know before comparing: what ended the runs, what they saw, and what was not alike."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+from charlm.run import flat
+from charlm.study.runs import Run, ordered, printable, shown
+
+ALIKE = 1.02  # of tokens: a run ends with the step that reaches them, which may go beyond
+MOST_DAMAGED = 10  # that are named
+ENDS = {"steps": "by steps", "tokens": "by tokens", "time": "by time", "early stopping": "by early stopping"}
+
+
+class Note(NamedTuple):
+    """One line; `loud` where the losses must not be compared without it."""
+
+    text: str
+    loud: bool = False
+
+
+def notes(runs: list[Run], follows: dict[str, list[str]], repeated: int = 0, damaged: Sequence[str] = ()) -> list[Note]:
+    """All there is to say, what is loud first.
+
+    Args:
+        runs: that are compared.
+        follows: settings that differ only as a choice brought them, by that choice.
+        repeated: how many runs have the settings and the seed of a newer one, which is compared in their place.
+        damaged: a line for each folder that could not be read.
+    """
+    found = [*texts(runs), *windows(runs), *budget(runs), *surroundings(runs)]
+    found += [Note(f"with {choice} also differ: {', '.join(names)}") for choice, names in follows.items()]
+    if repeated:
+        told = "a run repeats" if repeated == 1 else f"{repeated} runs repeat"
+        found.append(Note(f"{told} the settings and the seed of a newer one, which counts instead"))
+    found += [Note(f"left out: {line}") for line in damaged[:MOST_DAMAGED]]
+    if len(damaged) > MOST_DAMAGED:
+        found.append(Note(f"left out: {len(damaged) - MOST_DAMAGED} more folders that cannot be read"))
+    return sorted((Note(printable(text, 500), loud) for text, loud in found), key=lambda note: not note.loud)
+
+
+def texts(runs: list[Run]) -> Iterator[Note]:
+    """On another text, or another part of it, a loss is another figure."""
+    corpora = Counter(map(corpus, runs))
+    if len(corpora) > 1:
+        yield Note(f"NOT comparable: these losses are of {len(corpora)} different texts: {listed(corpora)}", True)
+    for name in ("val_fraction", "test_fraction"):
+        parts = Counter(shown(run.settings.get(f"data.{name}")) for run in runs)
+        if len(parts) > 1:
+            yield Note(f"NOT comparable: the val split is not the same: data.{name} is {listed(parts)}", True)
+
+
+def corpus(run: Run) -> str:
+    found = (run.record and run.record["corpus"]) or {}
+    return f"{found.get('name')} (sha256 {str(found.get('sha256'))[:6]}...)"
+
+
+def windows(runs: list[Run]) -> Iterator[Note]:
+    """A character is easier to predict after more of them."""
+    sizes = ordered({run.settings.get("data.block_size") for run in runs})
+    contexts = ordered({int(run.figures.get("min_context", 1)) for run in runs})
+    if len(contexts) > 1:
+        told = ", ".join(map(shown, contexts))
+        yield Note(f"NOT comparable: characters are predicted after at least data.min_context={told} others", True)
+    elif contexts and contexts[0] != 1:
+        yield Note(f"every character is predicted after at least {contexts[0]} others, whatever the block size")
+    elif len(sizes) > 1:
+        yield Note(
+            f"block sizes differ ({', '.join(map(shown, sizes))}) with data.min_context=1: that the windows are longer "
+            "can alone make 0.16 nats; set data.min_context to half the smallest",
+            True,
+        )
+
+
+def budget(runs: list[Run]) -> Iterator[Note]:
+    """Runs that have seen more text are better for that alone."""
+    ends = Counter(ENDS.get(run.stopped_by, "by what is not told") for run in runs)
+    if not ends:
+        return
+    tokens = [run.figures[name] for run in runs if (name := "train/tokens") in run.figures]
+    steps = {int(run.figures.get("steps", 0)) for run in runs}
+    alike = bool(tokens) and max(tokens) <= ALIKE * min(tokens)
+    seen = span(tokens)
+    compares = f"so this also compares data seen: max_tokens={min(tokens, default=0):.0f} matches them"
+    if len(ends) > 1:
+        yield Note(f"ended differently: {listed(ends)}; they saw {seen} tokens", not alike)
+    elif "by tokens" in ends and alike:
+        yield Note(f"matched by tokens: each trained on {seen} tokens")
+    elif "by time" in ends:
+        times = Counter(str(run.settings.get("trainer.max_time")) for run in runs)
+        if len(times) == 1:
+            yield Note(f"matched by time: each trained for {next(iter(times))} (D:H:M:S), on {seen} tokens")
+        else:
+            yield Note(f"ended by time, which is not the same: {listed(times)}; they saw {seen} tokens", True)
+    elif "by steps" in ends and len(steps) == 1 and alike:
+        yield Note(f"matched by steps and by tokens: each made {min(steps):,} steps on {seen} tokens")
+    elif "by steps" in ends and len(steps) == 1:
+        yield Note(f"matched by steps: each made {min(steps):,} and saw {seen} tokens, {compares}", True)
+    else:
+        told = next(iter(ends))
+        yield Note(
+            f"ended {told}, after {span(steps)} steps on {seen} tokens" + ("" if alike else f", {compares}"),
+            not alike,
+        )
+
+
+def surroundings(runs: list[Run]) -> Iterator[Note]:
+    """What a run depends on beside its settings and its text."""
+    told = [flat(run.record["surroundings"]) for run in runs if run.record]
+    commits = Counter(str(one.get("git.commit") or "unknown")[:7] for one in told)
+    if len(commits) > 1:
+        yield Note(f"made by different code: commits {listed(commits)}")
+    if dirty := sum(one.get("git.dirty") is True for one in told):
+        yield Note(f"{dirty} of {len(told)} runs were made by code with changes that are in no commit")
+    versions = {name: Counter(str(one.get(name)) for one in told) for name in sorted({*chain(*told)})}
+    other = {n: found for n, found in versions.items() if len(found) > 1 and n.startswith(("packages.", "python"))}
+    if other:
+        listing = "; ".join(f"{name.removeprefix('packages.')} {listed(found)}" for name, found in other.items())
+        yield Note(f"versions differ: {listing}")
+    devices = Counter(str(one.get("cpu" if one.get("device") == "cpu" else "device")) for one in told)
+    if len(devices) > 1:
+        yield Note(f"made on different devices, so that seconds cannot be compared: {listed(devices)}")
+
+
+def listed(found: Counter[str], most: int = 4) -> str:
+    """Each with how often it is there, as in: cpu (3 runs), NVIDIA H200 (1)."""
+    parts = [
+        f"{what} ({n}{' run' + 's' * (n > 1) if k == 0 else ''})" for k, (what, n) in enumerate(found.most_common(most))
+    ]
+    return ", ".join(parts) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+def span(numbers: Iterable[Any]) -> str:
+    """A number, or from the least to the greatest."""
+    least, most = min(numbers, default=0), max(numbers, default=0)
+    return f"{least:,.0f}" if least == most else f"{least:,.0f} to {most:,.0f}"

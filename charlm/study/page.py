@@ -1,0 +1,146 @@
+"""A study as one HTML file that needs nothing else: notes, tables, pictures. All that is told is escaped."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+
+from charlm import __version__
+from charlm.study.plots import Panel, curves_panels, maps_panels, settings_panels
+from charlm.study.runs import Run, printable
+from charlm.study.study import CRITERION, Row, Study
+
+COLUMNS = {
+    "val/loss": ("val loss (nats/char)", 4),
+    "val/bits_per_char": ("bits/char", 4),
+    "val/perplexity": ("perplexity", 3),
+    "train/seconds": ("seconds", 1),
+    "train/tokens": ("tokens", 0),
+}
+TEXTUAL = dict.fromkeys(("state", "run", "why", "against the best"), "text")  # columns that begin at the left
+CSS = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 1160px; margin: 2em auto;
+  padding: 0 1.2em }
+h1 { font-size: 1.5em; margin-bottom: 0 } h2 { font-size: 1.15em; margin-top: 2em }
+small, .pale { color: #666; font-size: 13px }
+ul.notes { padding-left: 1.2em } .loud { color: #a00018; font-weight: 600 }
+.wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 14px }
+th, td { padding: .22em .8em; text-align: right; white-space: nowrap } td.text, th.text { text-align: left }
+td.reason { white-space: normal; text-align: left } thead th { border-bottom: 1.5px solid #1b1b1b; cursor: pointer }
+tbody tr:hover { background: #f3f6fa } tr.best { font-weight: 600 } tr.within { background: #eef6ee }
+.figures { display: flex; flex-wrap: wrap; gap: 1.2em } figure { margin: 0 }
+figure svg { max-width: 100%; height: auto }
+figcaption { color: #666; font-size: 13px; width: 0; min-width: 100% } figcaption b { color: #1b1b1b }
+@media print { body { max-width: none } thead th { cursor: auto } figure, tr { break-inside: avoid } }
+"""
+# A click on the head of a column sorts by it, a second one the other way.
+SCRIPT = """
+document.querySelectorAll('th').forEach(head => head.addEventListener('click', () => {
+  const body = head.closest('table').tBodies[0], up = head.dataset.up = head.dataset.up === '1' ? '0' : '1'
+  const key = row => { const cell = row.cells[head.cellIndex]; return cell.dataset.key ?? cell.textContent }
+  const compare = (a, b) => isNaN(a) || isNaN(b) || a === '' || b === '' ? String(a).localeCompare(b) : a - b
+  const rows = [...body.rows].sort((a, b) => compare(key(a), key(b)) * (up === '1' ? 1 : -1))
+  body.append(...rows)
+}))
+"""
+
+
+def page(study: Study, title: str) -> str:
+    """The whole file."""
+    title = escape(printable(title))
+    told = "".join(f"<li{' class=loud' if note.loud else ''}>{escape(note.text)}</li>" for note in study.notes)
+    parts = [
+        f"<h1>{title}</h1>",
+        f"<p class=pale>{escape(counts(study))}</p>",
+        f"<ul class=notes>{told}</ul>" if told else "",
+        section("Without a final figure", unfinished(study, study.failed)) if study.failed else "",
+        section("Runs", table(study)) if study.rows else "",
+        pictures("One setting at a time", settings_panels(study)),
+        pictures("Two at a time", maps_panels(study)),
+        pictures("Curves", curves_panels(study)),
+        section("Not finished", unfinished(study, study.others)) if study.others else "",
+        f"<p><small>Made by charlm {escape(__version__)} report.</small></p>",
+    ]
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<style>{CSS}</style></head>\n<body>\n" + "\n".join(filter(None, parts)) + f"\n<script>{SCRIPT}</script>\n"
+        "</body></html>\n"
+    )
+
+
+def counts(study: Study) -> str:
+    """How many runs there are, of how many combinations."""
+    runs, rows = len(study.runs), len(study.rows)
+    told = f"{runs} run{'s' * (runs != 1)}"
+    if study.swept:
+        told += f", {rows} combination{'s' * (rows != 1)} of {', '.join(study.labels.values())}"
+    return told
+
+
+def section(title: str, content: str) -> str:
+    return f"<h2>{title}</h2>\n<div class=wide>{content}</div>"
+
+
+def pictures(title: str, panels: Sequence[Panel]) -> str:
+    drawn = [
+        f"<figure>{panel.svg()}<figcaption><b>{escape(panel.title)}.</b> {escape(panel.caption)}</figcaption></figure>"
+        for panel in panels
+    ]
+    return f"<h2>{title}</h2>\n<div class=figures>{''.join(drawn)}</div>" if drawn else ""
+
+
+def table(study: Study) -> str:
+    heads = [*(study.labels[name] for name in study.swept), "seeds", *(title for title, _ in COLUMNS.values())]
+    seeds = {len(row.runs) for row in study.rows}
+    told = "± is the standard deviation over seeds. " if max(seeds) > 1 else ""
+    told += "±*: there is one seed, and this is the standard error of the text. " if 1 in seeds else ""
+    return html_table([*heads, "against the best"], [line(study, row) for row in study.rows]) + (
+        f"</div><p class=pale>{escape(f'{told}Against the best: {CRITERION}')}</p><div>"
+    )
+
+
+def line(study: Study, row: Row) -> str:
+    verdict = study.verdict(row)
+    cells = [
+        cell(study.told[name][row.settings[name]], row.settings[name]) if name in row.settings else cell("-")
+        for name in study.swept
+    ]
+    cells.append(cell(str(len(row.runs))))
+    for figure, (_, digits) in COLUMNS.items():
+        mean, spread, mark = row.mean(figure), row.sd(figure), "±"
+        if len(row.runs) == 1:
+            spread, mark = row.mean(f"{figure}_se"), "±*"
+        told = "-" if mean is None else number(mean, digits)
+        told += f" {mark} {number(spread, digits)}" if spread else ""
+        cells.append(cell(told, mean))
+    kind = {"best": "best", "within noise": "within"}.get(verdict, "")
+    return f'<tr class="{kind}">{"".join(cells)}{cell(verdict, kind="text")}</tr>'
+
+
+def number(value: float, digits: int) -> str:
+    """With so many decimals, as long as there is room for them."""
+    return f"{value:,.{digits}f}" if digits == 0 or value < 1e5 else f"{value:.3g}"
+
+
+def cell(text: str, key: object = None, kind: str = "") -> str:
+    """A cell, and by what it is sorted, where that is not its text."""
+    by = "" if key is None else f' data-key="{escape(str(key))}"'
+    return f'<td class="{kind}"{by}>{escape(text)}</td>'
+
+
+def unfinished(study: Study, runs: Sequence[Run]) -> str:
+    lines = [
+        "".join(
+            [
+                f"<tr>{cell(run.state, kind='text')}{cell(study.near(run), kind='text')}",
+                cell("" if run.last is None else f"{run.last:.4f}"),
+                f"{cell(run.reason or '', kind='reason')}</tr>",
+            ]
+        )
+        for run in runs
+    ]
+    return html_table(["state", "run", "last val loss", "why"], lines)
+
+
+def html_table(heads: Iterable[str], lines: Sequence[str]) -> str:
+    head = "".join(f'<th scope="col" class="{TEXTUAL.get(head, "")}">{escape(head)}</th>' for head in heads)
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"

@@ -1,0 +1,370 @@
+"""The pictures of a study: val loss against each swept setting, pairs of settings as heat maps, and curves."""
+
+import io
+import itertools
+import logging
+import math
+import re
+import statistics
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from html import escape
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure, FigureBase
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
+
+from charlm.errors import InputError
+from charlm.study.runs import Run, Value, is_number
+from charlm.study.study import Row, Study
+
+# Okabe and Ito 2008: told apart also by the colour-blind. Their yellow is too pale for lines.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+FRAME, ALARM, GREY = "#D55E00", "#B00020", "#555555"
+LOSS = "val loss, nats per character"
+STYLE: Any = {
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Arial", "Helvetica"],
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e6e6",
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 4.5,
+    "text.parse_math": False,  # a dollar in the name of a folder is a dollar
+    "svg.fonttype": "none",  # text that can be searched
+    "svg.hashsalt": "charlm",  # the same study, the same bytes
+}
+MOST_LINES = 7  # of one panel, as there are colours
+MOST_CELLS = 12  # of a heat map, each way; a setting with more values was searched rather than swept
+MOST_MAPS = 6
+MOST_CURVES = 12
+GEOMETRIC = 8  # values that span such a factor are on a logarithmic axis
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One picture: what it is called, what must be said about it, how it is drawn, and its size in inches."""
+
+    title: str
+    caption: str
+    draw: Callable[[Axes], None]
+    size: tuple[float, float] = (3.8, 3.1)
+
+    def svg(self) -> str:
+        """As an element that can stand in a page, alone or beside others."""
+        file = io.StringIO()
+        with style():
+            figure = Figure(figsize=self.size, layout="constrained")
+            self.draw(figure.add_subplot())
+            figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+        drawn = file.getvalue()
+        drawn = re.sub(r' id="[a-zA-Z]\w*?_\d+"', "", drawn[drawn.index("<svg") :])  # other pictures have them too
+        return drawn.replace("<svg", f'<svg role="img" aria-label="{escape(self.title)}"', 1)
+
+
+@contextmanager
+def style() -> Iterator[None]:
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
+    with mpl.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # which a browser takes from another font
+        yield
+
+
+def settings_panels(study: Study) -> list[Panel]:
+    """Val loss against each setting, those that matter most first."""
+    found = []
+    for name in study.varied:
+        caption, alike = lines_of(study, name)
+        draw = partial(draw_setting, study=study, name=name, alike=alike)
+        found.append(Panel(f"Val loss against {study.labels[name]}", caption, draw))
+    return found
+
+
+def lines_of(study: Study, name: str) -> tuple[str, list[str] | None]:
+    """The settings in which rows are alike that one line joins, and what such a line is.
+
+    That is all beside `name` or, where there would be too many lines, the one that matters most. None where each row
+    has a value of its own.
+    """
+    every, others = "Every run as a point", [other for other in study.varied if other != name]
+    if len(study.values(name)) > MOST_CELLS:
+        return f"{every}.", None
+    if len({study.label(row, others) for row in study.rows if name in row.settings}) <= MOST_LINES:
+        return f"{every}; lines join means over seeds, bars are their standard deviation.", others
+    few = [other for other in others if len(study.values(other)) <= MOST_LINES][:1]
+    rest = ", ".join(study.labels[other] for other in others if other not in few)
+    return f"{every}; lines join the best over {rest}, bars are their standard deviation over seeds.", few
+
+
+def draw_setting(axes: Axes, study: Study, name: str, alike: list[str] | None) -> None:
+    values = study.values(name)
+    places = axis_of(axes, study, name)
+    rows = in_order(study, [row for row in study.rows if name in row.settings])
+    top = ceiling([loss for row in rows for loss in row.values("val/loss")])
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(study.label(row, alike) if alike is not None else "", []).append(row)
+    beyond: list[float] = []
+    for colour, (label, line) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
+        points = [(places[row.settings[name]], loss) for row in line for loss in row.values("val/loss")]
+        beyond += [x for x, loss in points if loss > top]
+        seen = np.array([point for point in points if point[1] <= top]).reshape(-1, 2)
+        axes.scatter(seen[:, 0], seen[:, 1], s=12 if alike else 20, color=colour, alpha=0.5, linewidths=0)
+        if alike is not None:
+            join(axes, [(places[value], best) for value, best in best_of(line, name).items()], top, colour, label)
+    if not all(map(is_number, values)):  # words have no order that a line could follow
+        for drawn in axes.lines:
+            drawn.set_linestyle("none")
+    if beyond:
+        room = 0.06 * (top - min(row.loss for row in rows))
+        axes.scatter(beyond, [top + room] * len(beyond), marker="^", s=24, color=ALARM, zorder=4, label="far above")
+    axes.set_ylabel(LOSS)
+    if len(lines) > 1 or beyond:
+        figure_of(axes).legend(loc="outside lower center", ncols=3, columnspacing=1, handlelength=1.4)
+
+
+def join(axes: Axes, points: Sequence[tuple[float, Row]], top: float, colour: str, label: str) -> None:
+    """A line through the losses of rows, with their spread, as far as they are in the picture."""
+    inside = sorted((x, row.loss, row.sd() or 0.0) for x, row in points if row.loss <= top)
+    if inside:
+        x, loss, spread = zip(*inside, strict=True)
+        axes.errorbar(x, loss, spread, fmt="o-", color=colour, label=label, capsize=2.5, elinewidth=1, zorder=3)
+
+
+def in_order(study: Study, rows: Sequence[Row]) -> list[Row]:
+    """By their settings, numbers by size."""
+    orders = {name: {value: i for i, value in enumerate(study.values(name))} for name in study.swept}
+    return sorted(rows, key=lambda row: [order.get(row.settings.get(name), -1) for name, order in orders.items()])
+
+
+def best_of(rows: Sequence[Row], name: str) -> dict[Value, Row]:
+    """The best row at each value of a setting."""
+    return {row.settings[name]: row for row in sorted(rows, key=lambda row: -row.loss)}
+
+
+def axis_of(axes: Axes, study: Study, name: str, along: str = "x") -> dict[Value, float]:
+    """Make an axis that suits the values of a setting. Returns where each of them is."""
+    axis, values = axes.xaxis if along == "x" else axes.yaxis, study.values(name)
+    axis.set_label_text(study.labels[name])
+    numbers = [float(value) for value in values if isinstance(value, int | float) and is_number(value)]
+    words = len(numbers) < len(values)
+    places = dict(zip(values, range(len(values)) if words else numbers, strict=True))
+    if words:
+        axes.set(**{f"{along}lim": (-0.5, len(values) - 0.5)})
+    elif geometric(numbers):
+        axes.set(**{f"{along}scale": "log"})
+        axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
+        axis.set_minor_formatter(NullFormatter())
+    if words or len(values) <= MOST_CELLS:
+        told = [clipped(study.told[name][value]) for value in values]
+        axis.set_ticks(list(places.values()), told)
+        axis.set_minor_locator(NullLocator())
+        if along == "x" and sum(map(len, told)) > 36:
+            axes.tick_params(axis="x", rotation=30)
+    return places
+
+
+def geometric(numbers: Sequence[float]) -> bool:
+    """Do they span a large factor, or lie as powers do?"""
+    if min(numbers) <= 0:
+        return False
+    steps = [after / before for before, after in itertools.pairwise(sorted(numbers))]
+    alike = len(steps) > 1 and min(steps) > 1.5 and max(steps) < 1.3 * min(steps)
+    return alike or max(numbers) / min(numbers) >= GEOMETRIC
+
+
+def ceiling(losses: Sequence[float]) -> float:
+    """How high a picture goes, so that a few runs that diverged do not flatten all others."""
+    best, middle = min(losses), statistics.median(losses)
+    far = best + 6 * (middle - best)
+    return max(loss for loss in losses if loss <= far) if middle > best else max(losses)
+
+
+def clipped(text: str, longest: int = 20) -> str:
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
+
+
+def maps_panels(study: Study) -> list[Panel]:
+    """Pairs of settings, those that matter most first: heat maps or, for settings that were searched, points."""
+    pairs = sorted(itertools.combinations(study.varied, 2), key=lambda pair: sum(map(study.varied.index, pair)))
+    found = []
+    for pair in pairs:
+        across, up = sorted(pair, key=lambda name: -len(study.values(name)))
+        columns, lines = study.values(across), study.values(up)
+        title = f"{study.labels[across]} and {study.labels[up]}"
+        if len(columns) <= MOST_CELLS:
+            best = ", the best over the other settings" if len(study.varied) > 2 else ""
+            caption = f"Mean val loss over seeds{best}. Lower is better; the lowest is framed."
+            size = 2.3 + 0.56 * max(len(columns), 3), 1.4 + 0.4 * max(len(lines), 3)
+            found.append(Panel(title, caption, partial(draw_map, study=study, across=across, up=up), size))
+        elif all(map(is_number, [*columns, *lines])):
+            caption = "Every combination that was tried, its mean over seeds. Lower is better; the lowest is ringed."
+            found.append(Panel(title, caption, partial(draw_points, study=study, across=across, up=up), (4.6, 3.1)))
+    return found[:MOST_MAPS]
+
+
+def draw_map(axes: Axes, study: Study, across: str, up: str) -> None:
+    """A cell for each pair of values, with its loss written in it."""
+    columns, lines = study.values(across), study.values(up)
+    cells = np.full((len(lines), len(columns)), np.nan)
+    for row in reversed(study.rows):  # so that the best is written last
+        if across in row.settings and up in row.settings:
+            cells[lines.index(row.settings[up]), columns.index(row.settings[across])] = row.loss
+    losses = cells[np.isfinite(cells)].tolist()
+    if not losses:
+        return
+    least, top = min(losses), ceiling(losses)
+    image = axes.imshow(cells, cmap="viridis_r", origin="lower", aspect="auto", vmin=least, vmax=top)
+    digits = digits_of(losses)
+    for (line, column), loss in np.ndenumerate(cells):
+        if np.isfinite(loss):
+            colour = "white" if loss - least > 0.45 * (top - least) > 0 else "black"
+            axes.text(column, line, f"{loss:.{digits}f}", ha="center", va="center", fontsize=8, color=colour)
+        if loss == least:
+            axes.add_patch(Rectangle((column - 0.5, line - 0.5), 1, 1, fill=False, edgecolor=FRAME, linewidth=2.5))
+    axes.set_xticks(range(len(columns)), [clipped(study.told[across][value], 12) for value in columns])
+    axes.set_yticks(range(len(lines)), [clipped(study.told[up][value], 12) for value in lines])
+    axes.set(xlabel=study.labels[across], ylabel=study.labels[up])
+    axes.grid(visible=False)
+    figure_of(axes).colorbar(image, ax=axes, label=LOSS, extend="max" if max(losses) > top else "neither")
+
+
+def digits_of(losses: Sequence[float]) -> int:
+    """How many decimals tell them apart."""
+    spread = max(losses) - min(losses)
+    return min(4, max(2, 2 - math.floor(math.log10(spread)))) if spread else 3
+
+
+def draw_points(axes: Axes, study: Study, across: str, up: str) -> None:
+    """A point for each combination, where there are too many values for cells."""
+    places = [axis_of(axes, study, name, along) for name, along in ((across, "x"), (up, "y"))]
+    rows = [row for row in reversed(study.rows) if across in row.settings and up in row.settings]
+    x, y = ([place[row.settings[name]] for row in rows] for place, name in zip(places, (across, up), strict=True))
+    losses = [row.loss for row in rows]
+    points = axes.scatter(
+        x, y, c=losses, cmap="viridis_r", vmax=ceiling(losses), s=30, edgecolors=GREY, linewidths=0.4, zorder=3
+    )
+    axes.scatter(x[-1:], y[-1:], s=110, facecolors="none", edgecolors=FRAME, linewidths=1.8, zorder=4)
+    figure_of(axes).colorbar(points, ax=axes, label=LOSS, extend="max" if max(losses) > ceiling(losses) else "neither")
+
+
+def figure_of(axes: Axes) -> FigureBase:
+    """The picture, or the part of one, that the axes have for themselves."""
+    figure = axes.get_figure(root=False)
+    assert figure is not None
+    return figure
+
+
+@dataclass(frozen=True)
+class Curve:
+    """The val losses of a row on its way."""
+
+    label: str
+    steps: list[float]
+    tokens: list[float]
+    seconds: list[float]
+    losses: list[float]
+
+
+def curve_of(study: Study, row: Row) -> Curve | None:
+    """The mean over seeds wherever all of them were validated, ending in the final figure."""
+    known = [{step: (seconds, loss) for step, seconds, loss in points_of(run)} for run in row.runs]
+    steps = sorted(set.intersection(*map(set, known)))
+    last, tokens = row.mean("steps"), row.mean("train/tokens")
+    if len(steps) < 2 or not last or tokens is None:
+        return None
+    seconds, losses = ([statistics.fmean(one[step][part] for one in known) for step in steps] for part in (0, 1))
+    label = study.label(row) or "mean over seeds"
+    return Curve(label, [*map(float, steps)], [step * tokens / last for step in steps], seconds, losses)
+
+
+def points_of(run: Run) -> list[tuple[int, float, float]]:
+    """Its validations, and its final loss after its last step."""
+    step, seconds = run.figures.get("steps"), run.figures.get("train/seconds")
+    if step is None or seconds is None or run.loss is None:
+        return run.validations
+    return [*(one for one in run.validations if one[0] < step), (int(step), seconds, run.loss)]
+
+
+def curves_panels(study: Study) -> list[Panel]:
+    """Val loss against steps and, where they tell something else, against tokens and seconds."""
+    curves = [curve for row in study.rows[:MOST_CURVES] if (curve := curve_of(study, row))]
+    if not curves:
+        return []
+    kinds = {"steps": "optimizer steps"}
+    if unlike([curve.tokens[-1] / curve.steps[-1] for curve in curves], 1.01):
+        kinds["tokens"] = "tokens trained on"
+    if unlike([curve.seconds[-1] / curve.steps[-1] for curve in curves], 1.2):
+        kinds["seconds"] = "seconds of training"
+    which = f"The best {len(curves)} of {len(study.rows)}" if len(study.rows) > len(curves) else "All"
+    caption = f"{which}, means over seeds. The last point is the final figure."
+    return [
+        Panel(
+            f"Val loss against {told}",
+            caption,
+            partial(draw_curves, study=study, curves=curves, along=along),
+            (7.6, 3.6),
+        )
+        for along, told in kinds.items()
+    ]
+
+
+def unlike(ratios: Sequence[float], factor: float) -> bool:
+    return max(ratios) > factor * min(ratios)
+
+
+def draw_curves(axes: Axes, study: Study, curves: Sequence[Curve], along: str) -> None:
+    for i, curve in enumerate(curves):
+        dashes: Any = "-" if i < len(COLOURS) else (0, (4, 1.5))
+        x, colour = getattr(curve, along), COLOURS[i % len(COLOURS)]
+        axes.plot(x, curve.losses, linestyle=dashes, color=colour, label=clipped(curve.label, 48))
+        axes.plot(x[-1], curve.losses[-1], "o", color=colour)
+    # The first steps are steep, and not what one looks for.
+    least = min(min(curve.losses) for curve in curves)
+    most = max(float(np.quantile(curve.losses, 0.6)) for curve in curves)
+    counted = {run.figures.get("references.val.bigram") for row in study.rows for run in row.runs}
+    if len(counted) == 1 and (bigram := counted.pop()) is not None:
+        axes.axhline(bigram, color=GREY, linestyle=":", label=f"counted bigram, {bigram:.4f}")
+        least, most = min(least, bigram), max(most, bigram)
+    room = 0.06 * (most - least) or 0.1
+    axes.set_ylim(least - room, most + 3 * room)
+    axes.set_xlabel({"steps": "optimizer steps", "tokens": "tokens", "seconds": "seconds of training"}[along])
+    axes.set_ylabel(LOSS)
+    figure_of(axes).legend(loc="outside right upper")
+
+
+def draw_png(study: Study) -> bytes:
+    """The panels that tell most, as one picture.
+
+    Raises:
+        InputError: where there is nothing to draw.
+    """
+    panels = [*settings_panels(study)[:2], *maps_panels(study)[:1], *curves_panels(study)[:1]]
+    if not panels:
+        raise InputError("--png has nothing to draw: nothing was varied, and no run was validated on its way")
+    columns = min(2, len(panels))
+    lines = -(-len(panels) // columns)
+    with style():
+        figure = Figure(figsize=(5.6 * columns, 3.8 * lines), layout="constrained", dpi=150)
+        for part, panel in zip(figure.subfigures(lines, columns, squeeze=False).flat, panels, strict=False):
+            axes = part.add_subplot()
+            panel.draw(axes)
+            axes.set_title(panel.title)
+        file = io.BytesIO()
+        figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()

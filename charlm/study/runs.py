@@ -1,0 +1,293 @@
+"""Folders of runs, whoever made them and wherever they lie: how each run ended, with which settings, what it found.
+
+Nothing in a folder is trusted: it is read as plain types, what is damaged is named and left out, and names that end up
+on a terminal or a page hold no control characters.
+"""
+
+import json
+import math
+import os
+import shlex
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from charlm import ledger, run
+from charlm.errors import InputError
+from charlm.report import RESULTS, VALIDATIONS, read_results, read_validations
+
+Value = str | int | float | bool | None
+SIGN_OF_LIFE = 60.0  # seconds; a run at work writes run.json every ten
+LARGEST = 2**24  # bytes of a file that is read
+FAILED = ("failed", "killed", "stopped")  # the states that want a decision
+STATES = (*FAILED, "finished", "pruned", "running", "waiting")
+# No settings: where a run is and how it was begun; what follows the machine, unless somebody asked for it; and the
+# text, which is told by its name and its hash.
+PLACES = {"run_dir", "resume", "rerun", "stop_at", "seed"}
+CHOSEN = {"threads", "steps_per_execution"}
+TEXT = {"data.corpus", "data.path", "data.fallback"}
+TYPED = ("experiment", "callbacks")  # choices of which a configuration keeps only what they set
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, or a job of a sweep that has not begun.
+
+    Args:
+        name: its folder, as one reads it.
+        state: one of STATES; `reason` says why.
+        seed: None where no run.json tells it.
+        settings: all that it was trained with, by dotted names; a choice by its group: {"model": "gpt"}.
+        given: the names of those that its command line set, in its order.
+        figures: the numbers of its results.json, by their names there and below: "references.val.bigram".
+        stopped_by: what ended the training of a run that has finished.
+        validations: step, seconds and val loss of each.
+        record: its run.json.
+    """
+
+    name: str
+    state: str
+    reason: str | None
+    seed: int | None
+    settings: dict[str, Value]
+    given: tuple[str, ...] = ()
+    figures: dict[str, float] = field(default_factory=dict)
+    stopped_by: str = ""
+    validations: list[tuple[int, float, float]] = field(default_factory=list)
+    record: run.Record | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """The final val loss, nats per character."""
+        return self.figures.get("val/loss") if self.state == "finished" else None
+
+    @property
+    def measured_on(self) -> tuple[Any, ...]:
+        """The characters that its loss is of, and how many others each is predicted after at least."""
+        corpus = (self.record and self.record["corpus"]) or {}
+        parts = (self.settings.get(f"data.{part}_fraction") for part in ("val", "test"))
+        return (corpus.get("sha256"), *parts, self.figures.get("min_context", 1.0))
+
+    @property
+    def lost(self) -> bool:
+        """Is it worse than what knows nothing but how many characters there are?"""
+        return self.loss is not None and self.loss > self.figures.get("references.val.uniform", math.inf)
+
+    @property
+    def last(self) -> float | None:
+        """The newest val loss that is known."""
+        return self.loss if self.loss is not None else self.validations[-1][2] if self.validations else None
+
+
+def read_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
+    """All runs in folders, in folders of those, and so on, each once; and a line for each that cannot be read.
+
+    The jobs of a sweep that have no folder yet are among them.
+
+    Raises:
+        InputError: if one of `places` is no folder.
+    """
+    folders: dict[str, Path] = {}  # by their real paths
+    sweeps: dict[str, Path] = {}
+    for place in places:
+        if not os.path.isdir(place):
+            raise InputError(f"{place} is no folder: give folders of runs or of sweeps, such as outputs")
+        for folder, files in walk(place):
+            for name, found in ((run.NAME, folders), (ledger.NAME, sweeps)):
+                if name in files and (folder / name).is_file():  # and no pipe, which nobody may ever fill
+                    found.setdefault(os.path.realpath(folder), folder)
+    runs, damaged = [], []
+    entries: dict[str, ledger.Entry] = {}
+    for real in dict.fromkeys([*sweeps, *map(os.path.dirname, folders)]):
+        try:
+            entries |= {os.path.join(real, name): entry for name, entry in jobs_of(Path(real)).items()}
+        except (InputError, OSError) as error:
+            damaged += [told(error)] if real in sweeps else []
+    for real, folder in folders.items():
+        try:
+            runs.append(read_run(folder, entries.get(real)))
+        except (InputError, OSError, ValueError, ArithmeticError, RecursionError) as error:
+            damaged.append(told(error) if isinstance(error, InputError | OSError) else f"{folder} is damaged")
+    for real, entry in entries.items():
+        if real not in folders and os.path.dirname(real) in sweeps:
+            runs.append(waiting(sweeps[os.path.dirname(real)] / os.path.basename(real), entry))
+    return runs, [printable(line, 300) for line in damaged]
+
+
+def walk(place: Path) -> Iterator[tuple[Path, Sequence[str]]]:
+    """The folders from `place` down, and the files in each. Of links, only those to runs are followed: no loop is."""
+    for folder, below, files in os.walk(place):
+        below.sort()
+        yield Path(folder), files
+        for name in below:
+            one = Path(folder, name)
+            if one.is_symlink() and (one / run.NAME).is_file():
+                yield one, [run.NAME]
+
+
+def jobs_of(sweep_dir: Path) -> dict[str, ledger.Entry]:
+    """The jobs of a sweep by the names of their folders, none if it is no sweep. As Ledger.jobs, for reading only."""
+    file = sweep_dir / ledger.NAME
+    jobs = ledger.read(file)["jobs"] if file.is_file() else {}
+    return {name: entry for name, entry in jobs.items() if name not in ("", ".", "..") and "/" not in name}
+
+
+def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
+    """A run folder, and what the ledger of its sweep says about it.
+
+    Raises:
+        InputError, OSError, ValueError, ArithmeticError, RecursionError: where it is damaged, in one way or another.
+    """
+    record = run.read_record(folder)
+    results: dict[str, Any] = (small(folder / RESULTS) and read_results(folder)) or {}
+    state, reason = state_of(record, entry, bool(results))
+    given = given_in(entry["overrides"] if entry else shlex.split(record["command"])[2:])
+    validations = read_validations(folder) if small(folder / VALIDATIONS) else []
+    numbers = run.flat(results).items()
+    figures = {name: float(leaf) for name, leaf in numbers if isinstance(leaf, int | float) and sane(leaf)}
+    if state == "finished" and "val/loss" not in figures:
+        reason = (
+            "its val loss is no number" if "val/loss" in results else "val is not among the splits that it evaluates"
+        )
+    return Run(
+        printable(str(folder)),
+        state,
+        reason and printable(reason, 300),
+        record["seed"],
+        settings_of(record, given),
+        tuple(given),
+        figures,
+        printable(str(results.get("stopped_by", ""))),
+        [one for one in validations if all(map(sane, one))],
+        record,
+    )
+
+
+def waiting(folder: Path, entry: ledger.Entry) -> Run:
+    """A job that has written nothing."""
+    given = given_in(entry["overrides"])
+    seed = given.get("seed", "")
+    state, reason = entry["state"], (entry["reason"] or "").removeprefix("failed: ") or None
+    return Run(
+        printable(str(folder)),
+        state if state in ("failed", "pruned") else "waiting",
+        reason and printable(reason, 300),
+        int(seed) if seed.isdecimal() else None,
+        {name: parsed(value) for name, value in given.items() if name not in PLACES | TEXT | {"data"}},
+        tuple(given),
+    )
+
+
+def state_of(record: run.Record, entry: ledger.Entry | None, results: bool) -> tuple[str, str | None]:
+    """How a run is, and why: by its own record and, where that could not be written any more, by the ledger."""
+    state, reason = record["status"], record["reason"]
+    if state == "finished":
+        return (state, None) if results else ("failed", f"its {RESULTS} is gone")
+    if entry and entry["state"] == "pruned":
+        return "pruned", entry["reason"]
+    if state == "running":
+        if entry and entry["state"] == "failed" and entry["reason"]:
+            return "failed", entry["reason"].removeprefix("failed: ")
+        if silent(record["heartbeat"]):
+            return "killed", f"no sign of life since {record['heartbeat']}, step {record['step']:,}"
+        return "running", f"at step {record['step']:,}"
+    if state == "stopped":
+        return state, f"by {reason} after step {record['step']:,}"
+    return ("failed", reason) if state == "failed" else ("failed", f"its {run.NAME} calls it {state}")
+
+
+def silent(heartbeat: str) -> bool:
+    try:
+        return (datetime.now(UTC) - datetime.fromisoformat(heartbeat)).total_seconds() > SIGN_OF_LIFE
+    except (ValueError, TypeError):
+        return True
+
+
+def given_in(words: Iterable[str]) -> dict[str, str]:
+    """What a command line sets, by name."""
+    pairs = (word.partition("=") for word in words if "=" in word and not word.startswith(("hydra", "-", "~")))
+    return {name.lstrip("+"): value for name, _, value in pairs}
+
+
+def settings_of(record: run.Record, given: dict[str, str]) -> dict[str, Value]:
+    """All that a run was trained with, but not what only follows from where it is or from another setting."""
+    found: dict[str, Value] = {}
+    run_dir = str(record["config"].get("run_dir") or "\0")
+    for name, leaf in run.flat(record["config"]).items():
+        group, _, key = name.rpartition(".")
+        if name in PLACES | TEXT | record["follows"].keys() or (name in CHOSEN and name not in given):
+            continue
+        if key == "_target_":
+            found[group] = printable(str(leaf).rpartition(".")[2].lower())
+        elif not key.startswith("_") and not (isinstance(leaf, str) and run_dir in leaf) and leaf != {}:
+            found[name] = value_of(leaf)
+    found |= {name: printable(given[name]) for name in TYPED if name in given}
+    if record["corpus"]:
+        found["data"] = printable(f"{record['corpus'].get('name')} {str(record['corpus'].get('sha256'))[:6]}")
+    return {printable(name): value for name, value in found.items()}
+
+
+def value_of(leaf: Any) -> Value:
+    """A setting that can be compared, sorted and shown."""
+    if leaf is None or isinstance(leaf, bool):
+        return leaf
+    if isinstance(leaf, int | float) and sane(leaf):
+        return leaf
+    return printable(leaf if isinstance(leaf, str) else json.dumps(leaf))
+
+
+def parsed(word: str) -> Value:
+    """A value of a command line, as a configuration would hold it."""
+    constants: dict[str, Value] = {"null": None, "true": True, "false": False}
+    if word.lower() in constants:
+        return constants[word.lower()]
+    for number in (int, float):
+        try:
+            return value_of(number(word))
+        except ValueError:
+            continue
+    return printable(word)
+
+
+def shown(value: Value, digits: int = 6) -> str:
+    """A value as one types it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+
+
+def ordered(values: Iterable[Value]) -> list[Value]:
+    """Numbers by size, then words."""
+
+    def key(value: Value) -> tuple[bool, float, str]:
+        number = is_number(value)
+        return not number, float(value) if number else 0.0, str(value)  # type: ignore[arg-type]
+
+    return sorted(values, key=key)
+
+
+def is_number(value: Value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def sane(number: float) -> bool:
+    """Can it be calculated with? A stranger's may be infinite, or so large that its powers are."""
+    return abs(number) < 1e75 and math.isfinite(number)
+
+
+def small(file: Path) -> bool:
+    """Is it an ordinary file that is not too large to be read?"""
+    return file.is_file() and file.stat().st_size <= LARGEST
+
+
+def told(error: InputError | OSError) -> str:
+    """In one line, for a person."""
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+
+
+def printable(text: str, longest: int = 120) -> str:
+    """One line without control characters, which could change what stands beside it, and of bounded length."""
+    clean = "".join(character if character.isprintable() else "�" for character in text)
+    return clean if len(clean) <= longest else f"{clean[: longest - 1]}…"

@@ -1,0 +1,262 @@
+"""Runs -> what was swept, and a row for each combination of it, with the mean and the spread over seeds."""
+
+import itertools
+import math
+import os
+import statistics
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from charlm.errors import InputError
+from charlm.study.notes import Note, notes
+from charlm.study.runs import FAILED, STATES, Run, Value, ordered, printable, read_runs, shown
+
+FIGURES = ("val/loss", "val/bits_per_char", "val/perplexity", "train/seconds", "train/tokens")
+CHOICES = {"model", "optimizer", "scheduler", "tokenizer", "logger", "data", "experiment", "callbacks"}
+SIGNIFICANT = 0.05
+CRITERION = (
+    f"within noise of it, by Welch's t-test over seeds (two-sided, p >= {SIGNIFICANT}, not corrected for how many rows "
+    "are compared); one seed cannot tell. Above uniform: worse than guessing among all characters."
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Finished runs that differ in their seed only.
+
+    Args:
+        settings: of what was swept; a setting that its choices do not have is left out.
+        runs: one for each seed.
+    """
+
+    settings: dict[str, Value]
+    runs: list[Run]
+
+    def values(self, figure: str) -> list[float]:
+        return [run.figures[figure] for run in self.runs if figure in run.figures]
+
+    def mean(self, figure: str = "val/loss") -> float | None:
+        values = self.values(figure)
+        return statistics.fmean(values) if values else None
+
+    def sd(self, figure: str = "val/loss") -> float | None:
+        """The standard deviation over seeds, None for one."""
+        values = self.values(figure)
+        return statistics.stdev(values) if len(values) > 1 else None
+
+    @property
+    def loss(self) -> float:
+        return statistics.fmean(self.values("val/loss"))
+
+    @property
+    def error(self) -> float | None:
+        """What stands behind the ±: the spread over seeds or, of one seed, the standard error of the text."""
+        return self.sd() if len(self.runs) > 1 else self.mean("val/loss_se")
+
+
+@dataclass(frozen=True)
+class Study:
+    """Many runs, compared.
+
+    Args:
+        runs: all that were found.
+        swept: the names of the settings that differ, as they were given first, the seed not among them.
+        labels: short names for them.
+        rows: by val loss, the best first.
+        unfinished: all others, those that want a decision first.
+        notes: what to know before comparing, what is loud first.
+        place: the folder that all are in, as the names of the runs begin.
+    """
+
+    runs: list[Run]
+    swept: list[str]
+    labels: dict[str, str]
+    rows: list[Row]
+    unfinished: list[Run]
+    notes: list[Note]
+    place: str = ""
+
+    @property
+    def failed(self) -> list[Run]:
+        return [run for run in self.unfinished if run.state in FAILED]
+
+    @property
+    def others(self) -> list[Run]:
+        """Those that have no final loss for a good reason."""
+        return [run for run in self.unfinished if run.state not in FAILED]
+
+    @cached_property
+    def comparable(self) -> bool:
+        """Was all of it measured on the same characters?"""
+        return len({run.measured_on for row in self.rows for run in row.runs}) == 1
+
+    @cached_property
+    def told(self) -> dict[str, dict[Value, str]]:
+        """The values of each setting as one reads them, with as many digits as tell them apart."""
+        found = {}
+        for name in self.swept:
+            values = {run.settings[name] for run in self.runs if name in run.settings}
+            tries = ({value: shown(value, digits) for value in values} for digits in (4, 6, 9, 17))
+            found[name] = next((told for told in tries if len(set(told.values())) == len(values)), {})
+        return found
+
+    def values(self, name: str) -> list[Value]:
+        """Those of a setting that finished runs had, in order."""
+        return ordered({row.settings[name] for row in self.rows if name in row.settings})
+
+    def label(self, row: Row, names: Sequence[str] | None = None) -> str:
+        """The settings of a row, or some of them, as one reads them: lr=0.01, block_size=8."""
+        told = [name for name in (self.swept if names is None else names) if name in row.settings]
+        return ", ".join(f"{self.labels[name]}={self.told[name][row.settings[name]]}" for name in told)
+
+    def near(self, run: Run) -> str:
+        """Where it is, from the folder that all are in."""
+        return run.name.removeprefix(self.place)
+
+    def verdict(self, row: Row) -> str:
+        """How a row stands to the best, by CRITERION."""
+        if not self.comparable:
+            return "not comparable"
+        if lost := sum(run.lost for run in row.runs):
+            return "above uniform" if lost == len(row.runs) else f"{lost} of {len(row.runs)} above uniform"
+        if row is self.rows[0]:
+            return "best"
+        p = welch(self.rows[0].values("val/loss"), row.values("val/loss"))
+        return "one seed" if p is None else "within noise" if p >= SIGNIFICANT else "worse"
+
+    def best_by_value(self, name: str) -> dict[Value, Row]:
+        """The best row of each value of a setting."""
+        return {v: next(row for row in self.rows if row.settings.get(name, row) == v) for v in self.values(name)}
+
+    @cached_property
+    def varied(self) -> list[str]:
+        """Settings of which several values were finished, those that matter most first."""
+
+        def effect(name: str) -> float:  # the range of what each value reaches at its best
+            losses = [row.loss for row in self.best_by_value(name).values()]
+            return max(losses) - min(losses)
+
+        return sorted((name for name in self.swept if len(self.values(name)) > 1), key=effect, reverse=True)
+
+    def found(self) -> dict[str, Any]:
+        """All of it for programs, as plain types."""
+        return {
+            "notes": [note._asdict() for note in self.notes],
+            "swept": self.swept,
+            "rows": [
+                {
+                    "settings": row.settings,
+                    "seeds": [run.seed for run in row.runs],
+                    "runs": [run.name for run in row.runs],
+                    **{figure: {"mean": row.mean(figure), "sd": row.sd(figure)} for figure in FIGURES},
+                    "val/loss_se": row.mean("val/loss_se"),
+                    "verdict": self.verdict(row),
+                }
+                for row in self.rows
+            ],
+            "unfinished": [
+                {"run": run.name, "state": run.state, "reason": run.reason, "seed": run.seed, "last_val_loss": run.last}
+                | {"settings": {name: run.settings[name] for name in self.swept if name in run.settings}}
+                for run in self.unfinished
+            ],
+        }
+
+
+def read_study(places: Iterable[Path]) -> Study:
+    """The runs in folders, and in folders below them, compared.
+
+    Raises:
+        InputError: if there is none that can be read.
+    """
+    places = list(places)
+    runs, damaged = read_runs(places)
+    if not runs:
+        found = f"no run that can be read ({'; '.join(damaged[:3])})" if damaged else "no run"
+        where = ", ".join(map(str, places))
+        raise InputError(f"{where} holds {found}: give folders as python train.py makes them, such as outputs/SWEEP")
+    return study_of(runs, damaged, printable(f"{places[0]}{os.sep}") if len(places) == 1 else "")
+
+
+def study_of(runs: Sequence[Run], damaged: Sequence[str] = (), place: str = "") -> Study:
+    """What differs between runs, and those that differ in nothing but their seeds as one row."""
+    swept, follows = swept_in(runs)
+    finished = [run for run in runs if run.loss is not None]
+    groups: dict[tuple[Any, ...], dict[int | None, Run]] = {}
+    for run in sorted(finished, key=lambda run: run.record["started"] if run.record else ""):
+        key = tuple(run.settings.get(name, ...) for name in swept)  # a choice may not have it
+        groups.setdefault(key, {})[run.seed] = run  # a newer one in the place of an older
+    rows = []
+    for group in groups.values():
+        first = next(iter(group.values())).settings
+        settings = {name: first[name] for name in swept if name in first}
+        rows.append(Row(settings, sorted(group.values(), key=lambda run: run.seed or 0)))
+    repeated = len(finished) - sum(len(row.runs) for row in rows)
+    unfinished = [run for run in runs if run.loss is None]
+    unfinished.sort(key=lambda run: (STATES.index(run.state), run.last if run.last is not None else math.inf))
+    return Study(
+        list(runs),
+        swept,
+        short(swept),
+        sorted(rows, key=lambda row: row.loss),
+        unfinished,
+        notes([run for row in rows for run in row.runs], follows, repeated, damaged),
+        place,
+    )
+
+
+def swept_in(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[str]]]:
+    """The settings that differ; and apart from them those that nobody gave and that are what a choice brought.
+
+    A setting that only some runs have, all the same, is a part of the choice that they have made. Jobs that have not
+    begun do not tell all that they would set, nor as it would be set.
+    """
+    begun = [run for run in runs if run.record] or runs
+    values: dict[str, set[Value]] = {}
+    for name, value in itertools.chain.from_iterable(run.settings.items() for run in begun):
+        values.setdefault(name, set()).add(value)
+    lacking = {name for name in values if any(name not in run.settings for run in begun)}
+    targets = {name for name in values if name in CHOICES or (name.startswith("callbacks.") and name.count(".") == 1)}
+    differ = {name for name, found in values.items() if len(found) > 1 or (name in lacking & targets)}
+    given = {name for run in runs for name in run.given}
+    follows: dict[str, list[str]] = {}
+    for name in sorted(differ - given):
+        for choice in sorted(differ & CHOICES & given):
+            pairs = {(run.settings.get(choice), run.settings.get(name)) for run in begun}
+            if len({chosen for chosen, _ in pairs}) == len(pairs):
+                follows.setdefault(choice, []).append(name)
+                break
+    differ -= set(itertools.chain(*follows.values()))
+    typed = list(dict.fromkeys(name for run in runs for name in [*run.given, *run.settings]))
+    return [name for name in typed if name in differ], follows
+
+
+def short(names: Sequence[str]) -> dict[str, str]:
+    """The last part of each name, where that is enough to tell them apart."""
+    times = Counter(name.rpartition(".")[2] for name in names)
+    return {name: last if times[last := name.rpartition(".")[2]] == 1 else name for name in names}
+
+
+def welch(one: Sequence[float], other: Sequence[float]) -> float | None:
+    """The two-sided p value of equal means where spreads may differ (Welch 1947); None with less than two values each.
+
+    With t = sqrt(df) tan(a), the density of Student's t is that of cos(a) to the power df - 1, on a finite range.
+    """
+    if min(len(one), len(other)) < 2:
+        return None
+    parts = [statistics.variance(values) / len(values) for values in (one, other)]
+    apart = abs(statistics.fmean(one) - statistics.fmean(other))
+    if not sum(parts):
+        return float(apart == 0)
+    shares = [part / sum(parts) for part in parts]
+    df = 1 / sum(share**2 / (len(values) - 1) for share, values in zip(shares, (one, other), strict=True))
+    end = math.atan(apart / math.sqrt(sum(parts) * df))
+    angles, step = np.linspace(0, [end, math.pi / 2], 2001, retstep=True)
+    density = np.cos(angles) ** (df - 1)
+    within, all_of_it = step * (density.sum(0) - (density[0] + density[-1]) / 2)  # by the trapezoidal rule
+    return float(1 - within / all_of_it)
