@@ -141,7 +141,9 @@ def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
         InputError, OSError, ValueError, ArithmeticError, RecursionError: where it is damaged, in one way or another.
     """
     record = run.read_record(folder)
-    results: dict[str, Any] = (small(folder / RESULTS) and read_results(folder)) or {}
+    results: Any = (small(folder / RESULTS) and read_results(folder)) or {}
+    if not isinstance(results, dict):
+        raise InputError(f"{folder / RESULTS} is damaged")
     state, reason = state_of(record, entry, bool(results))
     given = given_in(entry["overrides"] if entry else shlex.split(record["command"])[2:])
     validations = read_validations(folder) if small(folder / VALIDATIONS) else []
