@@ -22,6 +22,7 @@ from PIL import Image
 from rich.console import Console
 
 from charlm.errors import InputError
+from charlm.ledger import Ledger
 from charlm.study import read_study
 from charlm.study.page import page
 from charlm.study.plots import draw_png, geometric
@@ -86,7 +87,7 @@ def test_a_sweep_is_reported_over_its_seeds(train, charlm, text_file, tmp_path):
     report = charlm("report", "s")
     assert (report.code, report.err) == (0, "")
     assert "6 finished runs" in report.out
-    assert "matched by steps and by tokens: each made 40 steps on 10,240 tokens" in report.out
+    assert "matched by steps and by tokens: each made 40, and they saw 10,240 tokens" in report.out
     best, other = (row["val/loss"] for row in found["rows"])
     lines = [re.escape(f"{loss['mean']:.4f} ± {loss['sd']:.4f}") for loss in (best, other)]
     assert re.search(rf"0\.1 +{lines[0]} +3 .* best\s.*0\.01 +{lines[1]} +3 ", report.out, re.DOTALL)
@@ -222,11 +223,10 @@ def test_a_run_that_was_repeated_counts_once(make, tmp_path):
 
 def ledger(folder: Path, jobs: dict[str, tuple[str, Any]]) -> None:
     """A sweep.json, from the state and the reason of each job."""
-    entries = {
-        name: {"overrides": name.split(","), "fingerprint": name, "state": state, "reason": reason}
-        for name, (state, reason) in jobs.items()
-    }
-    (folder / "sweep.json").write_text(json.dumps({"format": 1, "command": [], "jobs": entries}))
+    made = Ledger(folder)
+    for name, (state, reason) in jobs.items():
+        made.add(name, name.split(","), name, state)
+        made.set(name, state, reason)
 
 
 def test_every_way_to_end_is_told(make, tmp_path, charlm):
@@ -272,24 +272,22 @@ def test_every_way_to_end_is_told(make, tmp_path, charlm):
 
 
 NOTES: dict[str, list[dict[str, Any]]] = {
-    "matched by tokens: each trained on 5,000 to 5,040 tokens": [
+    "matched by tokens: max_tokens=null ended each, and they saw 5,000 to 5,440 tokens": [
         {"stopped_by": "tokens", "train/tokens": 5000},
-        {"stopped_by": "tokens", "train/tokens": 5040},
+        {"stopped_by": "tokens", "train/tokens": 5440},
     ],
-    "matched by steps and by tokens: each made 20 steps on 5,120 tokens": [{}, {}],
-    "matched by steps: each made 20 and saw 5,120 to 9,000 tokens, so this also compares data seen: max_tokens=5120": [
-        {},
-        {"train/tokens": 9000},
-    ],
-    "ended by steps, after 20 to 40 steps on 5,120 to 10,240 tokens, so this also compares data seen": [
+    "matched by steps and by tokens: each made 20, and they saw 5,120 tokens": [{}, {}],
+    "matched by steps: each made 20, and they saw 5,120 to 9,000 tokens, so this also compares data seen: "
+    "max_tokens=5120 matches them": [{}, {"train/tokens": 9000}],
+    "ended by steps, after 20 to 40 steps; they saw 5,120 to 10,240 tokens, so this also compares data seen": [
         {},
         {"steps": 40, "train/tokens": 10240},
     ],
-    "matched by time: each trained for None (D:H:M:S), on 5,120 to 7,000 tokens": [
+    "matched by time: trainer.max_time=null ended each, and they saw 5,120 to 7,000 tokens": [
         {"stopped_by": "time"},
         {"stopped_by": "time", "train/tokens": 7000},
     ],
-    "ended differently: by steps (1 run), by early stopping (1); they saw 5,120 tokens": [
+    "ended differently, by steps (1 run), early stopping (1); they saw 5,120 tokens": [
         {},
         {"stopped_by": "early stopping"},
     ],
@@ -299,6 +297,14 @@ NOTES: dict[str, list[dict[str, Any]]] = {
     ],
     "every character is predicted after at least 4 others": [{"min_context": 4}, {"min_context": 4}],
 }
+
+
+def test_tokens_that_differ_are_no_match(make, tmp_path):
+    for tokens in (1000, 2000):
+        make(f"r{tokens}", max_tokens=tokens, results={"stopped_by": "tokens", "train/tokens": tokens})
+    assert any(
+        "ended by tokens, after 20 steps; they saw 1,000 to 2,000" in n.text for n in read_study([tmp_path]).notes
+    )
 
 
 @pytest.mark.parametrize("told", NOTES)

@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 from charlm.run import flat
 from charlm.study.runs import Run, ordered, printable, shown
 
-ALIKE = 1.02  # of tokens: a run ends with the step that reaches them, which may go beyond
+ALIKE = 1.02  # as many tokens, as a run ends with the step that reaches them, which may go beyond
 MOST_DAMAGED = 10  # that are named
-ENDS = {"steps": "by steps", "tokens": "by tokens", "time": "by time", "early stopping": "by early stopping"}
+# What ends a run, and the setting that tells when.
+LIMITS = {"steps": "trainer.max_steps", "tokens": "max_tokens", "time": "trainer.max_time", "early stopping": ""}
 
 
 class Note(NamedTuple):
@@ -75,34 +76,26 @@ def windows(runs: list[Run]) -> Iterator[Note]:
 
 def budget(runs: list[Run]) -> Iterator[Note]:
     """Runs that have seen more text are better for that alone."""
-    ends = Counter(ENDS.get(run.stopped_by, "by what is not told") for run in runs)
+    ends = Counter(run.stopped_by if run.stopped_by in LIMITS else "what is not told" for run in runs)
     if not ends:
         return
+    end = next(iter(ends))
     tokens = [run.figures[name] for run in runs if (name := "train/tokens") in run.figures]
     steps = {int(run.figures.get("steps", 0)) for run in runs}
-    alike = bool(tokens) and max(tokens) <= ALIKE * min(tokens)
-    seen = span(tokens)
-    compares = f"so this also compares data seen: max_tokens={min(tokens, default=0):.0f} matches them"
+    limits = Counter(shown(run.settings.get(LIMITS.get(end, ""))) for run in runs)
+    saw, alike = f"saw {span(tokens)} tokens", bool(tokens) and max(tokens) <= ALIKE * min(tokens)
+    compares = (
+        "" if alike else f", so this also compares data seen: max_tokens={min(tokens, default=0):.0f} matches them"
+    )
     if len(ends) > 1:
-        yield Note(f"ended differently: {listed(ends)}; they saw {seen} tokens", not alike)
-    elif "by tokens" in ends and alike:
-        yield Note(f"matched by tokens: each trained on {seen} tokens")
-    elif "by time" in ends:
-        times = Counter(str(run.settings.get("trainer.max_time")) for run in runs)
-        if len(times) == 1:
-            yield Note(f"matched by time: each trained for {next(iter(times))} (D:H:M:S), on {seen} tokens")
-        else:
-            yield Note(f"ended by time, which is not the same: {listed(times)}; they saw {seen} tokens", True)
-    elif "by steps" in ends and len(steps) == 1 and alike:
-        yield Note(f"matched by steps and by tokens: each made {min(steps):,} steps on {seen} tokens")
-    elif "by steps" in ends and len(steps) == 1:
-        yield Note(f"matched by steps: each made {min(steps):,} and saw {seen} tokens, {compares}", True)
+        yield Note(f"ended differently, by {listed(ends)}; they {saw}{compares}", not alike)
+    elif end in ("tokens", "time") and len(limits) == 1:
+        yield Note(f"matched by {end}: {LIMITS[end]}={next(iter(limits))} ended each, and they {saw}")
+    elif end == "steps" and len(steps) == 1:
+        also = " and by tokens" if alike else ""
+        yield Note(f"matched by steps{also}: each made {span(steps)}, and they {saw}{compares}", not alike)
     else:
-        told = next(iter(ends))
-        yield Note(
-            f"ended {told}, after {span(steps)} steps on {seen} tokens" + ("" if alike else f", {compares}"),
-            not alike,
-        )
+        yield Note(f"ended by {end}, after {span(steps)} steps; they {saw}{compares}", not alike)
 
 
 def surroundings(runs: list[Run]) -> Iterator[Note]:

@@ -53,6 +53,7 @@ MOST_LINES = 7  # of one panel, as there are colours
 MOST_CELLS = 12  # of a heat map, each way; a setting with more values was searched rather than swept
 MOST_MAPS = 6
 MOST_CURVES = 12
+LEGEND = 66  # characters beside one another below a panel
 GEOMETRIC = 8  # values that span such a factor are on a logarithmic axis
 
 
@@ -104,11 +105,12 @@ def lines_of(study: Study, name: str) -> tuple[str, list[str] | None]:
     every, others = "Every run as a point", [other for other in study.varied if other != name]
     if len(study.values(name)) > MOST_CELLS:
         return f"{every}.", None
+    joined = "lines join" if all(map(is_number, study.values(name))) else "large dots are"
     if len({study.label(row, others) for row in study.rows if name in row.settings}) <= MOST_LINES:
-        return f"{every}; lines join means over seeds, bars are their standard deviation.", others
+        return f"{every}; {joined} means over seeds, bars their standard deviation.", others
     few = [other for other in others if len(study.values(other)) <= MOST_LINES][:1]
     rest = ", ".join(study.labels[other] for other in others if other not in few)
-    return f"{every}; lines join the best over {rest}, bars are their standard deviation over seeds.", few
+    return f"{every}; {joined} the best over {rest}, bars their standard deviation over seeds.", few
 
 
 def draw_setting(axes: Axes, study: Study, name: str, alike: list[str] | None) -> None:
@@ -135,7 +137,8 @@ def draw_setting(axes: Axes, study: Study, name: str, alike: list[str] | None) -
         axes.scatter(beyond, [top + room] * len(beyond), marker="^", s=24, color=ALARM, zorder=4, label="far above")
     axes.set_ylabel(LOSS)
     if len(lines) > 1 or beyond:
-        figure_of(axes).legend(loc="outside lower center", ncols=3, columnspacing=1, handlelength=1.4)
+        columns = max(1, LEGEND // (8 + max(map(len, axes.get_legend_handles_labels()[1]))))
+        figure_of(axes).legend(loc="outside lower center", ncols=columns, columnspacing=1, handlelength=1.4)
 
 
 def join(axes: Axes, points: Sequence[tuple[float, Row]], top: float, colour: str, label: str) -> None:
