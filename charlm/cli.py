@@ -207,7 +207,7 @@ def output(name: str, purpose: str) -> Callable[[Any], Any]:
 @output("--png", "Also draw the main plots as one picture.")
 @AS_JSON
 def report(places: tuple[Path, ...], html: Path | None, png: Path | None, as_json: bool) -> None:
-    """Compare runs: what was swept, what it did, over seeds, as text and as one HTML page.
+    """Compare runs over seeds: table, plots, one HTML page.
 
     SWEEP_OR_RUNS are folders of runs or of sweeps, or folders that hold such, at any depth.
     """

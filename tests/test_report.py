@@ -149,6 +149,14 @@ def test_only_what_was_chosen_is_a_setting(make, tmp_path):
     assert any(note.text == "with model also differ: data.block_size" for note in study.notes)
 
 
+def test_a_setting_that_follows_another_is_told_only_where_it_does_not(make, tmp_path):
+    make("a", 2.0, 1)
+    make("b", 2.1, 2)
+    assert read_study([tmp_path]).swept == []
+    make("c", 2.2, 1, data__seed=7, record={"follows": {}})
+    assert "data.seed" in read_study([tmp_path]).swept
+
+
 def test_names_are_short_where_they_can_be(make, tmp_path):
     make("a", optimizer__lr=1e-3, data__val_fraction=0.1)
     make("b", optimizer__lr=1e-2, data__val_fraction=0.2)
@@ -312,6 +320,7 @@ def test_what_ended_the_runs_and_what_they_saw_is_told(make, tmp_path, told):
     for number, results in enumerate(NOTES[told]):
         make(f"r{number}", 2.0 + number, results=results, optimizer__lr=number + 1.0)
     assert any(told in note.text for note in read_study([tmp_path]).notes)
+    assert not any("tokens" in note.text for note in read_study([tmp_path / "r0"]).notes)
 
 
 def test_what_cannot_be_compared_is_told_loudly(make, tmp_path, trained):

@@ -77,7 +77,7 @@ def windows(runs: list[Run]) -> Iterator[Note]:
 def budget(runs: list[Run]) -> Iterator[Note]:
     """Runs that have seen more text are better for that alone."""
     ends = Counter(run.stopped_by if run.stopped_by in LIMITS else "what is not told" for run in runs)
-    if not ends:
+    if len(runs) < 2:
         return
     end = next(iter(ends))
     tokens = [run.figures[name] for run in runs if (name := "train/tokens") in run.figures]

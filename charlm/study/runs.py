@@ -8,7 +8,7 @@ import json
 import math
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -57,6 +57,11 @@ class Run:
     stopped_by: str = ""
     validations: list[tuple[int, float, float]] = field(default_factory=list)
     record: run.Record | None = None
+
+    @property
+    def follows(self) -> Collection[str]:
+        """The settings that were given as others are, such as data.seed as the seed."""
+        return self.record["follows"] if self.record else ()
 
     @property
     def loss(self) -> float | None:
@@ -214,12 +219,12 @@ def given_in(words: Iterable[str]) -> dict[str, str]:
 
 
 def settings_of(record: run.Record, given: dict[str, str]) -> dict[str, Value]:
-    """All that a run was trained with, but not what only follows from where it is or from another setting."""
+    """All that a run was trained with, but not what only follows from where it is."""
     found: dict[str, Value] = {}
     run_dir = str(record["config"].get("run_dir") or "\0")
     for name, leaf in run.flat(record["config"]).items():
         group, _, key = name.rpartition(".")
-        if name in PLACES | TEXT | record["follows"].keys() or (name in CHOSEN and name not in given):
+        if name in PLACES | TEXT or (name in CHOSEN and name not in given):
             continue
         if key == "_target_":
             found[group] = printable(str(leaf).rpartition(".")[2].lower())

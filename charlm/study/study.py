@@ -223,6 +223,7 @@ def swept_in(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[str]]]:
     lacking = {name for name in values if any(name not in run.settings for run in begun)}
     targets = {name for name in values if name in CHOICES or (name.startswith("callbacks.") and name.count(".") == 1)}
     differ = {name for name, found in values.items() if len(found) > 1 or (name in lacking & targets)}
+    differ -= {name for name in differ if all(name in run.follows for run in begun if name in run.settings)}
     given = {name for run in runs for name in run.given}
     follows: dict[str, list[str]] = {}
     for name in sorted(differ - given):
