@@ -253,7 +253,7 @@ def test_every_way_to_end_is_told(make, tmp_path, charlm):
     jobs: dict[str, Any] = {f"lr={n}": ("done", None) for n in range(1, 8)} | {
         "lr=8": ("failed", "failed: killed by SIGKILL")
     }
-    jobs |= {"lr=6": ("pruned", "above the median"), "lr=9": ("waiting", None)}
+    jobs |= {"lr=6": ("pruned", "pruned at step 20"), "lr=9": ("waiting", None)}
     ledger(tmp_path / "s", jobs | {"lr=10": ("failed", "failed: no memory"), "../../lr=11": ("waiting", None)})
     ended = charlm("report", "s")
     assert ended.code == 0, ended.err
@@ -263,7 +263,7 @@ def test_every_way_to_end_is_told(make, tmp_path, charlm):
         "running lr=3",
         "killed lr=4: no sign of life since",
         "stopped lr=5: by SIGINT after step 80",
-        "pruned lr=6, val loss 3.2500: above the median",
+        "pruned lr=6, val loss 3.2500: at step 20",
         "failed lr=7: its results.json is gone",
         "failed lr=8: killed by SIGKILL",
         "waiting lr=9",
@@ -274,7 +274,7 @@ def test_every_way_to_end_is_told(make, tmp_path, charlm):
     order = ["without a final figure", "failed", "killed", "stopped", "1 finished run", "not finished", "pruned"]
     assert sorted(map(out.index, order)) == [*map(out.index, order)]
     text = (tmp_path / "s" / "report.html").read_text()
-    assert all(word in text for word in ("no sign of life since", "above the median", "killed by SIGKILL", "3.2500"))
+    assert all(word in text for word in ("no sign of life since", ">at step 20<", "killed by SIGKILL", "3.2500"))
     (tmp_path / "s" / "lr=2").rename(tmp_path / "s" / "lr=1" / "lr=2")
     assert json.loads(charlm("report", "s/lr=6", "--json").out)["unfinished"][0]["state"] == "pruned"
 

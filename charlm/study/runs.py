@@ -7,6 +7,7 @@ on a terminal or a page hold no control characters.
 import json
 import math
 import os
+import re
 import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -176,7 +177,7 @@ def waiting(folder: Path, entry: ledger.Entry) -> Run:
     """A job that has written nothing."""
     given = given_in(entry["overrides"])
     seed = given.get("seed", "")
-    state, reason = entry["state"], (entry["reason"] or "").removeprefix("failed: ") or None
+    state, reason = entry["state"], because(entry)
     return Run(
         printable(str(folder)),
         state if state in ("failed", "pruned") else "waiting",
@@ -193,16 +194,21 @@ def state_of(record: run.Record, entry: ledger.Entry | None, results: bool) -> t
     if state == "finished":
         return (state, None) if results else ("failed", f"its {RESULTS} is gone")
     if entry and entry["state"] == "pruned":
-        return "pruned", entry["reason"]
+        return "pruned", because(entry)
     if state == "running":
         if entry and entry["state"] == "failed" and entry["reason"]:
-            return "failed", entry["reason"].removeprefix("failed: ")
+            return "failed", because(entry)
         if silent(record["heartbeat"]):
             return "killed", f"no sign of life since {record['heartbeat']}, step {record['step']:,}"
         return "running", f"at step {record['step']:,}"
     if state == "stopped":
         return state, f"by {reason} after step {record['step']:,}"
     return ("failed", reason) if state == "failed" else ("failed", f"its {run.NAME} calls it {state}")
+
+
+def because(entry: ledger.Entry) -> str | None:
+    """The reason in a ledger, without the state that it begins with: failed: out of memory, pruned at step 500."""
+    return re.sub(r"^(failed|pruned):? ", "", entry["reason"]) if entry["reason"] else None
 
 
 def silent(heartbeat: str) -> bool:
