@@ -306,7 +306,8 @@ def points_of(run: Run) -> list[tuple[int, float, float]]:
 
 def curves_panels(study: Study) -> list[Panel]:
     """Val loss against steps and, where they tell something else, against tokens and seconds."""
-    curves = [curve for row in study.rows[:MOST_CURVES] if (curve := curve_of(study, row))]
+    validated = [curve for row in study.rows if (curve := curve_of(study, row))]
+    curves = validated[:MOST_CURVES]
     if not curves:
         return []
     kinds = {"steps": "optimizer steps"}
@@ -314,8 +315,8 @@ def curves_panels(study: Study) -> list[Panel]:
         kinds["tokens"] = "tokens trained on"
     if unlike([curve.seconds[-1] / curve.steps[-1] for curve in curves], 1.2):
         kinds["seconds"] = "seconds of training"
-    which = f"The best {len(curves)} of {len(study.rows)}" if len(study.rows) > len(curves) else "All"
-    caption = f"{which}, means over seeds. The last point is the final figure."
+    which = f"The best {len(curves)} of {len(validated)}" if len(validated) > len(curves) else f"All {len(curves)}"
+    caption = f"{which} that were validated on their way, means over seeds. The last point is the final figure."
     return [
         Panel(
             f"Val loss against {told}",
