@@ -34,7 +34,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < 700 else math.inf  # beyond which exp has no floating point number
 
     @property
     def perplexity_se(self) -> float:

@@ -1,6 +1,6 @@
 """What a sweep has to do, and what has become of it: sweep.json in its folder."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from typing_extensions import TypedDict
@@ -13,13 +13,28 @@ FORMAT = 1
 LARGEST = 2**26  # bytes of a sweep.json that is read
 
 
+ENDED = {"done", "pruned"}  # states with nothing left to do
+
+
 class Entry(TypedDict):
-    """A job. Its state is waiting, running, done or failed; the reason tells why."""
+    """A job. Its state is waiting, running, done, pruned or failed; the reason tells why."""
 
     overrides: list[str]
     fingerprint: str
     state: str
     reason: str | None
+
+
+class Search(TypedDict):
+    """What a search was asked for: the settings of hydra.sweeper, and what is searched, in Hydra's words."""
+
+    n_trials: int
+    seed: int
+    n_startup_trials: int
+    prune: bool
+    prune_startup_trials: int
+    prune_warmup_steps: int
+    space: dict[str, str]
 
 
 class Content(TypedDict):
@@ -28,6 +43,7 @@ class Content(TypedDict):
     format: int
     command: list[str]  # the settings that were given, without those of Hydra
     min_context: int | None  # that all jobs are evaluated with; None: what each one's settings say
+    search: Search | None  # None: a grid
     jobs: dict[str, Entry]  # by the names of their folders
 
 
@@ -40,7 +56,7 @@ class Ledger:
 
     def __init__(self, folder: Path):
         self.file = folder / NAME
-        self.content: Content = {"format": FORMAT, "command": [], "min_context": None, "jobs": {}}
+        self.content: Content = {"format": FORMAT, "command": [], "min_context": None, "search": None, "jobs": {}}
         self.is_new = not self.file.exists()
         if not self.is_new:
             self.content = read(self.file)
@@ -72,6 +88,25 @@ class Ledger:
             )
         return kept
 
+    def begin(self, command: list[str], search: Search | None) -> None:
+        """Note what is asked for, or asked for again.
+
+        Raises:
+            InputError: for a search where a grid is or another search, and for a grid where a search is.
+        """
+        known = self.content["search"]
+        if not self.is_new and not (alike(search, known) and (not search or self.fixed(command) == self.fixed())):
+            held = "a grid" if known is None else "a search, of which only hydra.sweeper.n_trials may change"
+            raise InputError(f"{self.file.parent} holds {held}: choose another hydra.sweep.dir for this one")
+        if self.is_new or not search:
+            self.content["command"] = command
+        self.content["search"] = search
+
+    def fixed(self, command: Sequence[str] | None = None) -> set[str]:
+        """Of a command, or of its own, what the trials of its search have in common."""
+        searched = self.content["search"]["space"] if self.content["search"] else {}
+        return {o for o in command or self.content["command"] if o.partition("=")[0] not in searched}
+
     def name_of(self, fingerprint: str, wanted: str) -> str:
         """The folder of a job: where it is already, else as is wanted, or with a number where that is another's."""
         for name, entry in self.jobs.items():
@@ -94,6 +129,18 @@ class Ledger:
         write_json(self.file, self.content)
 
 
+def alike(one: Search | None, other: Search | None) -> bool:
+    """Do both search in the same way, be it for longer, or neither of them?"""
+    return one == other if one is None or other is None else {**one, "n_trials": 0} == {**other, "n_trials": 0}
+
+
+def goes_on(content: Content, command: list[str], search: Search | None) -> bool:
+    """Does a command ask for more of this sweep?"""
+    ended = [entry["state"] in ENDED for entry in content["jobs"].values()]
+    left = not all(ended) or len(ended) < (search["n_trials"] if search else 1)
+    return content["command"] == command and alike(content["search"], search) and left
+
+
 def read(file: Path) -> Content:
     """What a sweep.json holds.
 
@@ -101,7 +148,10 @@ def read(file: Path) -> Content:
         InputError: if it is damaged or of another version.
     """
     found = read_json(file, Content, "the ledger of a sweep", LARGEST, FORMAT)
-    # Whoever wrote it says what is trained, and not where from and how it is launched.
-    if any(o.startswith(("hydra", "-", "resume=", "rerun=")) for o in found["command"]):
+    # Whoever wrote it says what is trained, and not where from, how it is launched and where it is written.
+    searched = found["search"]["space"] if found["search"] else {}
+    if any(o.startswith(("hydra", "-", "resume=", "rerun=")) for o in [*found["command"], *searched]):
         raise InputError(f"{file} has a command that charlm does not record: not run")
+    if any(name != Path(name).name for name in found["jobs"]):
+        raise InputError(f"{file} has a job outside of its folder: not run")
     return found

@@ -36,10 +36,11 @@ from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
 from charlm.forkserver import is_sweep
 from charlm.ledger import NAME as LEDGER
-from charlm.ledger import read
+from charlm.ledger import Search, goes_on, read
 from charlm.resume import changes, finished, quoted, rerun, resumed, unquoted
 from charlm.run import NAME as RECORD
 from charlm.run import claim, is_first, read_record
+from charlm.space import Space, asked, recorded
 from charlm.trainer import FSDP, precision_for
 
 
@@ -79,7 +80,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
         with told_in_one_line(overrides):
             check_overrides(overrides)
-            jobs = expand(name, overrides, search) if args.multirun else [overrides]
+            jobs, space = expand(name, overrides, search) if args.multirun else ([overrides], None)
             whole = partial(compose, name, return_hydra_config=True)
             cfgs = list(composed([[*job, *search] for job in jobs], whole))
             if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
@@ -88,6 +89,9 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             mode = "sweep" if args.multirun else "run"
             if args.multirun:
                 check_launcher(cfgs[0].hydra.launcher)
+            elif any(o.startswith("hydra/sweeper=") for o in overrides):
+                raise InputError("hydra/sweeper= is for many runs: say python train.py -m ...")
+            searched = asked(cfgs[0].hydra, space) if space else None
             run_dir = cfgs[0].hydra[mode].dir
         if "TORCHELASTIC_RUN_ID" in os.environ and not any(o.startswith("hydra.run.dir=") for o in overrides):
             raise InputError("torchrun starts several processes: give them one folder, hydra.run.dir=outputs/NAME")
@@ -114,7 +118,8 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             run_dir = cfg.hydra[mode].dir
     if not is_first():
         return list(argv)
-    own = unfinished(Path(run_dir).parent, parse(argv[1:]).overrides) if args.multirun and not chosen else None
+    again = args.multirun and not chosen
+    own = unfinished(Path(run_dir).parent, parse(argv[1:]).overrides, searched) if again else None
     if own:
         print(f"Going on with {own}, which the same command began; for another sweep say hydra.sweep.dir=...")
     else:
@@ -138,18 +143,18 @@ def sweep_of(args: Namespace) -> list[str]:
         return []
     given = [o for o in args.overrides if not o.startswith(("resume=", "hydra.sweep.dir="))]
     keys = {o.partition("=")[0] for o in given}
-    kept = [o for o in read(named[-1] / LEDGER)["command"] if o.partition("=")[0] not in keys]
+    content = read(named[-1] / LEDGER)
+    begun = [*content["command"], *(recorded(content["search"], content["command"]) if content["search"] else [])]
+    kept = [o for o in begun if o.partition("=")[0] not in keys]
     return [*kept, *given, f"hydra.sweep.dir={quoted(named[-1])}"]
 
 
-def unfinished(folder: Path, overrides: Sequence[str]) -> Path | None:
+def unfinished(folder: Path, overrides: Sequence[str], searched: Search | None) -> Path | None:
     """The newest sweep in `folder` that the same command has begun and not brought to its end; it is claimed."""
     command = [o for o in overrides if not o.startswith("hydra")]
     for file in sorted(folder.glob(f"*/{LEDGER}"), reverse=True):
         with suppress(InputError):
-            content = read(file)
-            states = {entry["state"] for entry in content["jobs"].values()}
-            if content["command"] == command and states != {"done"} and claim(file.parent):
+            if goes_on(read(file), command, searched) and claim(file.parent):
                 return file.parent
     return None
 
@@ -254,7 +259,7 @@ def check_overrides(overrides: list[str]) -> None:
             raise InputError(f"{line} names no setting: say which, as in optimizer.lr=1e-3")
         if key == "run_dir":
             raise InputError(f"{line} would split the run over two folders: say hydra.run.dir=...")
-        for value in override.sweep_iterator() if override.is_sweep_override() else [override.value()]:
+        for value in override.sweep_iterator() if override.is_discrete_sweep() else [override.value()]:
             chosen = value if key == "callbacks" and isinstance(value, list) else [value]
             if key in config.GROUPS and any(not isinstance(one, str) or one in ("", "base") for one in chosen):
                 raise InputError(
@@ -267,19 +272,32 @@ def choices(options: Iterable[str] | None) -> list[str]:
     return [option for option in options or [] if option != "base"]
 
 
-def expand(name: str, overrides: list[str], search: list[str]) -> list[list[str]]:
-    """The overrides of each job of a sweep, as Hydra's basic sweeper will make them."""
+def expand(name: str, overrides: list[str], search: list[str]) -> tuple[list[list[str]], Space | None]:
+    """The overrides of each job of a sweep, as Hydra's basic sweeper will make them; of a search, which makes its own
+    later, those that stand for all, and what it searches."""
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     firsts = [first_value(override) for override in parser.parse_overrides(overrides)]
     sweeper = compose(name, [*firsts, *search], return_hydra_config=True).hydra.sweeper
     params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    jobs: list[list[str]] = BasicSweeper.split_arguments(parser.parse_overrides([*params, *overrides]), None)[0]
-    return jobs
+    parsed = parser.parse_overrides([*params, *overrides])
+    if sweeper._target_.endswith(".OptunaSweeper"):
+        space = Space(parsed)
+        return space.corners(), space
+    for override in parsed:
+        if override.is_interval_sweep():
+            raise InputError(
+                f"{override.input_line} is for a search: add hydra/sweeper=optuna, or give values, as in "
+                f"{override.key_or_group}=1e-3,1e-2"
+            )
+    jobs: list[list[str]] = BasicSweeper.split_arguments(parsed, None)[0]
+    return jobs, None
 
 
 def first_value(override: Override) -> str:
+    value: Any = override.value()
     if override.is_sweep_override():
-        return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+        first = value.start if override.is_interval_sweep() else next(override.sweep_string_iterator())
+        return f"{override.get_key_element()}={first}"
     return str(override.input_line)
 
 

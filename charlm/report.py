@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -88,12 +89,17 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Failures first, since they want a decision; then by val loss, best first, and NaN last."""
+def verdict(status: str) -> str:
+    """The first word of how a run ended: finished, pruned, failed or another that is neither."""
+    return re.split(r"\W", status)[0]
 
-    def key(row: dict[str, Any]) -> tuple[bool, float]:
+
+def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Failures first, since they want a decision; then by val loss, best first, and NaN last; then pruned ones."""
+
+    def key(row: dict[str, Any]) -> tuple[int, float]:
         loss = row.get("val/loss")
-        return row["status"] == "finished", loss if loss is not None else math.inf
+        return {"finished": 1, "pruned": 2}.get(verdict(row["status"]), 0), loss if loss is not None else math.inf
 
     return sorted(rows, key=key)
 
@@ -115,13 +121,21 @@ def table(rows: list[dict[str, Any]], settings: list[str], title: str) -> Table:
     for row in rows:
         if row.get("val/loss") is None:
             figures = ["-"] * 4
+        elif "val/loss_se" not in row:  # the last one of a run that was pruned
+            figures = [f"{row['val/loss']:.4f}", *["-"] * 3]
         else:
-            bits, perplexity = f"{row['val/bits_per_char']:.4f}", f"{row['val/perplexity']:.3f}"
-            figures = [plus_minus(row, "val", "loss", 4), bits, perplexity, f"{row['train/seconds']:.1f}"]
-        style = None if row["status"] == "finished" else "bold red"
-        told = (escape(str(row[setting])) for setting in settings)  # callbacks=[default] is no markup
+            perplexity = "-" if row["val/perplexity"] is None else f"{row['val/perplexity']:.3f}"
+            bits, seconds = f"{row['val/bits_per_char']:.4f}", f"{row['train/seconds']:.1f}"
+            figures = [plus_minus(row, "val", "loss", 4), bits, perplexity, seconds]
+        style = {"finished": None, "pruned": "dim"}.get(verdict(row["status"]), "bold red")
+        told = (escape(short(row[setting])) for setting in settings)  # callbacks=[default] is no markup
         shown.add_row(*told, *figures, escape(row["status"]), style=style)
     return shown
+
+
+def short(value: Any) -> str:
+    """A value as one reads it: of a number that nobody typed, four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:

@@ -271,7 +271,7 @@ class SweepAtWork:
     def ended(self, name: str, row: dict[str, Any]) -> None:
         self.number += 1
         loss = row["val/loss"]
-        told = f"val loss {loss:.4f}" if loss is not None else row["status"]
+        told = f"val loss {loss:.4f}" if row["status"] == "finished" and loss is not None else row["status"]
         console.print(Text(f"[{self.number}/{self.total}] {name}  {told}"), soft_wrap=True)
 
     def look(self, jobs: Sequence[tuple[str, Path, int, float]]) -> None:
@@ -319,13 +319,15 @@ def told_steps(step: int, total: int) -> str:
     return f"{step:{len(f'{total:,}')},}/{total:,}" if total > 0 else f"{step:,}"
 
 
-def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str]) -> None:
-    """After a sweep: all its jobs, failures first, then the best."""
+def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str], best: Sequence[str]) -> None:
+    """After a sweep: all its jobs, failures first, then the best, and the settings that train that one again."""
     console.print()
     contexts = {row["min_context"] for row in rows if row.get("min_context")}
     after = f" after {contexts.pop()} or more" if len(contexts) == 1 and max(contexts) > 1 else ""
     console.print(table(rows, swept, f"{len(rows)} runs, by val loss (nats per character{after}, ± standard error)"))
     console.print(f"All figures: {quote(sweep_dir / 'results.csv')}", soft_wrap=True)
+    if best:
+        console.print(Text(f"The best again: {shlex.join(['python', 'train.py', *best])}"), soft_wrap=True)
     charlm, board = command("charlm", "charlm"), command("tensorboard", "tensorboard.main")
     type_next(
         {

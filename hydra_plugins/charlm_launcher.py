@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 from hydra.core.config_store import ConfigStore
@@ -15,6 +15,10 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+if TYPE_CHECKING:
+    from charlm.ledger import Ledger
+    from charlm.sweep import Job, Pool
 
 
 @dataclass
@@ -46,34 +50,62 @@ class LocalLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         # Imported here, as every single run finds this file too.
-        from charlm.composition import composed
         from charlm.ledger import Ledger
-        from charlm.sweep import Job, Pool, names, run_jobs
+        from charlm.sweep import Grid, names, run_jobs
 
-        sweep_dir = Path(self.config.hydra.sweep.dir).absolute()
-        ledger = Ledger(sweep_dir)
-        ledger.content["command"] = list(self.config.hydra.overrides.task)
-        jobs = []
-        cfgs = list(composed(job_overrides, partial(self.context.config_loader.load_sweep_config, self.config)))
-        chosen = any(o.startswith("data.min_context=") for o in ledger.content["command"])
-        min_context = ledger.min_context([cfg.data.block_size for cfg in cfgs], chosen)
+        ledger = Ledger(self.sweep_dir)
+        ledger.begin(list(self.config.hydra.overrides.task), None)
+        cfgs = self.composed(job_overrides)
+        min_context = self.min_context(ledger, cfgs)
         fair = [f"data.min_context={min_context}"] if min_context else []
+        jobs = []
         for i, (given, name, cfg) in enumerate(zip(job_overrides, names(job_overrides), cfgs, strict=True)):
-            overrides = [*given, *fair]
-            with open_dict(cfg):
-                cfg.hydra.job.id, cfg.hydra.job.num = name, initial_job_idx + i
-            HydraConfig.instance().set_config(cfg)  # ${hydra:...} is looked up there
             cfg.data.min_context = min_context or cfg.data.min_context
-            itself = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-            itself.run_dir = ""  # all that the job is, wherever it is
-            plain: Any = OmegaConf.to_container(itself, resolve=True)
-            fingerprint = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-            folder = sweep_dir / ledger.name_of(fingerprint, cfg.hydra.sweep.subdir)
-            jobs.append(Job.of(overrides, folder, fingerprint, plain["trainer"], cfg))
-        rows = run_jobs(jobs, ledger, sweep_dir, Pool(**self.settings))
+            jobs.append(self.job(cfg, [*given, *fair], name, initial_job_idx + i, ledger.name_of))
+        rows = run_jobs(Grid(jobs, ledger), ledger, self.sweep_dir, self.pool())
         returned = []
-        for job, row in zip(jobs, rows, strict=True):
+        for job in jobs:
             one = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
-            one.return_value = row["val/loss"]  # what a sweeper that searches minimises
+            one.return_value = rows[job.name]["val/loss"]  # what a sweeper that searches minimises
             returned.append(one)
         return returned
+
+    @property
+    def sweep_dir(self) -> Path:
+        return Path(self.config.hydra.sweep.dir).absolute()
+
+    def pool(self) -> "Pool":
+        from charlm.sweep import Pool
+
+        return Pool(**self.settings)
+
+    def composed(self, job_overrides: Sequence[Sequence[str]]) -> list[DictConfig]:
+        from charlm.composition import composed
+
+        return list(composed(job_overrides, partial(self.context.config_loader.load_sweep_config, self.config)))
+
+    def min_context(self, ledger: "Ledger", cfgs: Sequence[DictConfig]) -> int | None:
+        """As `Ledger.min_context`, for jobs whose block sizes are those of `cfgs`."""
+        chosen = any(o.startswith("data.min_context=") for o in ledger.content["command"])
+        return ledger.min_context([cfg.data.block_size for cfg in cfgs], chosen)
+
+    def job(
+        self, cfg: DictConfig, overrides: list[str], name: str, number: int, place: Callable[[str, str], str]
+    ) -> "Job":
+        """The job that `overrides` were composed to.
+
+        Args:
+            name: for hydra.sweep.subdir to use.
+            place: the name of its folder, from its fingerprint and what hydra.sweep.subdir wants.
+        """
+        from charlm.sweep import Job
+
+        with open_dict(cfg):
+            cfg.hydra.job.id, cfg.hydra.job.num = name, number
+        HydraConfig.instance().set_config(cfg)  # ${hydra:...} is looked up there
+        itself = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        itself.run_dir = ""  # all that the job is, wherever it is
+        plain: Any = OmegaConf.to_container(itself, resolve=True)
+        fingerprint = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        folder = self.sweep_dir / place(fingerprint, cfg.hydra.sweep.subdir)
+        return Job.of(overrides, folder, fingerprint, plain, cfg)

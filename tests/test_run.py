@@ -209,7 +209,9 @@ def test_two_processes_leave_the_numbers_together_and_are_reproduced(train, char
     common += ["trainer.devices=2", "callbacks.checkpoint.every_n_steps=20"]
     ended = train(*common, "optimizer.lr=1e38", "hydra.run.dir=diverged")
     assert ended.code == 1
-    assert re.fullmatch(r"charlm: the loss of step \d+ is .*; diverged/checkpoints/last.ckpt .*whole\n", ended.err)
+    assert re.fullmatch(
+        r"charlm: training diverged: the loss of step \d+ is .*; diverged/checkpoints/last.ckpt .*whole\n", ended.err
+    )
     assert told(tmp_path / "diverged")["status"] == "failed"
     assert train(*common, "hydra.run.dir=run").code == 0
     ended = charlm("reproduce", "run", "--json")

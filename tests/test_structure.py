@@ -89,6 +89,7 @@ LAYERS += [
     "study",
     "composition",
     "mortal",
+    "space",
     "forkserver",
     "preflight",
     "sweep",
@@ -117,7 +118,8 @@ def test_hydra_is_known_to_few():
         for f in ROOT.glob("charlm/**/*.py")
         if re.search(r"^\s*(from|import) (hydra|omegaconf)", f.read_text(), re.M)
     }
-    assert knowing <= {f"charlm/{name}.py" for name in ("composition", "preflight", "resume", "terminal", "sweep/job")}
+    names = ("composition", "preflight", "resume", "space", "terminal", "sweep/job")
+    assert knowing <= {f"charlm/{name}.py" for name in names}
 
 
 def test_every_class_says_what_it_is():

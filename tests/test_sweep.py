@@ -333,13 +333,13 @@ def job(processes: int = 1, on_gpu: bool = False) -> Job:
 def test_as_many_jobs_run_as_the_machine_holds():
     pool = Pool("auto", 1, None)
     pool.cores, pool.gpus = 4, [0, 1, 2, 3]
-    assert pool.at_once([job()] * 9) == 4
-    assert pool.at_once([job()] * 2) == 2
-    assert pool.at_once([job(2)] * 9) == 2
-    assert pool.at_once([job(8)]) == 1
+    assert pool.at_once(job(), 9) == 4
+    assert pool.at_once(job(), 2) == 2
+    assert pool.at_once(job(2), 9) == 2
+    assert pool.at_once(job(8), 1) == 1
     pool.gpus = [0, 1]
-    assert pool.at_once([job(on_gpu=True)] * 9) == 2
-    assert pool.at_once([job(2, on_gpu=True)] * 9) == 1
+    assert pool.at_once(job(on_gpu=True), 9) == 2
+    assert pool.at_once(job(2, on_gpu=True), 9) == 1
     pool.gpus = [0, 1, 0, 1]  # two jobs may share one
     assert pool.take(2) == [0, 1]
     assert pool.take(1) == [0]
@@ -348,5 +348,5 @@ def test_as_many_jobs_run_as_the_machine_holds():
     pool.gpus = [1, 1, 0]
     assert pool.take(2) == [1, 0]
     two = Pool(2, 3, None)
-    assert two.at_once([job(2)] * 9) == 2
-    assert two.at_once([job()]) == 1
+    assert two.at_once(job(2), 9) == 2
+    assert two.at_once(job(), 1) == 1

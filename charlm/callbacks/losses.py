@@ -21,6 +21,7 @@ from charlm.errors import DiskError, InputError
 from charlm.module import LanguageModel
 from charlm.report import LOSSES, VALIDATIONS, read_validations
 
+DIVERGED = "training diverged"
 MOST = 1000  # that wait to be looked at
 
 
@@ -155,4 +156,4 @@ def diverged(trainer: L.Trainer, told: str) -> BaseException:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     saved = [(c.saved_at, c.path) for c in callbacks if isinstance(c, Checkpoint) and c.saved_at >= 0]
     stands = "".join(f"; {os.path.relpath(path)} is of step {step:,}, and whole" for step, path in saved)
-    return Diverged(f"{told}: try a lower optimizer.lr, or trainer.gradient_clip_val=1{stands}")
+    return Diverged(f"{DIVERGED}: {told}; try a lower optimizer.lr, or trainer.gradient_clip_val=1{stands}")

@@ -3,6 +3,6 @@
 from charlm.sweep.job import Job
 from charlm.sweep.names import names
 from charlm.sweep.pool import Pool
-from charlm.sweep.sweep import run_jobs
+from charlm.sweep.sweep import Grid, run_jobs
 
-__all__ = ["Job", "Pool", "names", "run_jobs"]
+__all__ = ["Grid", "Job", "Pool", "names", "run_jobs"]

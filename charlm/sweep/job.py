@@ -43,24 +43,31 @@ class Job:
     fingerprint: str  # of its whole configuration
     processes: int = 1  # it trains with so many
     on_gpu: bool = False
-    max_steps: int = -1
+    max_steps: int = -1  # which end it, if nothing does before
+    cost: int = 1  # of a step: tokens, where it is by them that jobs compare
     cfg: DictConfig | None = None  # as Hydra composed it, which takes longer than to hand it over
 
     @classmethod
     def of(
-        cls, overrides: list[str], folder: Path, fingerprint: str, trainer: dict[str, Any], cfg: DictConfig
+        cls, overrides: list[str], folder: Path, fingerprint: str, plain: dict[str, Any], cfg: DictConfig
     ) -> "Job":
-        """The job that a configuration describes, of which `trainer` tells what it needs."""
+        """The job that a configuration describes, which is also given as plain types."""
+        trainer, data = plain["trainer"], plain["data"]
         gpus = torch.cuda.device_count() if trainer["accelerator"] in ("auto", "gpu", "cuda") else 0
         devices = trainer["devices"]
         if isinstance(devices, str) and devices != "auto":
             devices = [int(d) for d in devices.split(",")] if "," in devices else int(devices)
         several = {"auto": 1, -1: gpus or 1}
         processes = len(devices) if isinstance(devices, list) else several.get(devices, devices)
-        steps = steps_of(trainer["max_steps"], cfg.max_tokens, trainer["max_time"])
+        steps = steps_of(trainer["max_steps"], plain["max_tokens"], trainer["max_time"])
+        tokens = data["batch_size"] * data["block_size"] * trainer["accumulate_grad_batches"] * processes
+        if plain["max_tokens"]:
+            enough = -(-plain["max_tokens"] // tokens)
+            steps = min(steps, enough) if steps > 0 else enough
         with read_write(cfg.hydra):
             cfg.hydra.mode, cfg.hydra.run.dir = "RUN", str(folder)
-        return cls(overrides, folder, fingerprint, processes, gpus > 0, steps, cfg)
+        cost = tokens if plain["max_tokens"] else 1
+        return cls(overrides, folder, fingerprint, processes, gpus > 0, steps, cost, cfg)
 
     @property
     def name(self) -> str:
@@ -114,6 +121,13 @@ class Running:
     since: float
     gpus: list[int]
     verdict: str | None = None  # where it is the sweep that ends it
+    told: float | None = None  # when, by time.monotonic()
+
+    def end(self, verdict: str) -> None:
+        """Let it save and stop, once."""
+        if self.verdict is None:
+            self.verdict, self.told = verdict, time.monotonic()
+            self.signal(signal.SIGTERM)
 
     def signal(self, number: signal.Signals) -> None:
         """To it and to the processes that it started."""

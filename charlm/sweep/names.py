@@ -1,6 +1,6 @@
 """Names of jobs: what differs between them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 UNSAFE = str.maketrans(dict.fromkeys("/\\:*?\"'<>| ", "-"))
 
@@ -17,16 +17,21 @@ def varying(job_overrides: Sequence[Sequence[str]]) -> list[str]:
     return [key for key in jobs[0] if len({job.get(key) for job in jobs}) > 1]
 
 
+def label(values: Mapping[str, str]) -> str:
+    """Settings as part of a file's name: by their last words, where those are not the same."""
+    short = {key: key.rpartition(".")[2] for key in values}
+    if len(set(short.values())) < len(values):
+        short = {key: key for key in values}
+    # 200 bytes leave room for a number under the 255 that file systems allow.
+    return ",".join(f"{short[key]}={value}" for key, value in values.items()).translate(UNSAFE)[:200]
+
+
 def names(job_overrides: Sequence[Sequence[str]]) -> list[str]:
     """A readable name for each job, such as block_size=8,lr=1e-2, with a number where that is not one's own."""
     swept = varying(job_overrides)
-    short = {key: key.rpartition(".")[2] for key in swept}
-    if len(set(short.values())) < len(swept):
-        short = {key: key for key in swept}
     made: list[str] = []
     for number, overrides in enumerate(job_overrides):
         values = settings(overrides)
-        # 200 bytes leave room for a suffix under the 255 that file systems allow.
-        name = ",".join(f"{short[key]}={values[key]}" for key in swept).translate(UNSAFE)[:200]
+        name = label({key: values[key] for key in swept})
         made.append(name if name and name not in made else f"{name or 'job'}_{number}")
     return made

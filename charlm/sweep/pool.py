@@ -6,6 +6,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -16,6 +17,7 @@ from charlm.sweep.job import Job, Running
 
 SECONDS_BETWEEN_LOOKS = 0.25
 SECONDS_TO_SAVE = 30.0  # for a job that is told to stop
+STOPPED = "stopped"  # how a job ended that the end of the whole sweep has interrupted
 
 
 class Pool:
@@ -32,30 +34,38 @@ class Pool:
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.gpus = [gpu for _ in range(jobs_per_gpu) for gpu in range(torch.cuda.device_count())]
         self.running: list[Running] = []
+        self.stopping = False
 
     def run(
         self,
-        jobs: list[Job],
+        jobs: Iterator[Job],
+        total: int,
         begun: Callable[[Job], None],
         ended: Callable[[Job, str], None],
         look: Callable[[list[Running]], None],
     ) -> None:
         """Run all; `begun` and `ended` are told of each, with how it ended, and `look` of those at work now and then.
 
+        Args:
+            jobs: asked for the next only when there may be room for it, as that may depend on how others ended.
+            total: how many these will be.
+
         Raises:
             KeyboardInterrupt, SystemExit: after all that ran were stopped, by Ctrl-C or SIGTERM.
         """
-        waiting = list(jobs)
-        at_once = self.at_once(jobs)
+        waiting: Job | None = None
         reader, writer = multiprocessing.get_context("forkserver").Pipe(duplex=False)
         with terminable():
             try:
-                while waiting or self.running:
-                    while waiting and self.fits(waiting[0]):
-                        job = waiting.pop(0)
-                        begun(job)
-                        gpus = self.take(job.processes) if job.on_gpu else []
-                        self.running.append(job.start(reader, max(1, self.cores // (at_once * job.processes)), gpus))
+                while True:
+                    while self.has_room() and (waiting := waiting or next(jobs, None)) and self.fits(waiting):
+                        begun(waiting)
+                        gpus = self.take(waiting.processes) if waiting.on_gpu else []
+                        threads = max(1, self.cores // (self.at_once(waiting, total) * waiting.processes))
+                        self.running.append(waiting.start(reader, threads, gpus))
+                        waiting = None
+                    if not self.running:
+                        return
                     wait([one.process.sentinel for one in self.running], SECONDS_BETWEEN_LOOKS)
                     self.hurry()
                     self.reap(ended)
@@ -67,12 +77,16 @@ class Pool:
                 writer.close()
                 reader.close()
 
-    def at_once(self, jobs: list[Job]) -> int:
-        """How many will run at a time."""
+    def at_once(self, job: Job, total: int) -> int:
+        """How many of `total` jobs like this one run at a time."""
         if self.n_jobs != "auto":
-            return min(self.n_jobs, len(jobs))
-        room = self.gpus if any(job.on_gpu for job in jobs) else range(self.cores)
-        return max(1, min(len(jobs), len(room) // max((job.processes for job in jobs), default=1)))
+            return min(self.n_jobs, total)
+        room = len(self.gpus) + sum(len(one.gpus) for one in self.running) if job.on_gpu else self.cores
+        return max(1, min(total, room // job.processes))
+
+    def has_room(self) -> bool:
+        """Is there room for a small job like those that run?"""
+        return not self.running or self.fits(replace(self.running[-1].job, processes=1))
 
     def fits(self, job: Job) -> bool:
         """Is there room for another job beside those that run? For the first, always."""
@@ -92,15 +106,11 @@ class Pool:
         return taken
 
     def hurry(self) -> None:
-        """End what goes beyond its time: first so that it can save, then at once."""
-        if self.timeout is None:
-            return
+        """End what goes beyond its time, and at once what was told to end and does not."""
         for one in self.running:
-            late = time.monotonic() - one.since - 60 * self.timeout
-            if late > 0 and one.verdict is None:
-                one.verdict = f"failed: no end within {self.timeout:g} minutes"
-                one.signal(signal.SIGTERM)
-            elif one.verdict and late > SECONDS_TO_SAVE:
+            if self.timeout is not None and time.monotonic() > one.since + 60 * self.timeout:
+                one.end(f"failed: no end within {self.timeout:g} minutes")
+            if one.told is not None and time.monotonic() > one.told + SECONDS_TO_SAVE:
                 one.signal(signal.SIGKILL)
 
     def reap(self, ended: Callable[[Job, str], None]) -> None:
@@ -108,10 +118,12 @@ class Pool:
             one.signal(signal.SIGKILL)  # whatever it has left behind
             self.running.remove(one)
             self.gpus += one.gpus
-            ended(one.job, one.verdict or one.job.how(one.process.exitcode))
+            how = one.verdict or one.job.how(one.process.exitcode)
+            ended(one.job, STOPPED if self.stopping and how.startswith("failed") else how)
 
     def stop(self, ended: Callable[[Job, str], None]) -> None:
         """Let all save and end. A second Ctrl-C ends them at once."""
+        self.stopping = True
         until = time.monotonic() + SECONDS_TO_SAVE
         number = signal.SIGTERM
         for one in self.running:

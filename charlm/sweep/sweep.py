@@ -1,66 +1,117 @@
 """A sweep from beginning to end: only what is not done yet, side by side, and a table of all."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from charlm import report, terminal
 from charlm.errors import InputError, stop
 from charlm.ledger import Ledger
-from charlm.preflight import held
+from charlm.preflight import held, options
 from charlm.sweep.job import LOG, Job, Running
 from charlm.sweep.names import settings, varying
-from charlm.sweep.pool import Pool
+from charlm.sweep.pool import STOPPED, Pool
 
 
-def run_jobs(jobs: Sequence[Job], ledger: Ledger, sweep_dir: Path, pool: Pool) -> list[dict[str, Any]]:
+class Source(Protocol):
+    """Where the jobs of a sweep come from."""
+
+    jobs: dict[str, Job]  # that there are so far, by name
+    total: int  # that there will be
+    swept: list[str]  # the settings in which they differ
+    ends: dict[str, str]  # how those ended, by name, of which nothing is left to do
+
+    def todo(self) -> Iterator[Job]:
+        """The others, each made when it is asked for."""
+
+    def watch(self, running: Sequence[Running]) -> None:
+        """Look at jobs at work, of which some may be told to end."""
+
+    def judge(self, job: Job, how: str) -> str:
+        """What is to be said of how a job has ended."""
+
+    def row(self, job: Job, how: str) -> dict[str, Any]:
+        """Its line of the table."""
+
+
+class Grid:
+    """Jobs that are all known before the first one runs.
+
+    Raises:
+        InputError: if a job's folder already holds another run.
+    """
+
+    def __init__(self, jobs: Sequence[Job], ledger: Ledger):
+        for job in jobs:
+            if job.name not in ledger.jobs and held(job.folder):
+                raise InputError(f"{job.folder} already holds a run of another sweep: choose another hydra.sweep.dir")
+        for job in jobs:
+            ledger.add(job.name, job.overrides, job.fingerprint, "done" if job.done() else "waiting")
+        self.jobs = {job.name: job for job in jobs}
+        self.total = len(self.jobs)
+        self.swept = varying([job.overrides for job in jobs])
+        self.ends = {job.name: "finished" for job in jobs if job.done()}
+
+    def todo(self) -> Iterator[Job]:
+        yield from (job for name, job in self.jobs.items() if name not in self.ends)
+
+    def watch(self, running: Sequence[Running]) -> None:
+        pass
+
+    def judge(self, job: Job, how: str) -> str:
+        return how
+
+    def row(self, job: Job, how: str) -> dict[str, Any]:
+        values = settings(job.overrides)
+        return {key: values[key] for key in self.swept} | job.row(how)
+
+
+def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool) -> dict[str, dict[str, Any]]:
     """Run the jobs that are not done, however some of them end, and show what all found.
 
     Returns:
-        The final figures of each job, in order.
+        The final figures of each job, by its name.
 
     Raises:
-        InputError: if a job's folder already holds another run; then none has started.
-        SystemExit: with code 1, after the last job, if any did not finish; 130 or 143 if the sweep was stopped.
+        SystemExit: with code 1, after the last job, if any failed; 130 or 143 if the sweep was stopped.
     """
-    for job in jobs:
-        if job.name not in ledger.jobs and held(job.folder):
-            raise InputError(f"{job.folder} already holds a run of another sweep: choose another hydra.sweep.dir")
-    for job in jobs:
-        ledger.add(job.name, job.overrides, job.fingerprint, "done" if job.done() else "waiting")
     ledger.write()
-    swept = varying([job.overrides for job in jobs])
-    ends = {job.name: "finished" for job in jobs if job.done()}
-    todo = list({job.name: job for job in jobs if job.name not in ends}.values())
-    if ends and todo:
-        terminal.going_on(sweep_dir, len(ends), len(todo))
+    ends, left = source.ends, source.total - len(source.ends)
+    if ends and left:
+        terminal.going_on(sweep_dir, len(ends), left)
     stopped: int | None = None
-    with terminal.sweep_at_work(len(todo)) as sight:
+    with terminal.sweep_at_work(left) as sight:
 
         def ended(job: Job, how: str) -> None:
-            ends[job.name] = how
-            ledger.set(job.name, "done" if how == "finished" else "failed", None if how == "finished" else how)
-            sight.ended(job.name, job.row(how))
+            ends[job.name] = how = source.judge(job, how)
+            verdict = report.verdict(how)
+            state = {"finished": "done", STOPPED: "waiting"}.get(verdict, verdict)
+            ledger.set(job.name, state, None if how == "finished" else how)
+            sight.ended(job.name, source.row(job, how))
 
         def look(running: Sequence[Running]) -> None:
+            source.watch(running)
             sight.look([(one.job.name, one.job.folder, one.job.max_steps, one.since) for one in running])
 
         try:
-            pool.run(todo, lambda job: ledger.set(job.name, "running"), ended, look)
+            pool.run(source.todo(), source.total, lambda job: ledger.set(job.name, "running"), ended, look)
         except KeyboardInterrupt:
             stopped = 130
         except SystemExit as told:
             stopped = int(told.code or 0)
-    values = {job.name: settings(job.overrides) for job in jobs}
-    rows = [{key: values[job.name][key] for key in swept} | job.row(ends.get(job.name, "waiting")) for job in jobs]
-    ranked = report.ranked(rows)
+    rows = {name: source.row(job, ends.get(name, "waiting")) for name, job in source.jobs.items()}
+    ranked = report.ranked([*rows.values()])
     report.write_csv(sweep_dir / "results.csv", ranked)
-    terminal.sweep_summary(sweep_dir, ranked, swept)
-    missing = sum(row["status"] != "finished" for row in rows)
-    place = terminal.quote(sweep_dir)
-    again = f"the rest: python train.py resume={place}"
+    finished = [name for name in source.jobs if ends.get(name) == "finished"]
+    first = report.ranked([rows[name] for name in finished])[:1]
+    best = [source.jobs[name].overrides for name in finished if rows[name] is first[0]]
+    terminal.sweep_summary(sweep_dir, ranked, source.swept, [*options(sys.argv), *best[0]] if best else [])
+    again = f"the rest: python train.py resume={terminal.quote(sweep_dir)}"
+    done = sum(report.verdict(row["status"]) in ("finished", "pruned") for row in ranked)
     if stopped:
-        stop(f"stopped with {len(rows) - missing} of {len(rows)} jobs done; {again}", stopped)
-    if missing:
-        stop(f"{missing} of {len(rows)} jobs failed; each one's {LOG} under {place} tells why; {again}", 1)
+        stop(f"stopped with {done} of {source.total} jobs done; {again}", stopped)
+    if done < source.total:
+        why = f"each one's {LOG} under {terminal.quote(sweep_dir)} tells why"
+        stop(f"{source.total - done} of {source.total} jobs failed; {why}; {again}", 1)
     return rows

@@ -1,0 +1,242 @@
+"""A search: trials that Optuna makes up one by one from what is known by then, and that end where they fall behind.
+
+Each is a job as any other. What Optuna knows of them is in optuna.journal, a storage of its own in the folder of the
+sweep. A suggestion is a function of the seed, of the trial's number and of what is known: with one worker, a search
+repeats itself to the bit, however often it is killed on its way.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.pruners import MedianPruner, NopPruner
+from optuna.samplers import TPESampler
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from charlm import ledger, report
+from charlm.callbacks.losses import DIVERGED
+from charlm.errors import InputError
+from charlm.ledger import Ledger
+from charlm.preflight import held
+from charlm.space import Space
+from charlm.sweep.job import Job, Running
+from charlm.sweep.names import label
+from charlm.sweep.pool import STOPPED
+
+JOURNAL = "optuna.journal"
+JOB = "job"  # the attribute of a trial that names its folder
+LARGEST = 2**28  # bytes of a journal that is read
+ENDED = {TrialState.COMPLETE: "done", TrialState.PRUNED: "pruned"}  # and what the ledger says of it
+
+
+@dataclass
+class Followed:
+    """A trial at work, the last step that Optuna was told of, and the last at which it was asked."""
+
+    trial: Trial
+    told: int
+    judged: int
+
+
+class Search:
+    """The jobs of a search, as a source of them.
+
+    Args:
+        space: what trials set.
+        fair: what all are told beside that.
+        make: the job of overrides, by its name and number.
+        check: raises InputError for overrides with which no run can be.
+
+    Raises:
+        InputError: if the journal is damaged, or does not fit to the ledger or to what is asked.
+    """
+
+    def __init__(
+        self,
+        asked: ledger.Search,
+        space: Space,
+        fair: Sequence[str],
+        ledger: Ledger,
+        make: Callable[[list[str], str, int], Job],
+        check: Callable[[list[str]], None],
+    ):
+        self.asked, self.space, self.fair, self.ledger, self.make, self.check = asked, space, fair, ledger, make, check
+        self.folder, self.swept = ledger.file.parent, ["trial", *space.open]
+        self.study = study(self.folder / JOURNAL, asked)
+        self.trials = self.known()
+        self.followed: dict[str, Followed] = {}
+        self.jobs: dict[str, Job] = {}
+        self.ends: dict[str, str] = {}
+        for name, trial in self.trials.items():
+            entry = ledger.jobs[name]
+            self.jobs[name] = Job(self.overrides(trial.params), self.folder / name, entry["fingerprint"])
+            if trial.state in ENDED:
+                entry["state"] = ENDED[trial.state]
+                self.ends[name] = "finished" if trial.state == TrialState.COMPLETE else entry["reason"] or "pruned"
+        self.total = max(asked["n_trials"], len(self.jobs))
+
+    def known(self) -> dict[str, FrozenTrial]:
+        """By the names of their jobs, the trials that there are: of one that was tried again, the last try."""
+        found: dict[str, FrozenTrial] = {}
+        for trial in self.study.get_trials(deepcopy=False):
+            name = trial.user_attrs.get(JOB)
+            if name in self.ledger.jobs and trial.distributions == self.space.open:
+                found[name] = trial
+            elif trial.state == TrialState.RUNNING:  # the search was killed while it was made up
+                self.study.tell(trial.number, state=TrialState.FAIL)
+            elif trial.state != TrialState.FAIL:
+                raise InputError(f"{self.folder / JOURNAL} is not of this search: choose another hydra.sweep.dir")
+        lost = self.ledger.jobs.keys() - found
+        if lost:
+            raise InputError(f"{self.folder / JOURNAL} does not know {min(lost)}: choose another hydra.sweep.dir")
+        return found
+
+    def todo(self) -> Iterator[Job]:
+        for number, (name, trial) in enumerate([*self.trials.items()]):
+            if trial.state not in ENDED:
+                yield self.again(number, name, trial)
+        while len(self.jobs) < self.total:
+            yield self.next()
+
+    def again(self, number: int, name: str, trial: FrozenTrial) -> Job:
+        """What was interrupted, or what failed: for Optuna, that is a second trial, with the values of the first."""
+        if trial.state == TrialState.FAIL:
+            again = create_trial(
+                state=TrialState.RUNNING,
+                params=trial.params,
+                distributions=trial.distributions,
+                user_attrs=trial.user_attrs,
+            )
+            self.study.add_trial(again)
+            trial = self.study.get_trials(deepcopy=False)[-1]
+        job = self.make(self.overrides(trial.params), self.label(number, trial.params), number)
+        if job.fingerprint != self.jobs[name].fingerprint:
+            raise InputError(
+                f"{self.folder} was begun with other values in conf/, which the rest of it would not compare with: "
+                f"choose another hydra.sweep.dir"
+            )
+        told = max(trial.intermediate_values, default=-1)
+        self.followed[name] = Followed(Trial(self.study, trial._trial_id), told, told - 1)
+        self.jobs[name] = replace(job, folder=self.folder / name)
+        return self.jobs[name]
+
+    def next(self) -> Job:
+        """A new one."""
+        number = len(self.jobs)
+        seed = int(np.random.SeedSequence((self.asked["seed"], number)).generate_state(1)[0])
+        self.study.sampler = TPESampler(seed=seed, n_startup_trials=self.asked["n_startup_trials"])
+        trial = self.study.ask(self.space.open)
+        job = self.make(self.overrides(trial.params), self.label(number, trial.params), number)
+        if job.name in self.jobs or held(job.folder):
+            raise InputError(f"{job.folder} already holds another run: choose another hydra.sweep.dir")
+        self.ledger.add(job.name, job.overrides, job.fingerprint, "waiting")
+        trial.set_user_attr(JOB, job.name)
+        self.followed[job.name] = Followed(trial, -1, -1)
+        self.jobs[job.name] = job
+        return job
+
+    def overrides(self, params: dict[str, Any]) -> list[str]:
+        return [*self.space.point(params), *self.fair]
+
+    def label(self, number: int, params: dict[str, Any]) -> str:
+        return f"trial_{number:03d},{label({key: report.short(params[key]) for key in self.space.open})}"
+
+    def watch(self, running: Sequence[Running]) -> None:
+        for one in running:
+            pruned = self.follow(one.job) if one.verdict is None else None
+            if pruned:
+                one.end(pruned)
+
+    def follow(self, job: Job) -> str | None:
+        """Tell Optuna what a trial has found since, in order.
+
+        Returns:
+            How it ends, if it fell behind. That is judged from values alone, however far the job may be by now.
+        """
+        one = self.followed[job.name]
+        for step, _, loss in report.read_validations(job.folder):
+            if step > one.told:
+                one.trial.report(loss, step * job.cost)
+                one.told = step
+            if step <= one.judged or step == job.max_steps:  # at its end there is nothing to save
+                continue
+            one.judged = step
+            if step >= self.asked["prune_warmup_steps"] and one.trial.should_prune():
+                return f"pruned at step {step:,}"
+        return None
+
+    def judge(self, job: Job, how: str) -> str:
+        if how == STOPPED:
+            return how
+        if report.verdict(how) != "pruned":
+            how = self.follow(job) or self.hopeless(job, how)
+        trial, verdict = self.followed[job.name].trial, report.verdict(how)
+        if verdict == "finished":
+            self.study.tell(trial, (report.read_results(job.folder) or {})["val/loss"])
+        else:
+            self.study.tell(trial, state=TrialState.PRUNED if verdict == "pruned" else TrialState.FAIL)
+        self.trials[job.name] = self.study.get_trials(deepcopy=False)[trial.number]
+        return how
+
+    def hopeless(self, job: Job, how: str) -> str:
+        """How it ended: what is no one's fault but that of its values counts as the worst there is, not as failed."""
+        results = report.read_results(job.folder)
+        if how == "finished" and results and results["val/loss"] is None:
+            return "pruned: its val loss is infinite or not a number"
+        if how.startswith(f"failed: {DIVERGED}"):
+            return how.replace("failed", "pruned", 1).partition(";")[0]
+        if report.verdict(how) == "failed":
+            try:
+                self.check(job.overrides)
+            except InputError as error:
+                return f"pruned: {error}"
+        return how
+
+    def row(self, job: Job, how: str) -> dict[str, Any]:
+        values = self.trials[job.name].params if job.name in self.trials else self.followed[job.name].trial.params
+        found = (
+            {"trial": list(self.jobs).index(job.name)} | {key: values[key] for key in self.space.open} | job.row(how)
+        )
+        if report.verdict(how) == "pruned":
+            last = self.trials[job.name].value
+            found["val/loss"] = last if last is not None and math.isfinite(last) else None
+        return found
+
+
+def study(file: Path, asked: ledger.Search) -> optuna.Study:
+    """The study that is kept in `file`, or a new one. Only the process that has claimed its folder may ask for it.
+
+    Raises:
+        InputError: if it is too large or damaged.
+    """
+    optuna.logging.disable_default_handler()  # charlm tells what there is to tell
+    file.with_name(f"{file.name}.lock").unlink(missing_ok=True)  # which a kill has left
+    some = asked["prune_startup_trials"]
+    pruner = MedianPruner(n_startup_trials=some, n_min_trials=max(1, some)) if asked["prune"] else NopPruner()
+    try:
+        if file.exists():
+            if file.stat().st_size > LARGEST:
+                raise ValueError("too large")
+            without_torn_end(file)
+        storage = JournalStorage(JournalFileBackend(str(file)))
+        return optuna.create_study(
+            storage=storage, study_name="search", direction="minimize", pruner=pruner, load_if_exists=True
+        )
+    except OSError:
+        raise
+    except Exception as error:  # Optuna takes a journal to be its own, and fails in any way where it is not
+        raise InputError(f"{file} is damaged, or not Optuna's: choose another hydra.sweep.dir") from error
+
+
+def without_torn_end(file: Path) -> None:
+    """Cut off the line that a full disk may have left half-written."""
+    content = file.read_bytes()
+    if not content.endswith(b"\n"):
+        with file.open("r+b") as journal:
+            journal.truncate(content.rfind(b"\n") + 1)

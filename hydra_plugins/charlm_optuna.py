@@ -1,0 +1,78 @@
+"""Where Hydra looks for plugins, and accepts them from no other package: `hydra/sweeper=optuna` searches by Optuna."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from annotated_types import Ge, Le
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf
+
+
+@dataclass
+class OptunaSweeperConf:
+    """hydra/sweeper=optuna: hydra.sweeper.n_trials=50"""
+
+    _target_: str = "hydra_plugins.charlm_optuna.OptunaSweeper"
+    n_trials: Any = 30  # in all: a search that goes on runs what is missing, or more if this is more
+    seed: Any = "${seed}"  # of what is suggested
+    n_startup_trials: Any = 10  # drawn at random, before TPE has something to learn from
+    prune: Any = True  # end trials whose best val loss is above the median of the others at the same step
+    prune_startup_trials: Any = 5  # that must have finished, and been validated at that step
+    prune_warmup_steps: Any = 0  # of a trial, which always has so many
+    params: Any = None  # what is searched, beside the command line: {optimizer.lr: "tag(log,interval(1e-4,1e-1))"}
+
+
+ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaSweeperConf, provider="charlm")
+
+
+class OptunaSweeper(Sweeper):
+    """Trials that learn from those before them, by the launcher for this machine."""
+
+    def __init__(
+        self,
+        n_trials: Annotated[int, Ge(1)],
+        seed: Annotated[int, Ge(0), Le(2**32 - 1)],
+        n_startup_trials: Annotated[int, Ge(0)],
+        prune: bool,
+        prune_startup_trials: Annotated[int, Ge(1)],
+        prune_warmup_steps: Annotated[int, Ge(0)],
+        params: Mapping[str, str] | None,
+    ):
+        self.params = params or {}
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+        self.launcher: Any = Plugins.instance().instantiate_launcher(hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> None:
+        # Imported here, as every single run finds this file too.
+        from charlm.ledger import Ledger
+        from charlm.preflight import check_settings
+        from charlm.space import Space, asked
+        from charlm.sweep import Job, run_jobs
+        from charlm.sweep.search import Search
+
+        parser = OverridesParser.create(config_loader=self.context.config_loader)
+        params = [f"{key}={value}" for key, value in self.params.items()]
+        space = Space(parser.parse_overrides([*params, *arguments]))
+        launcher, ledger = self.launcher, Ledger(self.launcher.sweep_dir)
+        corners = [launcher.composed(overrides) for overrides in space.corners()]
+        search = asked(corners[0].hydra, space)
+        ledger.begin(list(self.config.hydra.overrides.task), search)
+        fair = launcher.fair(ledger, corners)
+
+        def make(overrides: list[str], name: str, number: int) -> Job:
+            return launcher.job(launcher.composed(overrides), overrides, (), name, number)
+
+        def check(overrides: list[str]) -> None:
+            cfg = launcher.composed(overrides)
+            check_settings(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
+
+        launcher.sweep_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, launcher.sweep_dir / "multirun.yaml")  # as Hydra's own sweeper does
+        run_jobs(Search(search, space, fair, ledger, make, check), ledger, launcher.sweep_dir, launcher.pool())
