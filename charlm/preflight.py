@@ -89,8 +89,8 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             mode = "sweep" if args.multirun else "run"
             if args.multirun:
                 check_launcher(cfgs[0].hydra.launcher)
-            elif any(o.startswith("hydra/sweeper=") for o in overrides):
-                raise InputError("hydra/sweeper= is for many runs: say python train.py -m ...")
+            elif sweepers := [o for o in overrides if o.startswith("hydra/sweeper=")]:
+                raise InputError(f"{sweepers[0]} makes many runs: say python train.py -m ...")
             searched = asked(cfgs[0].hydra, space) if space else None
             run_dir = cfgs[0].hydra[mode].dir
         if "TORCHELASTIC_RUN_ID" in os.environ and not any(o.startswith("hydra.run.dir=") for o in overrides):
@@ -583,7 +583,7 @@ def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
 
 def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
     """The settings that there are under the groups that the command chose, without the wrong one."""
-    groups = [o for o in overrides if re.match(r"[a-z_]+=", o) and o.split("=")[0] != wrong]
+    groups = [o for o in overrides if re.match(r"(hydra/)?[a-z_]+=", o) and o.split("=")[0] != wrong]
     chosen = [o for o in groups if "," not in o or o.startswith("callbacks=[")]
     of_hydra = wrong.startswith("hydra.")
     try:
