@@ -61,16 +61,18 @@ class OptunaSweeper(Sweeper):
         params = [f"{key}={value}" for key, value in self.params.items()]
         space = Space(parser.parse_overrides([*params, *arguments]))
         launcher, ledger = self.launcher, Ledger(self.launcher.sweep_dir)
-        corners = [launcher.composed(overrides) for overrides in space.corners()]
+        corners = launcher.composed(space.corners())
         search = asked(corners[0].hydra, space)
         ledger.begin(list(self.config.hydra.overrides.task), search)
-        fair = launcher.fair(ledger, corners)
+        min_context = launcher.min_context(ledger, corners)
+        fair = [f"data.min_context={min_context}"] if min_context else []
 
-        def make(overrides: list[str], name: str, number: int) -> Job:
-            return launcher.job(launcher.composed(overrides), overrides, (), name, number)
+        def make(overrides: list[str], label: str, number: int, known: str | None) -> Job:
+            [cfg] = launcher.composed([overrides])
+            return launcher.job(cfg, overrides, label, number, lambda fingerprint, wanted: known or wanted)
 
         def check(overrides: list[str]) -> None:
-            cfg = launcher.composed(overrides)
+            [cfg] = launcher.composed([overrides])
             check_settings(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
 
         launcher.sweep_dir.mkdir(parents=True, exist_ok=True)

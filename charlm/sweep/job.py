@@ -48,9 +48,7 @@ class Job:
     cfg: DictConfig | None = None  # as Hydra composed it, which takes longer than to hand it over
 
     @classmethod
-    def of(
-        cls, overrides: list[str], folder: Path, fingerprint: str, plain: dict[str, Any], cfg: DictConfig
-    ) -> "Job":
+    def of(cls, overrides: list[str], folder: Path, fingerprint: str, plain: dict[str, Any], cfg: DictConfig) -> "Job":
         """The job that a configuration describes, which is also given as plain types."""
         trainer, data = plain["trainer"], plain["data"]
         gpus = torch.cuda.device_count() if trainer["accelerator"] in ("auto", "gpu", "cuda") else 0

@@ -7,7 +7,7 @@ repeats itself to the bit, however often it is killed on its way.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Search:
     Args:
         space: what trials set.
         fair: what all are told beside that.
-        make: the job of overrides, by its name and number.
+        make: the job of overrides, by its label and number, and by the name of its folder if it has one already.
         check: raises InputError for overrides with which no run can be.
 
     Raises:
@@ -63,7 +63,7 @@ class Search:
         space: Space,
         fair: Sequence[str],
         ledger: Ledger,
-        make: Callable[[list[str], str, int], Job],
+        make: Callable[[list[str], str, int, str | None], Job],
         check: Callable[[list[str]], None],
     ):
         self.asked, self.space, self.fair, self.ledger, self.make, self.check = asked, space, fair, ledger, make, check
@@ -115,7 +115,7 @@ class Search:
             )
             self.study.add_trial(again)
             trial = self.study.get_trials(deepcopy=False)[-1]
-        job = self.make(self.overrides(trial.params), self.label(number, trial.params), number)
+        job = self.make(self.overrides(trial.params), self.label(number, trial.params), number, name)
         if job.fingerprint != self.jobs[name].fingerprint:
             raise InputError(
                 f"{self.folder} was begun with other values in conf/, which the rest of it would not compare with: "
@@ -123,8 +123,8 @@ class Search:
             )
         told = max(trial.intermediate_values, default=-1)
         self.followed[name] = Followed(Trial(self.study, trial._trial_id), told, told - 1)
-        self.jobs[name] = replace(job, folder=self.folder / name)
-        return self.jobs[name]
+        self.jobs[name] = job
+        return job
 
     def next(self) -> Job:
         """A new one."""
@@ -132,7 +132,7 @@ class Search:
         seed = int(np.random.SeedSequence((self.asked["seed"], number)).generate_state(1)[0])
         self.study.sampler = TPESampler(seed=seed, n_startup_trials=self.asked["n_startup_trials"])
         trial = self.study.ask(self.space.open)
-        job = self.make(self.overrides(trial.params), self.label(number, trial.params), number)
+        job = self.make(self.overrides(trial.params), self.label(number, trial.params), number, None)
         if job.name in self.jobs or held(job.folder):
             raise InputError(f"{job.folder} already holds another run: choose another hydra.sweep.dir")
         self.ledger.add(job.name, job.overrides, job.fingerprint, "waiting")

@@ -103,10 +103,10 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool) -> dic
     rows = {name: source.row(job, ends.get(name, "waiting")) for name, job in source.jobs.items()}
     ranked = report.ranked([*rows.values()])
     report.write_csv(sweep_dir / "results.csv", ranked)
-    finished = [name for name in source.jobs if ends.get(name) == "finished"]
-    first = report.ranked([rows[name] for name in finished])[:1]
-    best = [source.jobs[name].overrides for name in finished if rows[name] is first[0]]
-    terminal.sweep_summary(sweep_dir, ranked, source.swept, [*options(sys.argv), *best[0]] if best else [])
+    finished = {name: row["val/loss"] for name, row in rows.items() if row["status"] == "finished"}
+    losses = {name: loss for name, loss in finished.items() if loss is not None}
+    best = source.jobs[min(losses, key=losses.__getitem__)].overrides if losses else []
+    terminal.sweep_summary(sweep_dir, ranked, source.swept, [*options(sys.argv), *best] if best else [])
     again = f"the rest: python train.py resume={terminal.quote(sweep_dir)}"
     done = sum(report.verdict(row["status"]) in ("finished", "pruned") for row in ranked)
     if stopped:
