@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from charlm import report, terminal
 from charlm.errors import InputError, stop
+from charlm.forkserver import is_sweep
 from charlm.ledger import Ledger
 from charlm.preflight import held, options
 from charlm.sweep.job import LOG, Job, Running
@@ -106,7 +107,8 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool) -> dic
     finished = {name: row["val/loss"] for name, row in rows.items() if row["status"] == "finished"}
     losses = {name: loss for name, loss in finished.items() if loss is not None}
     best = source.jobs[min(losses, key=losses.__getitem__)].overrides if losses else []
-    terminal.sweep_summary(sweep_dir, ranked, source.swept, [*options(sys.argv), *best] if best else [])
+    alone = ["hydra.mode=RUN"] if is_sweep(best) else []  # and not the whole study again
+    terminal.sweep_summary(sweep_dir, ranked, source.swept, [*options(sys.argv), *best, *alone] if best else [])
     again = f"the rest: python train.py resume={terminal.quote(sweep_dir)}"
     done = sum(report.verdict(row["status"]) in ("finished", "pruned") for row in ranked)
     if stopped:
