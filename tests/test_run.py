@@ -181,7 +181,7 @@ def test_a_loss_that_leaves_the_numbers_ends_the_run(train, tmp_path, text_file)
     common += ["trainer=cpu", "threads=1", "trainer.max_steps=500", "callbacks.checkpoint.every_n_steps=1"]
     ended = train(*common, "data.batch_size=2", "optimizer.lr=1e30", "trainer.log_every_n_steps=100")
     assert ended.code == 1
-    named = re.fullmatch(r"charlm: .* step (\d+).*: try a lower optimizer.lr, .* of step (\d+), and whole\n", ended.err)
+    named = re.fullmatch(r"charlm: .* step (\d+).*; try a lower optimizer.lr, .* of step (\d+), and whole\n", ended.err)
     assert named, ended.err
     folder = next((tmp_path / "outputs").iterdir())
     kept = checkpoint.read(folder / "checkpoints" / "last.ckpt")
