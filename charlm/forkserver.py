@@ -31,10 +31,15 @@ def is_sweep(argv: Sequence[str]) -> bool:
 def start() -> ForkServerContext:
     """Start the server, if there is none yet. Returns what makes processes that it forks."""
     context = multiprocessing.get_context("forkserver")
-    root = str(Path(__file__).parent.parent)
-    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if root not in places:  # the server, too, takes charlm from beside train.py, and not from where it is installed
-        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, places)])
+    find()
     context.set_forkserver_preload(PRELOAD)
     ensure_running()
     return context
+
+
+def find() -> None:
+    """Processes of Python take charlm from beside train.py, and not from where it is installed."""
+    root = str(Path(__file__).parent.parent)
+    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    if root not in places:
+        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, places)])

@@ -42,6 +42,7 @@ class Content(TypedDict):
 
     format: int
     command: list[str]  # the settings that were given, without those of Hydra
+    launcher: str  # where its jobs ran last: local, slurm or ray
     min_context: int | None  # that all jobs are evaluated with; None: what each one's settings say
     search: Search | None  # None: a grid
     jobs: dict[str, Entry]  # by the names of their folders
@@ -56,7 +57,14 @@ class Ledger:
 
     def __init__(self, folder: Path):
         self.file = folder / NAME
-        self.content: Content = {"format": FORMAT, "command": [], "min_context": None, "search": None, "jobs": {}}
+        self.content: Content = {
+            "format": FORMAT,
+            "command": [],
+            "launcher": "local",
+            "min_context": None,
+            "search": None,
+            "jobs": {},
+        }
         self.is_new = not self.file.exists()
         if not self.is_new:
             self.content = read(self.file)

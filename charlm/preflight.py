@@ -1,9 +1,11 @@
 """Everything that can be wrong with a command, found before anything is written and before the first job starts."""
 
+import importlib.util
 import itertools
 import logging
 import os
 import re
+import shutil
 import sys
 import tempfile
 import warnings
@@ -43,6 +45,15 @@ from charlm.run import claim, is_first, read_record
 from charlm.space import Space, asked, recorded
 from charlm.trainer import FSDP, precision_for
 
+# Who starts processes on several machines leaves one of these in the environment.
+STARTED_BY = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "NODE_RANK", "GROUP_RANK"}
+# What runs the jobs of a sweep: the package of Hydra's plugins that it needs, and a program.
+LAUNCHERS: dict[str, tuple[str | None, str | None]] = {
+    "local": (None, None),
+    "slurm": ("hydra-submitit-launcher", "sbatch"),
+    "ray": ("hydra-ray-launcher", None),
+}
+
 
 def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     """Compose every run that a command line asks for and check it.
@@ -68,7 +79,8 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     for name in ("resume", "rerun"):
         named = [o.removeprefix(f"{name}=") for o in overrides if o.startswith(f"{name}=")]
         if named and named[-1] not in ("", "null"):
-            return [argv[0], *check_recorded(name, args, Path(unquoted(named[-1])), config_dir)]
+            # Other processes of the same run are given this command, and have to find the same files.
+            return [argv[0], *options(argv), *check_recorded(name, args, Path(unquoted(named[-1])), config_dir)]
     name = args.config_name or "train"
     # As Hydra does: --config-path counts from train.py, --config-dir from where one stands.
     config_dir = config_dir.parent / (args.config_path or config_dir.name)
@@ -79,7 +91,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     search = [f"hydra.searchpath=[file://{os.path.abspath(args.config_dir)}]"] if args.config_dir else []
     with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
         with told_in_one_line(overrides):
-            check_overrides(overrides)
+            check_overrides(overrides, args.multirun)
             jobs, space = expand(name, overrides, search) if args.multirun else ([overrides], None)
             whole = partial(compose, name, return_hydra_config=True)
             cfgs = list(composed([[*job, *search] for job in jobs], whole))
@@ -88,24 +100,27 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             HydraConfig.instance().set_config(cfgs[0])
             mode = "sweep" if args.multirun else "run"
             if args.multirun:
-                check_launcher(cfgs[0].hydra.launcher)
+                for cfg in cfgs:
+                    check_launcher(cfg)
             elif sweepers := [o for o in overrides if o.startswith("hydra/sweeper=")]:
                 raise InputError(f"{sweepers[0]} makes many runs: say python train.py -m ...")
             searched = asked(cfgs[0].hydra, space) if space else None
             run_dir = cfgs[0].hydra[mode].dir
-        if "TORCHELASTIC_RUN_ID" in os.environ and not any(o.startswith("hydra.run.dir=") for o in overrides):
-            raise InputError("torchrun starts several processes: give them one folder, hydra.run.dir=outputs/NAME")
+        several = "TORCHELASTIC_RUN_ID" in os.environ or int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+        if several and not any(o.startswith("hydra.run.dir=") for o in overrides):
+            raise InputError("several processes have begun one run: give them one folder, hydra.run.dir=outputs/NAME")
         chosen = any(o.startswith(f"hydra.{mode}.dir=") for o in overrides)
         begun = mode == "sweep" and (Path(run_dir) / LEDGER).is_file()
         if is_first():
             check_folder(Path(run_dir), f"hydra.{mode}.dir", new=not chosen or begun)
+        elsewhere = args.multirun and not cfgs[0].hydra.launcher._target_.endswith(".LocalLauncher")
         cfgs = [OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]) for cfg in cfgs]
         if resumed_sweep:
             for cfg in cfgs:
                 parts = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "run_dir"])
                 config.check_targets(Path(run_dir), OmegaConf.to_container(parts), conf)
         for cfg in cfgs:  # the settings of every job before the text of any: texts take time, and perhaps the network
-            check_settings(cfg)
+            check_settings(cfg, elsewhere)
         if len({cfg.data.corpus for cfg in cfgs}) > 1:  # a sweep over corpora means each of them
             for cfg in cfgs:
                 cfg.data.fallback = None
@@ -136,7 +151,7 @@ def sweep_of(args: Namespace) -> list[str]:
     """The overrides of a sweep that is to go on, resume=FOLDER, with what is given beside that in place of the old.
 
     Raises:
-        InputError: if its ledger cannot be read.
+        InputError: if its ledger cannot be read, or to ask where to run what ran elsewhere.
     """
     named = [Path(unquoted(o.removeprefix("resume="))) for o in args.overrides if re.match("resume=.", o)]
     if not named or not (named[-1] / LEDGER).is_file():
@@ -144,6 +159,11 @@ def sweep_of(args: Namespace) -> list[str]:
     given = [o for o in args.overrides if not o.startswith(("resume=", "hydra.sweep.dir="))]
     keys = {o.partition("=")[0] for o in given}
     content = read(named[-1] / LEDGER)
+    if content["launcher"] != "local" and "hydra/launcher" not in keys:
+        raise InputError(
+            f"{named[-1]} ran with hydra/launcher={content['launcher']}: say so again, with what settings that had, or "
+            f"hydra/launcher=local"
+        )
     begun = [*content["command"], *(recorded(content["search"], content["command"]) if content["search"] else [])]
     kept = [o for o in begun if o.partition("=")[0] not in keys]
     return [*kept, *given, f"hydra.sweep.dir={quoted(named[-1])}"]
@@ -241,11 +261,11 @@ def options(argv: Sequence[str]) -> list[str]:
     return [f"{name}={place}" for name, place in places.items() if place]
 
 
-def check_overrides(overrides: list[str]) -> None:
+def check_overrides(overrides: list[str], multirun: bool) -> None:
     """What Hydra would take, and what no run can do with.
 
     Raises:
-        InputError: for a group without a choice, a setting taken away, or a run_dir.
+        InputError: for a group without a choice, a setting taken away, a run_dir, or a launcher that is not charlm's.
     """
     loader = GlobalHydra.instance().config_loader()
     for override in OverridesParser.create(config_loader=loader).parse_overrides(overrides):
@@ -257,6 +277,8 @@ def check_overrides(overrides: list[str]) -> None:
             continue
         if not key:
             raise InputError(f"{line} names no setting: say which, as in optimizer.lr=1e-3")
+        if key == "hydra/launcher":
+            check_engine(str(override.value()), multirun)
         if key == "run_dir":
             raise InputError(f"{line} would split the run over two folders: say hydra.run.dir=...")
         for value in override.sweep_iterator() if override.is_discrete_sweep() else [override.value()]:
@@ -301,18 +323,45 @@ def first_value(override: Override) -> str:
     return str(override.input_line)
 
 
-def check_launcher(node: DictConfig) -> None:
-    """Can a pool of jobs be as it is asked for? Other launchers check their settings by themselves.
+def check_engine(name: str, multirun: bool) -> None:
+    """Is what runs the jobs of a sweep there?
+
+    Raises:
+        InputError: if not, or for a launcher that keeps no ledger, and that a job on several devices would break.
+    """
+    if name not in LAUNCHERS:
+        raise InputError(f"hydra/launcher={name} is not there: choose one of {', '.join(LAUNCHERS)}")
+    package, program = LAUNCHERS[name]
+    if not multirun and package:
+        raise InputError(f"hydra/launcher={name} runs the jobs of -m: add that, also for a single job")
+    if package and importlib.util.find_spec(f"hydra_plugins.{package.replace('-', '_')}") is None:
+        raise InputError(f"hydra/launcher={name} needs a package that is not there: pip install {package}")
+    if program and not shutil.which(program):
+        raise InputError(f"hydra/launcher={name} needs {program}, which is not here: run it on the cluster")
+    # conf/hydra/launcher/ray.yaml has the name, and the settings, of what hydra-ray-launcher brings for itself.
+    warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated against ConfigStore schema")
+
+
+def check_launcher(cfg: DictConfig) -> None:
+    """Can the jobs of a sweep be run as is asked for?
 
     Raises:
         InputError: if not.
     """
-    if node._target_.endswith(".LocalLauncher"):
-        config.check_node("hydra.launcher", OmegaConf.to_container(node))
+    launcher: Any = OmegaConf.to_container(cfg.hydra.launcher, resolve=False)
+    if launcher["_target_"].endswith(".LocalLauncher"):
+        config.check_node("hydra.launcher", launcher)
+        return
+    devices = cfg.trainer.devices
+    if not isinstance(devices, int) or devices < 1:
+        raise InputError(f"trainer.devices={devices} tells too little of what a job needs: give a number, as in 2")
+    if launcher["_target_"].endswith(".RayLauncher") and cfg.trainer.num_nodes > 1:
+        raise InputError("hydra/launcher=ray has each job on one machine: leave trainer.num_nodes, or use slurm")
+    OmegaConf.to_container(cfg.hydra.launcher, resolve=True)  # whose types are those of its package
 
 
-def check_settings(cfg: DictConfig) -> None:
-    """Check one composed configuration and the hardware that it asks for.
+def check_settings(cfg: DictConfig, elsewhere: bool = False) -> None:
+    """Check one composed configuration and, where it is not to train elsewhere, the hardware that it asks for.
 
     Raises:
         InputError: for the first thing that cannot work.
@@ -333,8 +382,11 @@ def check_settings(cfg: DictConfig) -> None:
         raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
     check_places(plain)
     check_average(plain)
-    check_hardware(plain["trainer"])
-    check_shortcuts(plain)
+    if elsewhere:  # where each job checks this by itself
+        cfg.trainer.update(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
+    else:
+        check_hardware(plain["trainer"])
+        check_shortcuts(plain)
     check_parts(cfg, check_trainer(cfg.trainer))
 
 
@@ -426,6 +478,11 @@ def check_hardware(trainer: dict[str, Any]) -> None:
     if strategy not in ("auto", "ddp", FSDP.name):
         raise InputError(
             f"trainer.strategy={strategy} is not possible: choose auto, or trainer=ddp or fsdp with trainer.devices=N"
+        )
+    if trainer["num_nodes"] > 1 and not STARTED_BY & os.environ.keys():
+        raise InputError(
+            f"trainer.num_nodes={trainer['num_nodes']} needs a process started on each: by torchrun, or by Slurm with "
+            f"-m hydra/launcher=slurm"
         )
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not mps)
     wanted = how_many(devices, on_cpu)

@@ -49,6 +49,7 @@ def logged() -> Iterator[None]:
     threading.excepthook = lambda failed: log.error("a thread failed", exc_info=failed.exc_value)
     warnings.simplefilter("default")
     warnings.filterwarnings("ignore", message=".*`dataloader_iter`")  # Lightning's caution, which charlm has read
+    warnings.filterwarnings("ignore", message="The `srun` command is available")  # and may be used, or not
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         library = logging.getLogger(name)
         library.handlers.clear()
@@ -261,6 +262,11 @@ def going_on(sweep_dir: Path, done: int, left: int) -> None:
     console.print(f"{quote(sweep_dir)} has {done} of these jobs done: {left} to go")
 
 
+def handed_over(jobs: int, name: str) -> None:
+    """A sweep that waits for Slurm."""
+    console.print(f"{jobs} job{'s' * (jobs > 1)} in Slurm's queue: squeue --name={name}", soft_wrap=True)
+
+
 class SweepAtWork:
     """A line for each job that ends and, on a terminal, a table of those at work below."""
 
@@ -324,7 +330,13 @@ def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str],
     console.print()
     contexts = {row["min_context"] for row in rows if row.get("min_context")}
     after = f" after {contexts.pop()} or more" if len(contexts) == 1 and max(contexts) > 1 else ""
-    console.print(table(rows, swept, f"{len(rows)} runs, by val loss (nats per character{after}, ± standard error)"))
+    console.print(
+        table(
+            rows,
+            swept,
+            f"{len(rows)} run{'s' * (len(rows) > 1)}, by val loss (nats per character{after}, ± standard error)",
+        )
+    )
     console.print(f"All figures: {quote(sweep_dir / 'results.csv')}", soft_wrap=True)
     if best:
         console.print(Text(f"The best again: {shlex.join(['python', 'train.py', *best])}"), soft_wrap=True)

@@ -2,6 +2,10 @@
 
 import hashlib
 import json
+import logging
+import os
+import sys
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -9,52 +13,42 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
-from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
+from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # imported where they are needed, as every single run finds this file too
     from charlm.ledger import Ledger
-    from charlm.sweep import Job, Pool
+    from charlm.sweep import Engine, Job, Pool, Ray, Slurm
 
 
-@dataclass
-class LocalLauncherConf:
-    """hydra/launcher=local: hydra.launcher.n_jobs=4"""
-
-    _target_: str = "hydra_plugins.charlm_launcher.LocalLauncher"
-    n_jobs: Any = "auto"  # at a time; auto: a core or a GPU for each process
-    jobs_per_gpu: Any = 1  # that share one
-    timeout: Any = None  # minutes after which a job is taken to hang
+GPU = ("gpu", "cuda")
 
 
-ConfigStore.instance().store(group="hydra/launcher", name="local", node=LocalLauncherConf, provider="charlm")
+class SweepLauncher(Launcher):
+    """Keeps the ledger of a sweep, and has a pool or an engine run what is to do."""
 
+    @abstractmethod
+    def pool(self) -> "Pool | Engine": ...
 
-class LocalLauncher(Launcher):
-    """Every job of a sweep as a fresh process on this machine."""
-
-    def __init__(
-        self,
-        n_jobs: Annotated[int, Ge(1)] | Literal["auto"],
-        jobs_per_gpu: Annotated[int, Ge(1)],
-        timeout: Annotated[float, Gt(0)] | None,
-    ):
-        self.settings: Any = {"n_jobs": n_jobs, "jobs_per_gpu": jobs_per_gpu, "timeout": timeout}
+    def settings(self, cfg: DictConfig) -> dict[str, Any]:
+        """What one job is run with; here, what all are."""
+        return {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        # Imported here, as every single run finds this file too.
         from charlm.ledger import Ledger
         from charlm.sweep import Grid, names, run_jobs
 
         ledger = Ledger(self.sweep_dir)
         ledger.begin(list(self.config.hydra.overrides.task), None)
+        ledger.content["launcher"] = self.config.hydra.runtime.choices["hydra/launcher"]
         cfgs = self.composed(job_overrides)
         min_context = self.min_context(ledger, cfgs)
         fair = [f"data.min_context={min_context}"] if min_context else []
@@ -73,11 +67,6 @@ class LocalLauncher(Launcher):
     @property
     def sweep_dir(self) -> Path:
         return Path(self.config.hydra.sweep.dir).absolute()
-
-    def pool(self) -> "Pool":
-        from charlm.sweep import Pool
-
-        return Pool(**self.settings)
 
     def composed(self, job_overrides: Sequence[Sequence[str]]) -> list[DictConfig]:
         from charlm.composition import composed
@@ -102,10 +91,117 @@ class LocalLauncher(Launcher):
 
         with open_dict(cfg):
             cfg.hydra.job.id, cfg.hydra.job.num = name, number
+            cfg.hydra.sweep.dir = str(self.sweep_dir)
         HydraConfig.instance().set_config(cfg)  # ${hydra:...} is looked up there
         itself = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
         itself.run_dir = ""  # all that the job is, wherever it is
         plain: Any = OmegaConf.to_container(itself, resolve=True)
         fingerprint = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
         folder = self.sweep_dir / place(fingerprint, cfg.hydra.sweep.subdir)
-        return Job.of(overrides, folder, fingerprint, plain, cfg)
+        return Job.of(overrides, folder, fingerprint, plain, cfg, self.settings(cfg))
+
+
+class LocalLauncher(SweepLauncher):
+    """hydra/launcher=local: every job as a fresh process on this machine."""
+
+    def __init__(
+        self,
+        n_jobs: Annotated[int, Ge(1)] | Literal["auto"],
+        jobs_per_gpu: Annotated[int, Ge(1)],
+        timeout: Annotated[float, Gt(0)] | None,
+    ):
+        self.limits: Any = {"n_jobs": n_jobs, "jobs_per_gpu": jobs_per_gpu, "timeout": timeout}
+
+    def pool(self) -> "Pool":
+        from charlm.sweep import Pool
+
+        return Pool(**self.limits)
+
+
+class EngineLauncher(SweepLauncher):
+    """Jobs wherever another launcher of Hydra's runs them, with its settings, which may depend on what a job trains."""
+
+    target = ""
+
+    def __init__(self, **settings: Any):
+        from charlm import forkserver
+
+        logging.getLogger("hydra_plugins").setLevel(logging.ERROR)  # of what the table tells better
+        forkserver.find()  # as jobs need to do
+
+    def settings(self, cfg: DictConfig) -> dict[str, Any]:
+        found: Any = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)
+        return {name: value for name, value in found.items() if name != "_target_"}
+
+    def hand_over(self, settings: dict[str, Any], jobs: "Sequence[Job]") -> None:
+        """Returns when all have ended.
+
+        Raises:
+            Exception: of the engine's own, if it does not take a job, or has lost one.
+        """
+        from charlm.preflight import options
+        from charlm.resume import quoted
+
+        script, folder = os.path.abspath(sys.argv[0]), jobs[0].folder.parent
+        engine = get_class(self.target)(**OmegaConf.create(settings))
+        task = Task(script, options(sys.argv), os.getcwd())
+        engine.setup(hydra_context=self.context, task_function=task, config=self.config)
+        places = [f"hydra.sweep.dir={quoted(folder)}", "hydra.output_subdir=null"]
+        engine.launch([[*job.overrides, f"hydra.sweep.subdir={quoted(Path(job.name))}", *places] for job in jobs], 0)
+
+
+class SlurmLauncher(EngineLauncher):
+    """hydra/launcher=slurm: by hydra-submitit-launcher."""
+
+    target = "hydra_plugins.hydra_submitit_launcher.submitit_launcher.SlurmLauncher"
+
+    def settings(self, cfg: DictConfig) -> dict[str, Any]:
+        found = super().settings(cfg)
+        given = any(found[name] for name in ("gres", "gpus_per_node", "gpus_per_task"))
+        if cfg.trainer.accelerator in GPU and not given:
+            found["gpus_per_node"] = found["tasks_per_node"]
+        return found
+
+    def pool(self) -> "Slurm":
+        import submitit
+
+        from charlm.sweep import Slurm
+
+        submitit.SlurmJob.watcher.update = lambda: None  # asks sacct, which not every Slurm has; `Slurm` asks squeue
+
+        return Slurm(self.hand_over, self.sweep_dir)
+
+
+class RayLauncher(EngineLauncher):
+    """hydra/launcher=ray: by hydra-ray-launcher."""
+
+    target = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
+
+    def settings(self, cfg: DictConfig) -> dict[str, Any]:
+        found = super().settings(cfg)
+        remote = found["ray"]["remote"]
+        if remote["num_gpus"] is None:
+            remote["num_gpus"] = cfg.trainer.devices if cfg.trainer.accelerator in GPU else 0
+        return found
+
+    def pool(self) -> "Ray":
+        from charlm.sweep import Ray
+
+        return Ray(self.hand_over, self.sweep_dir)
+
+
+@dataclass
+class Task:
+    """What an engine calls for each job, in a process of its own."""
+
+    script: str
+    options: list[str]
+    cwd: str
+
+    def __call__(self, cfg: DictConfig) -> int:
+        from charlm.sweep import work
+
+        os.chdir(self.cwd)
+        hydra = HydraConfig.get()
+        GlobalHydra.instance().clear()  # a run begins its own
+        return work(self.script, self.options, list(hydra.overrides.task), Path(hydra.runtime.output_dir))

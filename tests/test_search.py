@@ -238,7 +238,7 @@ def test_a_strangers_search_runs_no_code_and_writes_nowhere_else(search, train, 
         (["model=gpt", "model.n_head=1,3"], "model.n_head=3"),
         ([LR, "hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials=0 is not possible: give a whole number of at least"),
         ([LR, "hydra.sweeper.n_trails=9"], "did you mean hydra.sweeper.n_trials?"),
-        ([LR, "hydra/launcher=basic"], "hydra/sweeper=optuna runs its trials on this machine"),
+        ([LR, "hydra/launcher=basic"], "hydra/launcher=basic is not there: choose one of local, slurm, ray"),
         ([LR, "hydra/sweeper=basic"], "is for a search: add hydra/sweeper=optuna, or give values"),
     ],
 )

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
+import torch
 from annotated_types import Ge, Gt
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from charlm import archive
 from charlm.checkpoint import NAME, write
-from charlm.errors import DiskError
+from charlm.errors import DiskError, InputError
 from charlm.logger import CSV, TensorBoard
 
 
@@ -95,6 +96,12 @@ class Checkpoint(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.saved_when = time.monotonic()
+        steps = trainer.strategy.all_gather(torch.tensor(trainer.global_step, device=trainer.strategy.root_device))
+        if steps.min() != steps.max():
+            raise InputError(
+                f"processes found states of different steps, {steps.tolist()}: is {self.path.parent.parent} on a disk "
+                f"that all machines share?"
+            )
 
     def on_train_batch_end(
         self,

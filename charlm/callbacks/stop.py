@@ -13,8 +13,8 @@ from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStopp
 from charlm import terminal
 from charlm.callbacks.checkpoint import Checkpoint, validates_now
 
-# SIGUSR1 is what Slurm is asked to send ahead of the end (sbatch --signal=USR1@60).
-SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1] if os.name == "posix" else [])]
+# The last two are what Slurm is asked to send ahead of the end: sbatch --signal=USR1@60, and submitit for USR2.
+SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1, signal.SIGUSR2] if os.name == "posix" else [])]
 
 
 class Stop(L.Callback):

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -46,9 +46,18 @@ class Job:
     max_steps: int = -1  # which end it, if nothing does before
     cost: int = 1  # of a step: tokens, where it is by them that jobs compare
     cfg: DictConfig | None = None  # as Hydra composed it, which takes longer than to hand it over
+    launcher: dict[str, Any] = field(default_factory=dict)  # the settings of the engine that runs it
 
     @classmethod
-    def of(cls, overrides: list[str], folder: Path, fingerprint: str, plain: dict[str, Any], cfg: DictConfig) -> "Job":
+    def of(
+        cls,
+        overrides: list[str],
+        folder: Path,
+        fingerprint: str,
+        plain: dict[str, Any],
+        cfg: DictConfig,
+        launcher: dict[str, Any],
+    ) -> "Job":
         """The job that a configuration describes, which is also given as plain types."""
         trainer, data = plain["trainer"], plain["data"]
         gpus = torch.cuda.device_count() if trainer["accelerator"] in ("auto", "gpu", "cuda") else 0
@@ -65,7 +74,7 @@ class Job:
         with read_write(cfg.hydra):
             cfg.hydra.mode, cfg.hydra.run.dir = "RUN", str(folder)
         cost = tokens if plain["max_tokens"] else 1
-        return cls(overrides, folder, fingerprint, processes, gpus > 0, steps, cost, cfg)
+        return cls(overrides, folder, fingerprint, processes, gpus > 0, steps, cost, cfg, launcher)
 
     @property
     def name(self) -> str:
@@ -79,28 +88,27 @@ class Job:
     def start(self, alive: Connection, threads: int, gpus: Sequence[int]) -> "Running":
         """Begin, or go on where it was ended, in a fresh process."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        begun = any((self.folder / "checkpoints").glob("*.ckpt"))
-        run_dir = [f"hydra.run.dir={quoted(self.folder)}", "hydra.mode=RUN"]  # also where a study says otherwise
-        what = [f"resume={quoted(self.folder)}"] if begun else [*self.overrides, *run_dir]
-        argv = [sys.argv[0], *options(sys.argv), *what]
+        argv = command(sys.argv[0], options(sys.argv), self.overrides, self.folder)
         # What has begun is held against its own record first, as any resume= is.
-        arguments = (argv, None if begun else self.cfg, str(self.folder / LOG), alive, threads, list(gpus))
+        cfg = None if has_begun(self.folder) else self.cfg
+        arguments = (argv, cfg, str(self.folder / LOG), alive, threads, list(gpus))
         process = forkserver.start().Process(target=become, args=arguments)
         process.start()
         return Running(self, process, time.monotonic(), list(gpus))
 
     def how(self, code: int | None) -> str:
-        """How a process of it ended, which `done` or `failed: ` and why."""
-        if code == 0 and self.done():
+        """How a process of it ended, which `done` or `failed: ` and why. Its exit code may not be known."""
+        if not code and self.done():
             return "finished"
         record = previous(self.folder)
+        if code is None and record and record["status"] == "running":
+            return "failed: killed"
         if code is not None and code < 0:
             return f"failed: killed by {signal.Signals(-code).name}"
         if record and record["status"] in ("failed", "stopped"):
             by = "stopped by " if record["status"] == "stopped" else ""
             return f"failed: {by}{record['reason']}"
-        said = (self.folder / LOG).read_text(errors="replace").strip().splitlines() if code else []
-        return f"failed: {said[-1] if said else f'exit code {code}'}"
+        return f"failed: {(code and last_line(self.folder / LOG)) or f'exit code {code}'}"
 
     def row(self, status: str) -> dict[str, Any]:
         """Its final figures, or only how it ended."""
@@ -147,11 +155,30 @@ def become(argv: list[str], cfg: DictConfig | None, log: str, alive: Connection,
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        del os.environ[name]  # in an allocation of Slurm's, processes are the job's own to start
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that it starts
     torch.set_num_threads(threads)
+    be(argv, cfg)
+
+
+def has_begun(folder: Path) -> bool:
+    """Is there a state to go on from?"""
+    return any((folder / "checkpoints").glob("*.ckpt"))
+
+
+def command(script: str, options: Sequence[str], overrides: Sequence[str], folder: Path) -> list[str]:
+    """The command line of a job, which begins it, or goes on with it where it was ended."""
+    run_dir = [f"hydra.run.dir={quoted(folder)}", "hydra.mode=RUN"]  # also where a study says otherwise
+    what = [f"resume={quoted(folder)}"] if has_begun(folder) else [*overrides, *run_dir]
+    return [script, *options, *what]
+
+
+def be(argv: list[str], cfg: DictConfig | None = None) -> None:
+    """`python train.py ...`, in this process; `cfg` is as in `become`."""
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.argv = argv
     if cfg is None:
         runpy.run_path(argv[0], run_name="__main__")
@@ -161,6 +188,12 @@ def become(argv: list[str], cfg: DictConfig | None, log: str, alive: Connection,
     context: Any = HydraContext(config_loader=None, callbacks=Callbacks(cfg))  # type: ignore[arg-type]
     main = runpy.run_path(argv[0], run_name="train")["main"]
     run_job(main, cfg, "hydra.run.dir", None, context).return_value  # noqa: B018, as it raises what the job has raised
+
+
+def last_line(log: Path) -> str:
+    """Of what a job printed, or nothing."""
+    said = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    return said[-1] if said else ""
 
 
 def follow(alive: Connection) -> None:

@@ -55,7 +55,7 @@ class Pool:
         """
         waiting: Job | None = None
         reader, writer = multiprocessing.get_context("forkserver").Pipe(duplex=False)
-        with terminable():
+        with terminable(signal.SIGTERM):
             try:
                 while True:
                     while self.has_room() and (waiting := waiting or next(jobs, None)) and self.fits(waiting):
@@ -141,14 +141,15 @@ class Pool:
 
 
 @contextmanager
-def terminable() -> Iterator[None]:
-    """SIGTERM as an exception, so that the jobs are told to stop."""
+def terminable(*numbers: signal.Signals) -> Iterator[None]:
+    """Signals as exceptions, so that the jobs are told to stop."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)
 
-    before: Any = signal.signal(signal.SIGTERM, leave)
+    before: Any = {number: signal.signal(number, leave) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

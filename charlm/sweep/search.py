@@ -25,6 +25,7 @@ from charlm.errors import InputError
 from charlm.ledger import Ledger
 from charlm.preflight import held
 from charlm.space import Space
+from charlm.sweep.engine import Handed
 from charlm.sweep.job import Job, Running
 from charlm.sweep.names import label
 from charlm.sweep.pool import STOPPED
@@ -69,6 +70,7 @@ class Search:
         self.asked, self.space, self.fair, self.ledger, self.make, self.check = asked, space, fair, ledger, make, check
         self.folder, self.swept = ledger.file.parent, ["trial", *space.open]
         self.study = study(self.folder / JOURNAL, asked)
+        self.unnamed: list[FrozenTrial] = []  # that have their values, and no job yet
         self.trials = self.known()
         self.followed: dict[str, Followed] = {}
         self.jobs: dict[str, Job] = {}
@@ -89,7 +91,10 @@ class Search:
             if name in self.ledger.jobs and trial.distributions == self.space.open:
                 found[name] = trial
             elif trial.state == TrialState.RUNNING:  # the search was killed while it was made up
-                self.study.tell(trial.number, state=TrialState.FAIL)
+                if trial.distributions == self.space.open:
+                    self.unnamed.append(trial)
+                else:
+                    self.study.tell(trial.number, state=TrialState.FAIL)
             elif trial.state != TrialState.FAIL:
                 raise InputError(f"{self.folder / JOURNAL} is not of this search: choose another hydra.sweep.dir")
         lost = self.ledger.jobs.keys() - found
@@ -131,7 +136,8 @@ class Search:
         number = len(self.jobs)
         seed = int(np.random.SeedSequence((self.asked["seed"], number)).generate_state(1)[0])
         self.study.sampler = TPESampler(seed=seed, n_startup_trials=self.asked["n_startup_trials"])
-        trial = self.study.ask(self.space.open)
+        unnamed = self.unnamed.pop(0) if self.unnamed else None
+        trial = Trial(self.study, unnamed._trial_id) if unnamed else self.study.ask(self.space.open)
         job = self.make(self.overrides(trial.params), self.label(number, trial.params), number, None)
         if job.name in self.jobs or held(job.folder):
             raise InputError(f"{job.folder} already holds another run: choose another hydra.sweep.dir")
@@ -147,10 +153,9 @@ class Search:
     def label(self, number: int, params: dict[str, Any]) -> str:
         return f"trial_{number:03d},{label({key: report.short(params[key]) for key in self.space.open})}"
 
-    def watch(self, running: Sequence[Running]) -> None:
+    def watch(self, running: Sequence[Running | Handed]) -> None:
         for one in running:
-            pruned = self.follow(one.job) if one.verdict is None else None
-            if pruned:
+            if isinstance(one, Running) and one.verdict is None and (pruned := self.follow(one.job)):
                 one.end(pruned)
 
     def follow(self, job: Job) -> str | None:

@@ -10,6 +10,7 @@ from charlm.errors import InputError, stop
 from charlm.forkserver import is_sweep
 from charlm.ledger import Ledger
 from charlm.preflight import held, options
+from charlm.sweep.engine import Engine, Handed
 from charlm.sweep.job import LOG, Job, Running
 from charlm.sweep.names import settings, varying
 from charlm.sweep.pool import STOPPED, Pool
@@ -26,7 +27,7 @@ class Source(Protocol):
     def todo(self) -> Iterator[Job]:
         """The others, each made when it is asked for."""
 
-    def watch(self, running: Sequence[Running]) -> None:
+    def watch(self, running: Sequence[Running | Handed]) -> None:
         """Look at jobs at work, of which some may be told to end."""
 
     def judge(self, job: Job, how: str) -> str:
@@ -57,7 +58,7 @@ class Grid:
     def todo(self) -> Iterator[Job]:
         yield from (job for name, job in self.jobs.items() if name not in self.ends)
 
-    def watch(self, running: Sequence[Running]) -> None:
+    def watch(self, running: Sequence[Running | Handed]) -> None:
         pass
 
     def judge(self, job: Job, how: str) -> str:
@@ -68,7 +69,7 @@ class Grid:
         return {key: values[key] for key in self.swept} | job.row(how)
 
 
-def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool) -> dict[str, dict[str, Any]]:
+def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engine) -> dict[str, dict[str, Any]]:
     """Run the jobs that are not done, however some of them end, and show what all found.
 
     Returns:
@@ -91,7 +92,7 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool) -> dic
             ledger.set(job.name, state, None if how == "finished" else how)
             sight.ended(job.name, source.row(job, how))
 
-        def look(running: Sequence[Running]) -> None:
+        def look(running: Sequence[Running | Handed]) -> None:
             source.watch(running)
             sight.look([(one.job.name, one.job.folder, one.job.max_steps, one.since) for one in running])
 
@@ -109,7 +110,8 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool) -> dic
     best = source.jobs[min(losses, key=losses.__getitem__)].overrides if losses else []
     alone = ["hydra.mode=RUN"] if is_sweep(best) else []  # and not the whole study again
     terminal.sweep_summary(sweep_dir, ranked, source.swept, [*options(sys.argv), *best, *alone] if best else [])
-    again = f"the rest: python train.py resume={terminal.quote(sweep_dir)}"
+    elsewhere = f" hydra/launcher={ledger.content['launcher']}" * (ledger.content["launcher"] != "local")
+    again = f"the rest: python train.py resume={terminal.quote(sweep_dir)}{elsewhere}"
     done = sum(report.verdict(row["status"]) in ("finished", "pruned") for row in ranked)
     if stopped:
         stop(f"stopped with {done} of {source.total} jobs done; {again}", stopped)

@@ -1,0 +1,291 @@
+"""Jobs in the hands of an engine that spans machines: handed over, waited for, and judged by what is in their folders.
+
+What an engine tells of a job is not enough to go by: Slurm has one that failed as COMPLETED, forgets one that was
+killed, and begins one again whose machine has died. A job's own run.json and results.json are true wherever it ran.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from charlm import terminal
+from charlm.errors import InputError
+from charlm.run import NAME, previous
+from charlm.sweep.job import LOG, Job, be, command, last_line
+from charlm.sweep.pool import SECONDS_TO_SAVE, STOPPED, terminable
+
+SECONDS_BETWEEN_LOOKS = 0.5
+SECONDS_BETWEEN_QUESTIONS = 5.0  # to Slurm, which may have many to answer
+SECONDS_TO_SUBMIT = 60.0
+# Told ahead of the end of its time, a job saves and ends; submitit then has Slurm begin it again.
+AHEAD = [signal.SIGUSR1, signal.SIGUSR2]
+
+
+@dataclass
+class Handed:
+    """A job in an engine's hands."""
+
+    job: Job
+    recorded: int  # when its run.json was written
+    said: int  # likewise its terminal.log
+    since: float = 0.0  # 0 where it has not begun
+
+    def news(self) -> bool:
+        """Is its run.json another than before?"""
+        before, self.recorded = self.recorded, stamp(self.job.folder / NAME)
+        return self.recorded != before
+
+    def settled(self) -> bool:
+        """Has it come to an end after which no engine begins it again?"""
+        record = previous(self.job.folder)
+        return self.job.done() or (record is not None and record["status"] == "failed")
+
+    def how(self, trouble: Sequence[str]) -> str:
+        """How it ended, by what the engine has to tell only where the job itself tells nothing."""
+        with suppress(OSError):
+            os.listdir(self.job.folder)  # on NFS, this is when what other machines wrote comes to light
+        if self.since or self.job.done():
+            return self.job.how(None)
+        spoke = stamp(self.job.folder / LOG) != self.said
+        return f"failed: {last_line(self.job.folder / LOG) if spoke else next(iter(trouble), 'it never began')}"
+
+
+class Engine:
+    """Runs jobs as `Pool` does, but hands them over. Here, each for itself.
+
+    Args:
+        hand: gives jobs to the engine, with its settings, and returns when all of them have ended.
+        sweep_dir: where their folders are.
+    """
+
+    def __init__(self, hand: Callable[[dict[str, Any], Sequence[Job]], None], sweep_dir: Path):
+        self.hand, self.sweep_dir = hand, sweep_dir
+        self.threads: list[threading.Thread] = []
+        self.trouble: list[str] = []
+
+    def run(
+        self,
+        jobs: Iterator[Job],
+        total: int,
+        begun: Callable[[Job], None],
+        ended: Callable[[Job, str], None],
+        look: Callable[[list[Handed]], None],
+    ) -> None:
+        """As `Pool.run`.
+
+        Raises:
+            InputError: if the engine does not take the jobs.
+            KeyboardInterrupt, SystemExit: after all jobs were stopped, by Ctrl-C or SIGTERM.
+        """
+        handed = [Handed(job, stamp(job.folder / NAME), stamp(job.folder / LOG)) for job in jobs]
+        if not handed:
+            return
+        stopping = False
+        self.check()
+        try:
+            self.begin([one.job for one in handed])
+            with terminable(signal.SIGTERM):  # for which Ray has just found a use of its own
+                while handed and self.at_work():
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                    for one in [one for one in handed if one.news()]:
+                        if not one.since:
+                            one.since = time.monotonic()
+                            begun(one.job)
+                        if one.settled():
+                            handed.remove(one)
+                            ended(one.job, one.how(self.trouble))
+                    look([one for one in handed if one.since])
+            if self.trouble and not any(one.since or stamp(one.job.folder / LOG) != one.said for one in handed):
+                raise InputError(f"{type(self).__name__} does not take the jobs: {self.trouble[0]}")
+        except BaseException:
+            stopping = True
+            self.stop()
+            handed = [one for one in handed if one.since]
+            raise
+        finally:
+            self.end()
+            for one in handed:
+                how = one.how(self.trouble)
+                ended(one.job, STOPPED if stopping and how.startswith("failed") else how)
+
+    def check(self) -> None:
+        """Raises InputError: if the engine has jobs of this sweep already."""
+
+    def begin(self, jobs: Sequence[Job]) -> None:
+        """Hand all over, and return at once."""
+        for settings, batch in self.batches(jobs):
+            self.threads.append(threading.Thread(target=self.wait_for, args=(settings, batch), daemon=True))
+            self.threads[-1].start()
+
+    def wait_for(self, settings: dict[str, Any], batch: Sequence[Job]) -> None:
+        """In a thread, as engines wait for one job after the other and give up at the first that fails."""
+        try:
+            self.hand(settings, batch)
+        except Exception as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            told = [line for line in lines if line and not line.startswith(("-", "You can check"))]  # by submitit
+            self.trouble.append(told[-1] if told else type(error).__name__)
+
+    def batches(self, jobs: Sequence[Job]) -> Iterator[tuple[dict[str, Any], Sequence[Job]]]:
+        """The jobs, and the settings to hand them over with."""
+        for job in jobs:
+            yield job.launcher, [job]
+
+    def at_work(self) -> bool:
+        """Does the engine still have a job?"""
+        return any(thread.is_alive() for thread in self.threads)
+
+    def stop(self) -> None:
+        """Let all save and end. A second Ctrl-C leaves them alone."""
+
+    def end(self) -> None:
+        """There are no jobs any more."""
+
+
+class Slurm(Engine):
+    """Jobs of a sweep as jobs of Slurm. All have one name, by which Slurm itself is asked for them.
+
+    Those that need the same go together, as an array.
+    """
+
+    def __init__(self, hand: Callable[[dict[str, Any], Sequence[Job]], None], sweep_dir: Path):
+        super().__init__(hand, sweep_dir)
+        digest = hashlib.sha256(str(sweep_dir).encode()).hexdigest()[:8]
+        self.name = re.sub(r"[^\w.-]", "_", sweep_dir.name)[:50] + f"-{digest}"
+        self.which = [f"--user={os.getuid()}", f"--name={self.name}"]
+        self.asked, self.seen, self.there = 0.0, False, False
+
+    def check(self) -> None:
+        if self.ask():
+            raise InputError(
+                f"jobs of this sweep are still in Slurm's queue: wait for them, or end them with scancel "
+                f"{' '.join(self.which)}"
+            )
+
+    def begin(self, jobs: Sequence[Job]) -> None:
+        self.began = time.monotonic()
+        self.jobs, self.asked = len(jobs), 0.0
+        super().begin(jobs)
+
+    def batches(self, jobs: Sequence[Job]) -> Iterator[tuple[dict[str, Any], Sequence[Job]]]:
+        alike: dict[str, list[Job]] = {}
+        for job in jobs:
+            alike.setdefault(json.dumps(job.launcher, sort_keys=True), []).append(job)
+        for settings, batch in alike.items():
+            yield json.loads(settings) | {"name": self.name}, batch
+
+    def at_work(self) -> bool:
+        """The threads know of success; of a job that was killed, only Slurm may know."""
+        waiting = super().at_work()
+        if not waiting and not self.trouble:
+            return False
+        if time.monotonic() - self.asked > SECONDS_BETWEEN_QUESTIONS:
+            self.there = self.ask()
+            if self.there and not self.seen:
+                terminal.handed_over(self.jobs, self.name)
+            self.seen |= self.there
+        submitting = waiting and not self.seen and time.monotonic() - self.began < SECONDS_TO_SUBMIT
+        return self.there or submitting
+
+    def ask(self) -> bool:
+        """Is a job of this sweep in the queue? Where Slurm does not answer, as before."""
+        told = subprocess.run(["squeue", "--noheader", *self.which], capture_output=True, text=True, check=False)
+        self.asked = time.monotonic()
+        return bool(told.stdout.strip()) if told.returncode == 0 else self.there
+
+    def stop(self) -> None:
+        with suppress(KeyboardInterrupt):
+            subprocess.run(["scancel", *self.which], check=False)  # by SIGTERM, and after a while by SIGKILL
+            while self.ask():
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+
+
+class Ray(Engine):
+    """Jobs of a sweep as tasks of Ray."""
+
+    def begin(self, jobs: Sequence[Job]) -> None:
+        self.folders = [job.folder for job in jobs]
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing goes to the network
+        import ray
+
+        try:
+            ray.init(**jobs[0].launcher["ray"]["init"])
+        except (ConnectionError, RuntimeError, TypeError, ValueError) as error:
+            raise InputError(f"Ray does not begin: {str(error).strip().partition(chr(10))[0]}") from error
+        super().begin(jobs)
+
+    def stop(self) -> None:
+        """Those on this machine. What Ray runs on others goes on from what it has saved."""
+        for record in filter(None, map(previous, self.folders)):
+            if record["status"] == "running" and record["process"]["host"] == socket.gethostname():
+                with suppress(ProcessLookupError, PermissionError):
+                    os.kill(int(record["process"]["pid"]), signal.SIGTERM)
+        with suppress(KeyboardInterrupt):
+            until = time.monotonic() + SECONDS_TO_SAVE
+            while self.at_work() and time.monotonic() < until:
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+
+    def end(self) -> None:
+        import ray
+
+        ray.shutdown()
+
+
+def work(script: str, options: Sequence[str], overrides: Sequence[str], folder: Path) -> int:
+    """In an engine's process: be `python train.py ...`, or go on with it where it was ended. Returns its exit code."""
+    queue_again: Any = {number: signal.getsignal(number) for number in AHEAD}
+    with output(folder / LOG):
+        try:
+            with terminable(signal.SIGTERM, *AHEAD):  # until the run listens by itself
+                be(command(script, options, overrides, folder))
+            code = 0
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+        except BaseException:
+            traceback.print_exc()
+            code = 1
+        if code and "SUBMITIT_EXECUTOR" in os.environ:
+            if callable(again := queue_again.get(code - 128)):
+                with suppress(Exception):  # where it has been so often enough
+                    again(code - 128, None)  # the first process ends here
+                    return code  # and any other in peace, which Slurm might else end the first for
+            raise SystemExit(code)  # so that Slurm knows as well
+    return code
+
+
+@contextmanager
+def output(log: Path) -> Iterator[None]:
+    """What this process prints goes to a file meanwhile."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    kept = [os.dup(1), os.dup(2)]
+    for number in (1, 2):
+        os.dup2(descriptor, number)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        for number, old in enumerate(kept, 1):
+            os.dup2(old, number)
+
+
+def stamp(file: Path) -> int:
+    """When a file was written, or 0."""
+    try:
+        return file.stat().st_mtime_ns
+    except OSError:
+        return 0
