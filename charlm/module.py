@@ -115,7 +115,8 @@ class LanguageModel(L.LightningModule):
                 loss = self.forward_backward(self.model, x, y, len(batches))
         self.clip()
         self.update()
-        self.model.zero_grad()
+        for parameter in self.trained:
+            parameter.grad = None
         return loss
 
     def training_step(self, dataloader_iter: Iterator[tuple[Batch, int, int]]) -> Tensor:
@@ -224,6 +225,7 @@ class LanguageModel(L.LightningModule):
             due.append(getattr(callback, "every_n_steps", 1 if looks and not isinstance(callback, Timer) else None))
         self.due = [int(every) for every in due if every and 0 < every < math.inf]
         self.generator = generator_of(self.device)
+        self.trained = list(self.model.parameters())
         self.run = CUDAGraph(self.step, trainer.optimizers, self.device) if self.graph_it else self.step
         self.before_update = [c for c in trainer.callbacks if is_overridden("on_before_optimizer_step", c, L.Callback)]
 

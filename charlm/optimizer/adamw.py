@@ -62,6 +62,9 @@ class AdamW(torch.optim.AdamW):
                 )
         return None
 
+    # PyTorch would put its profiler's label and hooks around each step, which take as long as the kernel of a bigram.
+    step.hooked = True  # type: ignore[attr-defined]
+
     def keep(self) -> None:
         """Remember where everything is, once every parameter has its state and all are of one kind."""
         parameters = [p for group in self.param_groups for p in group["params"]]
