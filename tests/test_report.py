@@ -254,7 +254,7 @@ def test_every_way_to_end_is_told(make, tmp_path, charlm):
         "lr=8": ("failed", "failed: killed by SIGKILL")
     }
     jobs |= {"lr=6": ("pruned", "pruned at step 20"), "lr=9": ("waiting", None)}
-    ledger(tmp_path / "s", jobs | {"lr=10": ("failed", "failed: no memory"), "../../lr=11": ("waiting", None)})
+    ledger(tmp_path / "s", jobs | {"lr=10": ("failed", "failed: no memory")})
     ended = charlm("report", "s")
     assert ended.code == 0, ended.err
     out = re.sub(r"\s+", " ", ended.out)
@@ -270,13 +270,16 @@ def test_every_way_to_end_is_told(make, tmp_path, charlm):
         "failed lr=10: no memory",
     ):
         assert line in out
-    assert "lr=11" not in out
     order = ["without a final figure", "failed", "killed", "stopped", "1 finished run", "not finished", "pruned"]
     assert sorted(map(out.index, order)) == [*map(out.index, order)]
     text = (tmp_path / "s" / "report.html").read_text()
     assert all(word in text for word in ("no sign of life since", ">at step 20<", "killed by SIGKILL", "3.2500"))
     (tmp_path / "s" / "lr=2").rename(tmp_path / "s" / "lr=1" / "lr=2")
     assert json.loads(charlm("report", "s/lr=6", "--json").out)["unfinished"][0]["state"] == "pruned"
+    ledger(tmp_path / "s", {"../../lr=11": ("waiting", None)})
+    out = re.sub(r"\s+", " ", charlm("report", "s").out)
+    assert "sweep.json has a job outside of its folder: not run" in out
+    assert "lr=11" not in out
 
 
 NOTES: dict[str, list[dict[str, Any]]] = {
