@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,27 +111,35 @@ def plus_minus(found: dict[str, Any], split: str, figure: str, digits: int) -> s
     return f"{value:.{digits}f} ± " + ("-" if error is None else f"{error:.{digits}f}")
 
 
-def table(rows: list[dict[str, Any]], settings: list[str], title: str) -> Table:
-    """Runs as lines: what was set, and what came of it."""
+def table(rows: list[dict[str, Any]], settings: list[str], title: str, without: Sequence[str] = ()) -> Table:
+    """Runs as lines: what was set, and what came of it; `without` columns of the latter."""
     shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     for setting in settings:
-        shown.add_column(setting.rpartition(".")[2], justify="right", overflow="fold")
-    for column in ("val loss", "bits per char", "perplexity", "seconds"):
+        widest = max([len(short(row[setting])) for row in rows], default=0)
+        shown.add_column(setting.rpartition(".")[2], justify="right", overflow="fold", min_width=min(widest, 28))
+    found = [figures_of(row) for row in rows]
+    columns = [column for column in found[0] if column not in without] if found else []
+    for column in columns:
         shown.add_column(column, justify="right", no_wrap=True)
-    shown.add_column("status", overflow="fold")
-    for row in rows:
-        if row.get("val/loss") is None:
-            figures = ["-"] * 4
-        elif "val/loss_se" not in row:  # the last one of a run that was pruned
-            figures = [f"{row['val/loss']:.4f}", *["-"] * 3]
-        else:
-            perplexity = "-" if row["val/perplexity"] is None else f"{row['val/perplexity']:.3f}"
-            bits, seconds = f"{row['val/bits_per_char']:.4f}", f"{row['train/seconds']:.1f}"
-            figures = [plus_minus(row, "val", "loss", 4), bits, perplexity, seconds]
+    for row, figures in zip(rows, found, strict=True):
         style = {"finished": None, "pruned": "dim"}.get(verdict(row["status"]), "bold red")
         told = (escape(short(row[setting])) for setting in settings)  # callbacks=[default] is no markup
-        shown.add_row(*told, *figures, escape(row["status"]), style=style)
+        shown.add_row(*told, *(figures[column] for column in columns), style=style)
     return shown
+
+
+def figures_of(row: dict[str, Any]) -> dict[str, str]:
+    """The columns of a run's line, by their heads."""
+    loss, error = row.get("val/loss"), "val/loss_se" in row  # which the last one of a run that was pruned has not
+    told = {"val/bits_per_char": ("bits/char", 4), "val/perplexity": ("perplexity", 3), "train/seconds": ("seconds", 1)}
+    if loss is None:
+        figures = {"val loss": "-"}
+    else:
+        figures = {"val loss": plus_minus(row, "val", "loss", 4) if error else f"{loss:.4f}"}
+    for name, (head, digits) in told.items():
+        value = row.get(name) if loss is not None else None
+        figures[head] = "-" if value is None else f"{value:.{digits}f}"
+    return figures | {"status": verdict(row["status"])}
 
 
 def short(value: Any) -> str:

@@ -11,6 +11,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ from torch import nn
 
 from charlm.checkpoint import BEST
 from charlm.errors import InputError
-from charlm.report import LOSSES, name_of, plus_minus, table
+from charlm.report import LOSSES, name_of, plus_minus, short, table
 
 if TYPE_CHECKING:  # what trains nothing does without the seconds that this import takes
     import lightning as L
@@ -325,18 +326,27 @@ def told_steps(step: int, total: int) -> str:
     return f"{step:{len(f'{total:,}')},}/{total:,}" if total > 0 else f"{step:,}"
 
 
+def as_wide_as_fits(make: Callable[[Sequence[str]], Table], spare: Sequence[str], onto: Console = console) -> Table:
+    """A table without the columns, of those that can be spared the first first, that there is no room for."""
+    for number in range(len(spare) + 1):
+        made = make(spare[:number])
+        if onto.measure(made, options=onto.options.update(max_width=1000)).maximum <= onto.width:
+            break
+    return made
+
+
 def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str], best: Sequence[str]) -> None:
     """After a sweep: all its jobs, failures first, then the best, and the settings that train that one again."""
     console.print()
     contexts = {row["min_context"] for row in rows if row.get("min_context")}
     after = f" after {contexts.pop()} or more" if len(contexts) == 1 and max(contexts) > 1 else ""
-    console.print(
-        table(
-            rows,
-            swept,
-            f"{len(rows)} run{'s' * (len(rows) > 1)}, by val loss (nats per character{after}, ± standard error)",
-        )
-    )
+    title = f"{len(rows)} run{'s' * (len(rows) > 1)}, by val loss (nats per character{after}, ± standard error)"
+    console.print(as_wide_as_fits(partial(table, rows, swept, title), ("perplexity", "seconds", "bits/char")))
+    for row in rows:
+        what, _, why = row["status"].partition(" ")
+        if why:
+            label = ", ".join(f"{name.rpartition('.')[2]}={short(row[name])}" for name in swept)
+            console.print(Text(f"{what} {label}: {why}" if what.endswith(":") else f"{what}: {label}, {why}"))
     console.print(f"All figures: {quote(sweep_dir / 'results.csv')}", soft_wrap=True)
     if best:
         console.print(Text(f"The best again: {shlex.join(['python', 'train.py', *best])}"), soft_wrap=True)

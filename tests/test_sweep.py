@@ -22,7 +22,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from charlm import checkpoint, report
+from charlm import checkpoint, report, terminal
 from charlm.composition import composed
 from charlm.sweep import Job, Pool, names
 from tests.conftest import ROOT
@@ -75,6 +75,7 @@ def test_a_job_that_fails_costs_only_itself(sweep, tmp_path):
     assert ended.code == 1
     assert ended.err.startswith("charlm: 1 of 3 jobs failed; each one's terminal.log under s tells why")
     assert ended.err.count("\n") == 1
+    assert "failed: batch_size=10000000000000: " in ended.out
     failed = tmp_path / "s" / "batch_size=10000000000000"
     assert "MemoryError" in (failed / "terminal.log").read_text()
     assert "MemoryError" in (failed / "train.log").read_text()
@@ -139,9 +140,23 @@ def test_a_swept_list_stands_in_the_table_as_it_was_typed():
     console = Console(width=100)
     with console.capture() as told:
         console.print(report.table(rows, ["callbacks"], "2 runs"))
-    lines = "".join(told.get().split())
-    for word in ("[default]", "early_sto", "failed:see[log]"):
-        assert word in lines
+    for word in ("[default]", "[default,early_stopping]", "failed"):
+        assert word in told.get()
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 120])
+def test_a_narrow_terminal_has_less_to_read_and_no_torn_words(width):
+    figures = {"val/loss": 2.5, "val/loss_se": 0.0044, "val/bits_per_char": 3.6, "val/perplexity": 12.2}
+    row = {"status": "finished", "train/seconds": 1.5, "data.block_size": 8, "optimizer.lr": "0.003"} | figures
+    console = Console(width=width)
+    made = partial(report.table, [row], ["data.block_size", "optimizer.lr"], "1 run")
+    with console.capture() as told:
+        console.print(terminal.as_wide_as_fits(made, ("perplexity", "seconds", "bits/char"), console))
+    head, line = (one.split() for one in told.get().splitlines() if "status" in one or "finished" in one)
+    assert line[:5] == ["8", "0.003", "2.5000", "±", "0.0044"]
+    assert head[:4] == ["block_size", "lr", "val", "loss"]
+    assert ("perplexity" in head) == (width >= 100)
+    assert ("bits/char" in head) == (width >= 80)
 
 
 class Fault(L.Callback):

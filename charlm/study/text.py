@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from functools import partial
 
 from rich import box
 from rich.console import Console, Group, JustifyMethod, RenderableType
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from charlm.study.runs import Run
 from charlm.study.study import CRITERION, Row, Study
+from charlm.terminal import as_wide_as_fits
 
 MOST_ROWS = 30
 MOST_VALUES = 8
@@ -36,13 +38,7 @@ def text(study: Study, console: Console) -> RenderableType:
 
 def table(study: Study, console: Console) -> Table:
     """A line for each row, best first, without the columns that there is no room for."""
-    without: list[str] = []
-    for column in (None, *SPARE):
-        without += [column] if column else []
-        made = lines(study, without)
-        if console.measure(made, options=console.options.update(max_width=1000)).maximum <= console.width:
-            break
-    return made
+    return as_wide_as_fits(partial(lines, study), SPARE, console)
 
 
 def lines(study: Study, without: Sequence[str]) -> Table:
