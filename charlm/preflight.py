@@ -27,7 +27,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from charlm import config, terminal
@@ -349,10 +349,13 @@ def check_launcher(cfg: DictConfig) -> None:
         InputError: if not.
     """
     launcher: Any = OmegaConf.to_container(cfg.hydra.launcher, resolve=False)
+    devices = cfg.trainer.devices
     if launcher["_target_"].endswith(".LocalLauncher"):
         config.check_node("hydra.launcher", launcher)
+        named = isinstance(devices, ListConfig) or "," in str(devices)
+        if named and cfg.trainer.accelerator != "cpu" and torch.cuda.device_count():
+            raise InputError(f"trainer.devices={devices} names GPUs, and a sweep gives them out itself: say how many")
         return
-    devices = cfg.trainer.devices
     if not isinstance(devices, int) or devices < 1:
         raise InputError(f"trainer.devices={devices} tells too little of what a job needs: give a number, as in 2")
     if launcher["_target_"].endswith(".RayLauncher") and cfg.trainer.num_nodes > 1:

@@ -24,6 +24,8 @@ from rich.console import Console
 
 from charlm import checkpoint, report, terminal
 from charlm.composition import composed
+from charlm.errors import InputError
+from charlm.preflight import check_launcher
 from charlm.sweep import Job, Pool, names
 from tests.conftest import ROOT
 from tests.test_resume import same
@@ -116,6 +118,15 @@ def test_compositions_that_share_files_are_what_hydra_makes_of_each():
         assert [OmegaConf.to_yaml(cfg) for cfg in found] == [OmegaConf.to_yaml(alone(job)) for job in jobs]
         with pytest.raises(HydraException, match=r"Could not override 'data.blok_size'"):
             next(composed([["data.blok_size=8"]], alone))
+
+
+@pytest.mark.parametrize("devices", ["[1]", "'0,1'"])
+def test_gpus_are_given_by_the_sweep_and_not_by_name(monkeypatch, devices):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", [f"trainer.devices={devices}"], return_hydra_config=True)
+    with pytest.raises(InputError, match=r"names GPUs, and a sweep gives them out itself: say how many"):
+        check_launcher(cfg)
 
 
 def test_names_are_the_settings_that_vary():
