@@ -278,7 +278,7 @@ def test_every_way_to_end_is_told(make, tmp_path, charlm):
     assert json.loads(charlm("report", "s/lr=6", "--json").out)["unfinished"][0]["state"] == "pruned"
     ledger(tmp_path / "s", {"../../lr=11": ("waiting", None)})
     out = re.sub(r"\s+", " ", charlm("report", "s").out)
-    assert "sweep.json has a job outside of its folder: not run" in out
+    assert "has a job outside of its folder: not run" in out
     assert "lr=11" not in out
 
 
