@@ -68,6 +68,14 @@ def timer_of(trainer: L.Trainer) -> Timer | None:
     return next((callback for callback in callbacks if isinstance(callback, Timer)), None)
 
 
+def within_tokens(max_steps: int, max_tokens: int | None, tokens_per_step: int) -> int:
+    """`max_steps`, -1 for no end, or up to the step that reaches `max_tokens`, if that comes first."""
+    if max_tokens is None:
+        return max_steps
+    steps = -(-max_tokens // tokens_per_step)
+    return max_steps if 0 < max_steps <= steps else steps
+
+
 def limit_tokens(trainer: L.Trainer, max_tokens: int | None, tokens_per_batch: int) -> None:
     """Let the trainer stop with the step that reaches `max_tokens`, if no fewer steps were asked for.
 
@@ -76,9 +84,8 @@ def limit_tokens(trainer: L.Trainer, max_tokens: int | None, tokens_per_batch: i
     if max_tokens is None:
         return
     settings: Any = trainer
-    steps = -(-max_tokens // (tokens_per_batch * settings.accumulate_grad_batches * trainer.world_size))
-    if not 0 < trainer.max_steps <= steps:
-        trainer.fit_loop.epoch_loop.max_steps = steps
+    tokens_per_step = tokens_per_batch * settings.accumulate_grad_batches * trainer.world_size
+    trainer.fit_loop.epoch_loop.max_steps = within_tokens(trainer.max_steps, max_tokens, tokens_per_step)
 
 
 def stopped_by(trainer: L.Trainer, max_steps: int) -> str:

@@ -44,6 +44,11 @@ def composed(jobs: Sequence[Sequence[str]], compose: Callable[[list[str]], DictC
             yield compose(list(job))  # which tells what is wrong with it
 
 
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """A copy of what a run itself is made of."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+
+
 def with_values(base: DictConfig, values: Sequence[Override], given: Sequence[Override]) -> DictConfig:
     """A copy of `base` as Hydra would have composed it of all that was given."""
     cfg = copy.deepcopy(base)

@@ -160,6 +160,6 @@ def read(file: Path) -> Content:
     searched = found["search"]["space"] if found["search"] else {}
     if any(o.startswith(("hydra", "-", "resume=", "rerun=")) for o in [*found["command"], *searched]):
         raise InputError(f"{file} has a command that charlm does not record: not run")
-    if any(name != Path(name).name for name in found["jobs"]):
+    if any(name in ("", "..") or name != Path(name).name for name in found["jobs"]):
         raise InputError(f"{file} has a job outside of its folder: not run")
     return found

@@ -33,7 +33,7 @@ from omegaconf.errors import OmegaConfBaseException
 from charlm import config, terminal
 from charlm.budget import budget_of, limit_tokens, steps_of
 from charlm.checkpoint import newest
-from charlm.composition import composed
+from charlm.composition import composed, without_hydra
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
 from charlm.forkserver import is_sweep
@@ -114,7 +114,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         if is_first():
             check_folder(Path(run_dir), f"hydra.{mode}.dir", new=not chosen or begun)
         elsewhere = args.multirun and not cfgs[0].hydra.launcher._target_.endswith(".LocalLauncher")
-        cfgs = [OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]) for cfg in cfgs]
+        cfgs = [without_hydra(cfg) for cfg in cfgs]
         if resumed_sweep:
             for cfg in cfgs:
                 parts = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "run_dir"])

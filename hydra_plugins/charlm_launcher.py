@@ -87,13 +87,14 @@ class SweepLauncher(Launcher):
             name: for hydra.sweep.subdir to use.
             place: the name of its folder, from its fingerprint and what hydra.sweep.subdir wants.
         """
+        from charlm.composition import without_hydra
         from charlm.sweep import Job
 
         with open_dict(cfg):
             cfg.hydra.job.id, cfg.hydra.job.num = name, number
             cfg.hydra.sweep.dir = str(self.sweep_dir)
         HydraConfig.instance().set_config(cfg)  # ${hydra:...} is looked up there
-        itself = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+        itself = without_hydra(cfg)
         itself.run_dir = ""  # all that the job is, wherever it is
         plain: Any = OmegaConf.to_container(itself, resolve=True)
         fingerprint = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()

@@ -51,6 +51,7 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         # Imported here, as every single run finds this file too.
+        from charlm.composition import without_hydra
         from charlm.ledger import Ledger
         from charlm.preflight import check_settings
         from charlm.space import Space, asked
@@ -73,7 +74,7 @@ class OptunaSweeper(Sweeper):
 
         def check(overrides: list[str]) -> None:
             [cfg] = launcher.composed([overrides])
-            check_settings(OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"]))
+            check_settings(without_hydra(cfg))
 
         launcher.sweep_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(self.config, launcher.sweep_dir / "multirun.yaml")  # as Hydra's own sweeper does

@@ -25,6 +25,7 @@ from rich.console import Console
 from charlm import checkpoint, report, terminal
 from charlm.composition import composed
 from charlm.errors import InputError
+from charlm.ledger import Ledger
 from charlm.preflight import check_launcher
 from charlm.sweep import Job, Pool, names
 from tests.conftest import ROOT
@@ -280,6 +281,15 @@ def test_a_study_is_many_runs_by_itself(train, tmp_path, text_file):
 def test_every_study_is_possible(study, train):
     ended = train(f"sweep={study}", "--cfg=job")
     assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../else", "a/b", "/tmp/else"])
+def test_a_ledger_whose_jobs_lie_elsewhere_is_refused(tmp_path, name):
+    made = Ledger(tmp_path)
+    made.add(name, ["seed=1"], "0", "waiting")
+    made.write()
+    with pytest.raises(InputError, match="has a job outside of its folder: not run"):
+        Ledger(tmp_path)
 
 
 def ledger_of(folder: Path) -> dict[str, Any]:

@@ -136,8 +136,7 @@ def walk(place: Path) -> Iterator[tuple[Path, Sequence[str]]]:
 def jobs_of(sweep_dir: Path) -> dict[str, ledger.Entry]:
     """The jobs of a sweep by the names of their folders, none if it is no sweep. As Ledger.jobs, for reading only."""
     file = sweep_dir / ledger.NAME
-    jobs = ledger.read(file)["jobs"] if file.is_file() else {}
-    return {name: entry for name, entry in jobs.items() if name not in ("", ".", "..") and "/" not in name}
+    return ledger.read(file)["jobs"] if file.is_file() else {}
 
 
 def read_run(folder: Path, entry: ledger.Entry | None) -> Run:

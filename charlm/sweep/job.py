@@ -25,7 +25,7 @@ from hydra.types import HydraContext
 from omegaconf import DictConfig, read_write
 
 from charlm import forkserver, report
-from charlm.budget import steps_of
+from charlm.budget import steps_of, within_tokens
 from charlm.preflight import options
 from charlm.resume import quoted
 from charlm.run import previous
@@ -68,9 +68,7 @@ class Job:
         processes = len(devices) if isinstance(devices, list) else several.get(devices, devices)
         steps = steps_of(trainer["max_steps"], plain["max_tokens"], trainer["max_time"])
         tokens = data["batch_size"] * data["block_size"] * trainer["accumulate_grad_batches"] * processes
-        if plain["max_tokens"]:
-            enough = -(-plain["max_tokens"] // tokens)
-            steps = min(steps, enough) if steps > 0 else enough
+        steps = within_tokens(steps, plain["max_tokens"], tokens)
         with read_write(cfg.hydra):
             cfg.hydra.mode, cfg.hydra.run.dir = "RUN", str(folder)
         cost = tokens if plain["max_tokens"] else 1
