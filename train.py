@@ -8,11 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from charlm import forkserver
-
-if __name__ == "__main__" and forkserver.is_sweep(sys.argv):
-    forkserver.start()
-
 import hydra
 import lightning as L
 import torch
@@ -21,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from charlm import checkpoint, report, terminal
+from charlm import checkpoint, forkserver, report, terminal
 from charlm.budget import limit_tokens, steps_of, stopped_by
 from charlm.callbacks import AtomicCheckpointIO, Checkpoint, Losses, Stop, Throughput, Validations
 from charlm.checkpoint import Newest
@@ -31,7 +26,7 @@ from charlm.evaluate import figures
 from charlm.generate import write
 from charlm.logger import CSV, FINISHED, TensorBoard, hyperparameters
 from charlm.module import VALIDATION, LanguageModel
-from charlm.preflight import check_command
+from charlm.preflight import check_command, is_sweep
 from charlm.resume import begun, tidy
 from charlm.run import Run, follows
 from charlm.trainer import precision_for
@@ -171,5 +166,7 @@ def finish(
 
 if __name__ == "__main__":
     with one_line_errors():
+        if is_sweep(sys.argv):
+            forkserver.start()
         sys.argv = check_command(sys.argv, Path(__file__).with_name("conf"))
         main()

@@ -1,45 +1,101 @@
 """The process that the jobs of a sweep are forked from: it pays for their imports once.
 
-It imports nothing heavy itself, so that `train.py` can start the server first, and both import side by side.
+It is forked itself, from the sweep's own process when that has imported all and begun nothing: what a sweep has by the
+time that its jobs start, such as threads, handlers of signals, CUDA and the state of Hydra, no job finds.
 """
 
-import multiprocessing
 import os
-import re
-from collections.abc import Sequence
-from multiprocessing.context import ForkServerContext
-from multiprocessing.forkserver import ensure_running
-from pathlib import Path
+import pickle
+import socket
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import wait
+from typing import Any
 
-PRELOAD = [
-    "charlm.mortal",
-    "lightning",
-    "charlm.callbacks",
-    "charlm.evaluate",
-    "charlm.logger",
-    "charlm.preflight",
-    "charlm.sweep",
-]
+from charlm.errors import InputError
+from charlm.run import surroundings
+
+server: socket.socket | None = None  # where the sweep's process reaches it
 
 
-def is_sweep(argv: Sequence[str]) -> bool:
-    """Does a command line ask for many runs? A study, sweep=NAME, does; the jobs of it say that they are one."""
-    study = any(re.match(r"\+?sweep=(?!(null)?$)", argument) for argument in argv) and "hydra.mode=RUN" not in argv
-    return study or "-m" in argv or "--multirun" in argv
+def start() -> None:
+    """Fork the server off this process, as it is now. It ends with this process, however that ends."""
+    global server
+    server, sweep = socket.socketpair()
+    if os.fork():
+        sweep.close()
+        return
+    try:
+        server.close()
+        os.setsid()  # Ctrl-C is for the sweep
+        serve(sweep)
+    finally:
+        os._exit(0)
 
 
-def start() -> ForkServerContext:
-    """Start the server, if there is none yet. Returns what makes processes that it forks."""
-    context = multiprocessing.get_context("forkserver")
-    find()
-    context.set_forkserver_preload(PRELOAD)
-    ensure_running()
-    return context
+def serve(sweep: socket.socket) -> None:
+    """Fork a process for each line that the sweep sends, until there is no sweep any more."""
+    import charlm.sweep  # noqa: F401, as all jobs do
+
+    surroundings()  # likewise: they run the code that is loaded here
+    running: dict[Any, tuple[Any, socket.socket]] = {}  # by what tells of the end
+    while True:
+        for ready in wait([sweep, *running]):
+            if ready in running:
+                ended, line = running.pop(ready)
+                ended.join()
+                tell(line, ended.exitcode)
+                line.close()
+                continue
+            _, descriptors, *_ = socket.recv_fds(sweep, 1, 1)
+            if not descriptors:
+                return
+            line = socket.socket(fileno=descriptors[0])
+            with line.makefile("rb") as file:
+                target, arguments = pickle.load(file)
+            process: Any = get_context("fork").Process(target=target, args=(line, *arguments))
+            process.start()
+            tell(line, process.pid)
+            running[process.sentinel] = process, line
 
 
-def find() -> None:
-    """Processes of Python take charlm from beside train.py, and not from where it is installed."""
-    root = str(Path(__file__).parent.parent)
-    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    if root not in places:
-        os.environ["PYTHONPATH"] = os.pathsep.join([root, *filter(None, places)])
+class Forked:
+    """A process that the server has forked, as the sweep's process sees it.
+
+    Args:
+        target: called there with the other end of a line, which is cut when the sweep ends, and with `arguments`.
+
+    Raises:
+        InputError: if the server is no more.
+    """
+
+    def __init__(self, target: Callable[..., None], *arguments: Any):
+        assert server is not None, "forkserver.start() comes first"
+        self.line, theirs = socket.socketpair()
+        try:
+            socket.send_fds(server, [b"+"], [theirs.fileno()])
+            theirs.close()
+            with self.line.makefile("wb") as file:
+                pickle.dump((target, arguments), file)
+            pid = told(self.line)
+        except OSError:
+            pid = None
+        if pid is None:
+            raise InputError("the process that jobs are forked from was ended: the same command goes on")
+        self.pid, self.alive = pid, True
+        self.exitcode: int | None = None  # also for one that has outlived the server
+
+    def is_alive(self) -> bool:
+        if self.alive and wait([self.line], 0):
+            self.alive, self.exitcode = False, told(self.line)
+        return self.alive
+
+
+def tell(line: socket.socket, number: int) -> None:
+    line.send(number.to_bytes(4, "big", signed=True))
+
+
+def told(line: socket.socket) -> int | None:
+    """A number, or None if nobody is there to tell one."""
+    said = line.recv(4)
+    return int.from_bytes(said, "big", signed=True) if said else None

@@ -36,7 +36,6 @@ from charlm.checkpoint import newest
 from charlm.composition import composed, without_hydra
 from charlm.data.corpus import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
-from charlm.forkserver import is_sweep
 from charlm.ledger import NAME as LEDGER
 from charlm.ledger import Search, goes_on, read
 from charlm.resume import changes, finished, quoted, rerun, resumed, unquoted
@@ -142,6 +141,18 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     return [*(a for a in argv if not a.startswith(f"hydra.{mode}.dir=")), f"hydra.{mode}.dir={quoted(own)}"]
 
 
+def is_sweep(argv: Sequence[str]) -> bool:
+    """Does a command line ask for many runs? A study, sweep=NAME, does; the jobs of it say that they are one."""
+    study = any(re.match(r"\+?sweep=(?!(null)?$)", argument) for argument in argv) and "hydra.mode=RUN" not in argv
+    return study or "-m" in argv or "--multirun" in argv or begun_sweep(argv) is not None
+
+
+def begun_sweep(arguments: Sequence[str]) -> Path | None:
+    """The folder of the sweep that is to go on, resume=FOLDER, if it is one of a sweep."""
+    named = [Path(unquoted(a.removeprefix("resume="))) for a in arguments if re.match("resume=.", a)]
+    return named[-1] if named and (named[-1] / LEDGER).is_file() else None
+
+
 def conf_dirs(config_dir: Path, args: Namespace) -> list[Path]:
     """Where configuration files are: charlm's, and those that a command adds."""
     return [config_dir, *([Path(args.config_dir)] if args.config_dir else [])]
@@ -153,20 +164,20 @@ def sweep_of(args: Namespace) -> list[str]:
     Raises:
         InputError: if its ledger cannot be read, or to ask where to run what ran elsewhere.
     """
-    named = [Path(unquoted(o.removeprefix("resume="))) for o in args.overrides if re.match("resume=.", o)]
-    if not named or not (named[-1] / LEDGER).is_file():
+    folder = begun_sweep(args.overrides)
+    if folder is None:
         return []
     given = [o for o in args.overrides if not o.startswith(("resume=", "hydra.sweep.dir="))]
     keys = {o.partition("=")[0] for o in given}
-    content = read(named[-1] / LEDGER)
+    content = read(folder / LEDGER)
     if content["launcher"] != "local" and "hydra/launcher" not in keys:
         raise InputError(
-            f"{named[-1]} ran with hydra/launcher={content['launcher']}: say so again, with what settings that had, or "
+            f"{folder} ran with hydra/launcher={content['launcher']}: say so again, with what settings that had, or "
             f"hydra/launcher=local"
         )
     begun = [*content["command"], *(recorded(content["search"], content["command"]) if content["search"] else [])]
     kept = [o for o in begun if o.partition("=")[0] not in keys]
-    return [*kept, *given, f"hydra.sweep.dir={quoted(named[-1])}"]
+    return [*kept, *given, f"hydra.sweep.dir={quoted(folder)}"]
 
 
 def unfinished(folder: Path, overrides: Sequence[str], searched: Search | None) -> Path | None:

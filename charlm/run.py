@@ -17,6 +17,7 @@ import sys
 import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from types import TracebackType
@@ -124,7 +125,7 @@ class Run:
             if self.before:
                 self.record["earlier"] = [*self.before["earlier"], session(self.before)]
                 self.record["follows"] |= self.before["follows"]
-            self.record["surroundings"] = surroundings()
+            self.record["surroundings"] = {**surroundings()}
             self.write()
             self.pulse.start()
         return self
@@ -267,6 +268,7 @@ def session(record: Record) -> dict[str, Any]:
     return told | ({"status": "killed"} if told["status"] == "running" else {})
 
 
+@cache  # the code that a process has loaded stays as it was
 def surroundings() -> dict[str, Any]:
     """What a run depends on beside its settings and its text."""
     required = (re.match(r"[\w-]+", line) for line in metadata.requires("charlm") or [] if "extra ==" not in line)

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # imported where they are needed, as every single run finds t
 
 
 GPU = ("gpu", "cuda")
+ROOT = Path(__file__).parent.parent
 
 
 class SweepLauncher(Launcher):
@@ -125,10 +126,10 @@ class EngineLauncher(SweepLauncher):
     target = ""
 
     def __init__(self, **settings: Any):
-        from charlm import forkserver
-
         logging.getLogger("hydra_plugins").setLevel(logging.ERROR)  # of what the table tells better
-        forkserver.find()  # as jobs need to do
+        # Jobs take charlm from beside train.py, and not from where it is installed.
+        places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+        os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, places)]))
 
     def settings(self, cfg: DictConfig) -> dict[str, Any]:
         found: Any = OmegaConf.to_container(cfg.hydra.launcher, resolve=True)

@@ -23,9 +23,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from charlm import checkpoint, report
 from charlm.errors import InputError, one_line_errors
-from charlm.forkserver import PRELOAD
 from charlm.preflight import check_command
-from tests.conftest import ROOT
+from tests.conftest import PRELOAD, ROOT
 
 SETTINGS = [
     *("model=gpt", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.dropout=0.2"),

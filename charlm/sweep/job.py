@@ -8,13 +8,13 @@ a fork server pays for the imports once, and each job is what `python train.py .
 import os
 import runpy
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,9 @@ from hydra.core.utils import JobRuntime, run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig, read_write
 
-from charlm import forkserver, report
+from charlm import report
 from charlm.budget import steps_of, within_tokens
+from charlm.forkserver import Forked
 from charlm.preflight import options
 from charlm.resume import quoted
 from charlm.run import previous
@@ -83,15 +84,13 @@ class Job:
         record = previous(self.folder)
         return record is not None and record["status"] == "finished" and report.read_results(self.folder) is not None
 
-    def start(self, alive: Connection, threads: int, gpus: Sequence[int]) -> "Running":
+    def start(self, threads: int, gpus: Sequence[int]) -> "Running":
         """Begin, or go on where it was ended, in a fresh process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         argv = command(sys.argv[0], options(sys.argv), self.overrides, self.folder)
         # What has begun is held against its own record first, as any resume= is.
         cfg = None if has_begun(self.folder) else self.cfg
-        arguments = (argv, cfg, str(self.folder / LOG), alive, threads, list(gpus))
-        process = forkserver.start().Process(target=become, args=arguments)
-        process.start()
+        process = Forked(become, argv, cfg, str(self.folder / LOG), threads, list(gpus))
         return Running(self, process, time.monotonic(), list(gpus))
 
     def how(self, code: int | None) -> str:
@@ -121,7 +120,7 @@ class Running:
     """A job at work."""
 
     job: Job
-    process: Any
+    process: Forked
     since: float
     gpus: list[int]
     verdict: str | None = None  # where it is the sweep that ends it
@@ -142,14 +141,17 @@ class Running:
                 os.kill(self.process.pid, number)
 
 
-def become(argv: list[str], cfg: DictConfig | None, log: str, alive: Connection, threads: int, gpus: list[int]) -> None:
+def become(
+    sweep: socket.socket, argv: list[str], cfg: DictConfig | None, log: str, threads: int, gpus: list[int]
+) -> None:
     """In the job's process: be `python train.py ...`, with all output in the job's own file.
 
     Args:
+        sweep: a line that is cut when the sweep ends.
         cfg: what Hydra would compose from `argv`, checked already.
     """
     os.setsid()  # a group of its own: what it starts ends with it, and Ctrl-C is for the sweep
-    threading.Thread(target=follow, args=(alive,), daemon=True).start()
+    threading.Thread(target=follow, args=(sweep,), daemon=True).start()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -194,10 +196,10 @@ def last_line(log: Path) -> str:
     return said[-1] if said else ""
 
 
-def follow(alive: Connection) -> None:
-    """However the sweep ends, its jobs end too: the system closes the other end of this pipe."""
-    with suppress(EOFError, OSError):
-        alive.recv_bytes()
+def follow(sweep: socket.socket) -> None:
+    """However the sweep ends, its jobs end too: the system closes the other end of this line."""
+    with suppress(OSError):
+        sweep.recv(1)
     os.killpg(0, signal.SIGTERM)
     time.sleep(GRACE)
     os.killpg(0, signal.SIGKILL)

@@ -1,6 +1,5 @@
 """Jobs side by side, as many as the machine holds, whatever becomes of any of them."""
 
-import multiprocessing
 import os
 import signal
 import time
@@ -54,7 +53,6 @@ class Pool:
             KeyboardInterrupt, SystemExit: after all that ran were stopped, by Ctrl-C or SIGTERM.
         """
         waiting: Job | None = None
-        reader, writer = multiprocessing.get_context("forkserver").Pipe(duplex=False)
         with terminable(signal.SIGTERM):
             try:
                 while True:
@@ -62,20 +60,17 @@ class Pool:
                         begun(waiting)
                         gpus = self.take(waiting.processes) if waiting.on_gpu else []
                         threads = max(1, self.cores // (self.at_once(waiting, total) * waiting.processes))
-                        self.running.append(waiting.start(reader, threads, gpus))
+                        self.running.append(waiting.start(threads, gpus))
                         waiting = None
                     if not self.running:
                         return
-                    wait([one.process.sentinel for one in self.running], SECONDS_BETWEEN_LOOKS)
+                    wait([one.process.line for one in self.running], SECONDS_BETWEEN_LOOKS)
                     self.hurry()
                     self.reap(ended)
                     look(self.running)
             except BaseException:
                 self.stop(ended)
                 raise
-            finally:
-                writer.close()
-                reader.close()
 
     def at_once(self, job: Job, total: int) -> int:
         """How many of `total` jobs like this one run at a time."""
@@ -132,7 +127,7 @@ class Pool:
             try:
                 if time.monotonic() > until and number == signal.SIGTERM:
                     raise KeyboardInterrupt
-                wait([one.process.sentinel for one in self.running], SECONDS_BETWEEN_LOOKS)
+                wait([one.process.line for one in self.running], SECONDS_BETWEEN_LOOKS)
             except (KeyboardInterrupt, SystemExit):
                 number = signal.SIGKILL
                 for one in self.running:

@@ -7,9 +7,8 @@ from typing import Any, Protocol
 
 from charlm import report, terminal
 from charlm.errors import InputError, stop
-from charlm.forkserver import is_sweep
 from charlm.ledger import Ledger
-from charlm.preflight import held, options
+from charlm.preflight import held, is_sweep, options
 from charlm.sweep.engine import Engine, Handed
 from charlm.sweep.job import LOG, Job, Running
 from charlm.sweep.names import settings, varying
