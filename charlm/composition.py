@@ -14,12 +14,12 @@ from omegaconf.errors import OmegaConfBaseException
 SEARCH = "hydra.searchpath"  # a value that says where files are
 
 
-def composed(jobs: Sequence[Sequence[str]], compose: Callable[[list[str]], DictConfig]) -> Iterator[DictConfig]:
+def composed(jobs: Sequence[Sequence[str]], compose: Callable[[tuple[str, ...]], DictConfig]) -> Iterator[DictConfig]:
     """The configuration of each job, with Hydra's own part.
 
     Args:
         jobs: the overrides of each.
-        compose: Hydra's own way from overrides to a configuration, a tenth of a second long.
+        compose: Hydra's own way from overrides to a configuration, a tenth of a second long, with a cache.
 
     Raises:
         HydraException: as `compose` does.
@@ -31,17 +31,14 @@ def composed(jobs: Sequence[Sequence[str]], compose: Callable[[list[str]], DictC
     def is_value(o: Override) -> bool:
         return o.type == OverrideType.CHANGE and o.key_or_group != SEARCH and not is_group(o.key_or_group)
 
-    kept: dict[tuple[str, ...], DictConfig] = {}
     for job in jobs:
         parsed = parser.parse_overrides(list(job))
         values = [o for o in parsed if is_value(o)]
         choices = tuple(str(o.input_line) for o in parsed if o not in values)
-        if choices not in kept:
-            kept[choices] = compose(list(choices))
         try:
-            yield with_values(kept[choices], values, parsed)
+            yield with_values(compose(choices), values, parsed)
         except OmegaConfBaseException:
-            yield compose(list(job))  # which tells what is wrong with it
+            yield compose(tuple(job))  # which tells what is wrong with it
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:

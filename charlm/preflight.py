@@ -10,9 +10,9 @@ import sys
 import tempfile
 import warnings
 from argparse import Namespace
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -91,8 +91,8 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
         with told_in_one_line(overrides):
             check_overrides(overrides, args.multirun)
-            jobs, space = expand(name, overrides, search) if args.multirun else ([overrides], None)
-            whole = partial(compose, name, return_hydra_config=True)
+            whole = cache(lambda given: compose(name, list(given), return_hydra_config=True))
+            jobs, space = expand(overrides, search, whole) if args.multirun else ([overrides], None)
             cfgs = list(composed([[*job, *search] for job in jobs], whole))
             if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
                 return list(argv)
@@ -305,12 +305,15 @@ def choices(options: Iterable[str] | None) -> list[str]:
     return [option for option in options or [] if option != "base"]
 
 
-def expand(name: str, overrides: list[str], search: list[str]) -> tuple[list[list[str]], Space | None]:
+def expand(
+    overrides: list[str], search: list[str], compose: Callable[[tuple[str, ...]], DictConfig]
+) -> tuple[list[list[str]], Space | None]:
     """The overrides of each job of a sweep, as Hydra's basic sweeper will make them; of a search, which makes its own
     later, those that stand for all, and what it searches."""
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     firsts = [first_value(override) for override in parser.parse_overrides(overrides)]
-    sweeper = compose(name, [*firsts, *search], return_hydra_config=True).hydra.sweeper
+    [cfg] = composed([[*firsts, *search]], compose)
+    sweeper = cfg.hydra.sweeper
     params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
     parsed = parser.parse_overrides([*params, *overrides])
     if sweeper._target_.endswith(".OptunaSweeper"):

@@ -8,7 +8,7 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -42,6 +42,8 @@ class SweepLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
+        load = hydra_context.config_loader.load_sweep_config
+        self.compose = cache(lambda given: load(config, list(given)))
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from charlm.ledger import Ledger
@@ -72,7 +74,7 @@ class SweepLauncher(Launcher):
     def composed(self, job_overrides: Sequence[Sequence[str]]) -> list[DictConfig]:
         from charlm.composition import composed
 
-        return list(composed(job_overrides, partial(self.context.config_loader.load_sweep_config, self.config)))
+        return list(composed(job_overrides, self.compose))
 
     def min_context(self, ledger: "Ledger", cfgs: Sequence[DictConfig]) -> int | None:
         """As `Ledger.min_context`, for jobs whose block sizes are those of `cfgs`."""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from charlm import checkpoint, report, terminal
@@ -114,7 +115,10 @@ def test_compositions_that_share_files_are_what_hydra_makes_of_each():
     values = [["seed=1", "optimizer.lr=1e-3"], ["seed=2", "data.block_size=16", "hydra.job.chdir=false"]]
     jobs = [[*a, *b, "+trainer.fast_dev_run=true"] for a in files for b in values]
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        alone = partial(compose, "train", return_hydra_config=True)
+
+        def alone(given: Sequence[str]) -> DictConfig:
+            return compose("train", list(given), return_hydra_config=True)
+
         found = list(composed(jobs, alone))
         assert [OmegaConf.to_yaml(cfg) for cfg in found] == [OmegaConf.to_yaml(alone(job)) for job in jobs]
         with pytest.raises(HydraException, match=r"Could not override 'data.blok_size'"):
