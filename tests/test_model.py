@@ -465,3 +465,15 @@ def test_the_short_way_to_a_loss_is_that_of_the_logits(case):
         found.append([nll, *gradients])
     for short, long in zip(*found, strict=True):
         torch.testing.assert_close(short, long)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("b", "t"), [(1, 1), (3, 5), (16, 8), (64, 33)])
+def test_the_gradient_that_a_bigram_has_at_once_is_that_of_autograd_to_the_bit(b, t, dtype):
+    model, idx, targets = build("bigram").to(dtype), ids(b, t), ids(b, t, seed=1)
+    loss = model.nll(idx, targets).mean()
+    loss.backward()
+    [table] = model.parameters()
+    gradient, table.grad = table.grad, None
+    assert torch.equal(model.backward(idx, targets), loss)
+    assert torch.equal(table.grad, gradient)

@@ -8,6 +8,9 @@ goes on after what `state` has seen, None at the beginning, without computing th
 state is used up when it is passed on; no gradients flow through it; with a `block_size`, at most that many characters
 fit in.
 
+Where there is a shorter way to a loss than through logits, it has `nll(idx, targets) -> (B, T)`, and with a shorter way
+than autograd's to a gradient, `backward(idx, targets) -> mean loss`.
+
 A list of equal blocks is an `nn.ModuleList`, by whose elements a model too large for one device is cut.
 
 Shape legend: B batch, T time, C channels, V vocabulary.
