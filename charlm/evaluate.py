@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from charlm.data.chunks import IGNORE, EvalBatch, Windows
-from charlm.data.datamodule import CharDataModule
+from charlm.data.datamodule import CharDataModule, Pairs
 
 # Told how far an evaluation is: batches done, of how many.
 Reporter = Callable[[int, int], None]
@@ -104,42 +104,28 @@ def evaluate(model: nn.Module, windows: Windows, report: Reporter | None = None)
     return Score.of(window_nll, windows.counts())
 
 
-def references(train: Tensor, split: Tensor, vocab_size: int, smoothing: float) -> dict[str, float]:
+def references(train: Pairs, split: Pairs, vocab_size: int, smoothing: float) -> dict[str, float]:
     """The losses on `split`, nats per character, of models that are counted on `train` and not learned.
 
     Args:
-        train, split: ids, (N,), any integer type.
         smoothing: added to each count. 0 with `split` = `train` gives the optimum: no table can do better.
 
     Returns:
         uniform: log V. unigram, bigram: from the frequencies of characters, and of pairs of them.
     """
-    train, split, v = train.long(), split.long(), vocab_size
-    n = len(split) - 1
-    unigram = torch.bincount(train[1:], minlength=v).double() + smoothing
-    targets, often = counted(split[1:], v)
-    # Each pair is looked up once, however often it occurs.
-    seen, times = counted(train[:-1] * v + train[1:], v * v)
-    pairs, weights = counted(split[:-1] * v + split[1:], v * v)
-    place = torch.searchsorted(seen, pairs).clamp_max(len(seen) - 1)
-    count = torch.where(seen[place] == pairs, times[place], 0).double()
-    row = torch.bincount(train[:-1], minlength=v).double()[pairs // v]
+    v, n = vocab_size, int(split.counts.sum())
+    unigram = torch.bincount(train.codes % v, train.counts.double(), v) + smoothing
+    often = torch.bincount(split.codes % v, split.counts.double(), v)
+    targets = often.nonzero().flatten()
+    place = torch.searchsorted(train.codes, split.codes).clamp_max(len(train.codes) - 1)
+    count = torch.where(train.codes[place] == split.codes, train.counts[place], 0).double()
+    row = torch.bincount(train.codes // v, train.counts.double(), v)[split.codes // v]
     bigram = (count + smoothing) / (row + smoothing * v)
     return {
         "uniform": math.log(v),
-        "unigram": float(-(often * (unigram[targets] / unigram.sum()).log()).sum() / n),
-        "bigram": float(-(weights * bigram.log()).sum() / n),
+        "unigram": float(-(often[targets] * (unigram[targets] / unigram.sum()).log()).sum() / n),
+        "bigram": float(-(split.counts * bigram.log()).sum() / n),
     }
-
-
-def counted(values: Tensor, below: int) -> tuple[Tensor, Tensor]:
-    """The values that occur, in order, and how often: `values` (N,) are whole numbers from 0 to `below`."""
-    if below > len(values):  # memory is bounded by the text, and not by V squared
-        found, counts = values.unique(return_counts=True)
-        return found, counts
-    counts = torch.bincount(values, minlength=below)
-    found = counts.nonzero().flatten()
-    return found, counts[found]
 
 
 def figures(
@@ -159,7 +145,7 @@ def figures(
     windows = {split: data.windows(split, device, stride=stride) for split in splits}
     for split in splits:
         found |= evaluate(model, windows[split], report).figures(split)
-        ids, vocab_size = data.splits, data.tokenizer.vocab_size
         smoothing = 0.0 if split == "train" else 1.0
-        found["references"][split] = references(ids["train"], ids[split], vocab_size, smoothing)
+        pairs = data.pairs("train"), data.pairs(split)
+        found["references"][split] = references(*pairs, data.tokenizer.vocab_size, smoothing)
     return found

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from charlm.callbacks.exhibit import Exhibit
+from charlm.data.datamodule import Pairs
 from charlm.logger import TensorBoard
 
 TAG = "what_follows/bigram_table"  # its own group, which TensorBoard sorts behind train and val
@@ -42,7 +43,7 @@ class BigramTable(Exhibit):
     def show(self, trainer: L.Trainer, model: nn.Module, board: TensorBoard) -> None:
         if self.frame is None:
             data = trainer.datamodule  # type: ignore[attr-defined]
-            self.shown, counted = count_table(data.splits["train"], data.tokenizer.vocab_size, self.most_characters)
+            self.shown, counted = table_of(data.pairs("train"), data.tokenizer.vocab_size, self.most_characters)
             self.frame = draw_frame([*data.tokenizer.decode(self.shown)], ["learned", "counted in the training text"])
             paste(self.frame, counted, 1)
         idx = self.shown.to(next(model.parameters()).device)
@@ -51,16 +52,15 @@ class BigramTable(Exhibit):
         board.log_picture(TAG, png(self.frame), *self.frame.size, trainer.global_step)
 
 
-def count_table(ids: Tensor, vocab_size: int, most: int) -> tuple[Tensor, Tensor]:
+def table_of(pairs: Pairs, vocab_size: int, most: int) -> tuple[Tensor, Tensor]:
     """The ids of the most frequent characters, in order, (n,), and P(next | last) among them, (n, n)."""
-    ids = ids.long()
-    frequency = torch.bincount(ids, minlength=vocab_size)
+    first, second, counts = pairs.codes // vocab_size, pairs.codes % vocab_size, pairs.counts.double()
+    frequency = torch.bincount(first, counts, vocab_size)
     shown = frequency.topk(min(most, vocab_size)).indices.sort().values
     n = len(shown)
     place = torch.full((vocab_size,), n).index_copy_(0, shown, torch.arange(n))  # n: not shown
-    pairs = place[ids[:-1]] * (n + 1) + place[ids[1:]]
-    counts = torch.bincount(pairs, minlength=(n + 1) ** 2).view(n + 1, n + 1)[:n].double()
-    return shown, (counts / counts.sum(1, keepdim=True).clamp_min(1))[:, :n].float()
+    among = torch.bincount(place[first] * (n + 1) + place[second], counts, (n + 1) ** 2).view(n + 1, n + 1)[:n, :n]
+    return shown, (among / frequency[shown].clamp_min(1)[:, None]).float()
 
 
 def draw_frame(labels: list[str], titles: list[str]) -> Image.Image:

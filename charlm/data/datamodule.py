@@ -1,7 +1,7 @@
 """The LightningDataModule: corpus -> tokenizer -> ids -> chunks."""
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -12,6 +12,24 @@ from charlm.data.chunks import EvalBatch, RandomChunks, Windows, check_length
 from charlm.data.corpus import Corpus, load_corpus
 from charlm.errors import InputError
 from charlm.tokenizer import CharTokenizer
+
+
+class Pairs(NamedTuple):
+    """The pairs of neighbours that occur in a text, in order, and how often: (n,) int64 each."""
+
+    codes: Tensor  # first * V + second
+    counts: Tensor
+
+    @classmethod
+    def of(cls, ids: Tensor, vocab_size: int) -> "Pairs":
+        """Of ids (N,), any integer type."""
+        ids = ids.long()
+        codes = ids[:-1] * vocab_size + ids[1:]
+        if vocab_size**2 > len(codes):  # memory is bounded by the text, and not by V squared
+            return cls(*codes.unique(return_counts=True))
+        counts = torch.bincount(codes, minlength=vocab_size**2)
+        found = counts.nonzero().flatten()
+        return cls(found, counts[found])
 
 
 class CharDataModule(L.LightningDataModule):
@@ -54,6 +72,7 @@ class CharDataModule(L.LightningDataModule):
         self.min_context, self.seed = min_context, seed
         self.make_tokenizer = tokenizer
         self.splits: dict[str, Tensor] = {}
+        self.counted: dict[str, Pairs] = {}
         self.corpus: Corpus
         self.tokenizer: CharTokenizer
 
@@ -87,6 +106,12 @@ class CharDataModule(L.LightningDataModule):
         for name, part in splits.items():
             check_length(part, self.block_size, name)
         return splits
+
+    def pairs(self, split: str) -> Pairs:
+        """Those of a split, counted once."""
+        if split not in self.counted:
+            self.counted[split] = Pairs.of(self.splits[split], self.tokenizer.vocab_size)
+        return self.counted[split]
 
     def home(self, device: torch.device) -> torch.device:
         """Where batches for `device` are made: on it, unless the ids take over a quarter of a GPU's free memory."""
