@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -209,8 +210,12 @@ class LanguageModel(L.LightningModule):
             self.scaler.update()
 
     def fetch(self, dataloader_iter: Iterator[tuple[Batch, int, int]]) -> Batch:
-        (x, y), _, _ = next(dataloader_iter)
-        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+        """The next batch, of those that come several at a time."""
+        if not self.fetched:
+            (x, y), _, _ = next(dataloader_iter)  # (n, B, T)
+            x, y = x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
+            self.fetched.extend(zip(x, y, strict=True))
+        return self.fetched.popleft()
 
     def count(self, steps: int) -> None:
         """Lightning takes a call for one batch and sees no optimizer: tell its loop how many steps there were."""
@@ -229,6 +234,7 @@ class LanguageModel(L.LightningModule):
             due.append(getattr(callback, "every_n_steps", 1 if looks and not isinstance(callback, Timer) else None))
         self.due = [int(every) for every in due if every and 0 < every < math.inf]
         self.generator = generator_of(self.device)
+        self.fetched: deque[Batch] = deque()
         self.trained = list(self.model.parameters())
         self.run = CUDAGraph(self.step, trainer.optimizers, self.device) if self.graph_it else self.step
         self.before_update = [c for c in trainer.callbacks if is_overridden("on_before_optimizer_step", c, L.Callback)]

@@ -28,10 +28,10 @@ def test_a_batch_depends_on_seed_rank_and_number_alone(seed, rank, numbers):
     asked_in_any_order = RandomChunks(ids, 4, 3, seed, rank)
     for k in numbers:
         fresh = RandomChunks(ids, 4, 3, seed, rank, start=k)
-        x, y = next(iter(fresh))
-        again_x, again_y = asked_in_any_order.batch(k)
-        assert torch.equal(x, again_x)
-        assert torch.equal(y, again_y)
+        for number, (x, y) in enumerate(zip(*next(iter(fresh)), strict=True), start=k):
+            again_x, again_y = asked_in_any_order.batch(number)
+            assert torch.equal(x, again_x)
+            assert torch.equal(y, again_y)
 
 
 def test_seeds_ranks_and_numbers_each_give_other_chunks():

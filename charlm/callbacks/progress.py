@@ -56,7 +56,7 @@ class Progress(L.Callback):
         batch: tuple[Tensor, Tensor],
         batch_idx: int,
     ) -> None:
-        self.newest = outputs["loss"], batch[0].numel()
+        self.newest = outputs["loss"], batch[0][0].numel()
         now = time.perf_counter()
         if now < self.next_look:
             return

@@ -33,7 +33,7 @@ class Throughput(L.Callback):
         batch_idx: int,
     ) -> None:
         settings: Any = trainer
-        step, tokens_per_step = trainer.global_step, batch[0].numel() * trainer.world_size
+        step, tokens_per_step = trainer.global_step, batch[0][0].numel() * trainer.world_size
         tokens_per_step *= settings.accumulate_grad_batches
         self.tokens = step * tokens_per_step
         self.end = time.perf_counter()

@@ -70,13 +70,12 @@ class RandomChunks:
         return gather_chunks(self.ids, self.starts(k), self.block_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batch `start` and all that follow, fetched several at a time."""
+        """Batch `start` and all that follow, several at a time: (n, B, T) each."""
         k, together = self.start, max(1, TOKENS_PER_GATHER // (self.batch_size * self.block_size))
         while True:
             draw, row = divmod(k, BATCHES_PER_DRAW)
             starts = self.draw(draw)[row : row + together]  # (n, B)
-            x, y = gather_chunks(self.ids, starts, self.block_size)  # (n, B, T)
-            yield from zip(x, y, strict=True)
+            yield gather_chunks(self.ids, starts, self.block_size)  # (n, B, T)
             k += len(starts)
 
 

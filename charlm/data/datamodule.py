@@ -121,7 +121,10 @@ class CharDataModule(L.LightningDataModule):
         return device if sum(ids.nbytes for ids in self.splits.values()) <= free / 4 else torch.device("cpu")
 
     def train_dataloader(self) -> RandomChunks:
-        """An endless stream of (x, y), (B, T) each; another one on each rank. A resumed run goes on where it was."""
+        """An endless stream of (x, y), several batches at a time, (n, B, T); another one on each rank.
+
+        A resumed run goes on where it was.
+        """
         device, rank, _ = self.place()
         ids = self.splits["train"].to(self.home(device))
         trainer: Any = self.trainer
