@@ -10,6 +10,7 @@ import inspect
 import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from itertools import repeat
 from pathlib import Path
 from types import NoneType, UnionType
@@ -166,14 +167,18 @@ def check_node(path: str, node: Any) -> None:
 
 def check_value(path: str, value: Any, hint: Any) -> None:
     try:
-        adapter: TypeAdapter[Any] = TypeAdapter(hint, config=STRICT)
-    except PydanticUserError:  # the type brings a configuration of its own
-        adapter = TypeAdapter(hint)
-    try:
-        adapter.validate_python(value)
+        adapter(hint).validate_python(value)
     except ValidationError:
         given = "null" if value is None else value
         raise InputError(f"{path}={given} is not possible: give {allowed(hint)}") from None
+
+
+@cache  # the jobs of a sweep have the same types
+def adapter(hint: Any) -> TypeAdapter[Any]:
+    try:
+        return TypeAdapter(hint, config=STRICT)
+    except PydanticUserError:  # the type brings a configuration of its own
+        return TypeAdapter(hint)
 
 
 def allowed(hint: Any) -> str:

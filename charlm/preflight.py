@@ -2,6 +2,7 @@
 
 import importlib.util
 import itertools
+import json
 import logging
 import os
 import re
@@ -404,23 +405,31 @@ def check_settings(cfg: DictConfig, elsewhere: bool = False) -> None:
     else:
         check_hardware(plain["trainer"])
         check_shortcuts(plain)
-    check_parts(cfg, check_trainer(cfg.trainer))
+    cfg.trainer.precision = precision_for(cfg.trainer.precision, cfg.trainer.accelerator)
+    tokens = cfg.data.batch_size * cfg.data.block_size if cfg.max_tokens else 0
+    node = json.dumps(OmegaConf.to_container(cfg.trainer, resolve=True))
+    check_parts(cfg, check_trainer(node, cfg.max_tokens, tokens))
 
 
-def check_trainer(node: DictConfig) -> L.Trainer:
+@cache  # jobs of a sweep seldom differ in it
+def check_trainer(node: str, max_tokens: int | None, tokens_per_batch: int) -> L.Trainer:
     """Combinations of settings that only Lightning knows to be impossible. Returns a trainer, which is not for use.
+
+    Args:
+        node: its settings, as JSON.
 
     Raises:
         InputError: with Lightning's own words.
     """
-    node.precision = precision_for(node.precision, node.accelerator)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # of the devices, a run tells by itself
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return instantiate(node, logger=False)
+            trainer: L.Trainer = instantiate(json.loads(node), logger=False)
         except InstantiationException as error:
             raise InputError(f"trainer: {one_line(error.__cause__ or error)}") from error
+    limit_tokens(trainer, max_tokens, tokens_per_batch)
+    return trainer
 
 
 def check_parts(cfg: DictConfig, trainer: L.Trainer) -> None:
@@ -429,7 +438,6 @@ def check_parts(cfg: DictConfig, trainer: L.Trainer) -> None:
     Raises:
         InputError: with the words of the ValueError that they raise.
     """
-    limit_tokens(trainer, cfg.max_tokens, cfg.data.batch_size * cfg.data.block_size)
     try:
         with torch.device("meta"):  # shapes without numbers: at once, and in no memory
             model = instantiate(cfg.model, vocab_size=2)
