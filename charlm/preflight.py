@@ -594,8 +594,11 @@ def how_many(devices: int | str | list[int], on_cpu: bool) -> int:
 
 def held(folder: Path) -> str | None:
     """What a folder holds already: a run, a sweep or neither."""
-    traces = {"results.json": "run", "checkpoints/*.ckpt": "run", "multirun.yaml": "sweep"}
-    return next((left for trace, left in traces.items() if any(folder.glob(trace))), None)
+    if any(any(folder.glob(trace)) for trace in ("results.json", "checkpoints/*.ckpt")):
+        return "run"
+    # Hydra writes multirun.yaml ahead of the first job; a sweep that was killed in between has left nothing.
+    begun = (folder / "multirun.yaml").exists() and any(place.is_dir() for place in folder.iterdir())
+    return "sweep" if begun else None
 
 
 def own_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False, begun: bool = False) -> Path:

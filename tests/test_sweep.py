@@ -323,6 +323,12 @@ def test_a_strangers_sweep_runs_no_code(sweep, train, tmp_path):
     assert not (tmp_path / "evil").exists()
 
 
+def test_a_sweep_that_was_killed_ahead_of_its_first_job_begins_again(sweep, tmp_path):
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "multirun.yaml").touch()
+    assert sweep("seed=1,2").code == 0
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_sweep_whose_parent_is_killed_leaves_no_process_and_loses_nothing(tmp_path, text_file):
