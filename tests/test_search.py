@@ -273,7 +273,8 @@ def test_thirty_trials_that_are_killed_again_and_again_are_thirty_trials_in_the_
                     process.send_signal([signal.SIGKILL, signal.SIGKILL, signal.SIGINT][kill % 3])
                     process.wait()
                 time.sleep(0.1)
-        assert process.returncode == (0 if begun is None else [-9, -9, 130][kill % 3])
+        # Among its imports, Python itself ends by SIGINT.
+        assert process.returncode in ((0,) if begun is None else [(-9,), (-9,), (130, -2)][kill % 3])
         until = time.monotonic() + 30
         while left := at_work(tmp_path):
             assert time.monotonic() < until, f"left: {left}"
