@@ -50,6 +50,8 @@ def train(cfg: DictConfig, state: Newest | None, run: Run) -> None:
     data: CharDataModule = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
     data.setup()
     model = instantiate(cfg.model, vocab_size=data.tokenizer.vocab_size)
+    if hasattr(model, "count"):
+        model.count(data.splits["train"])
     choose(cfg, model, data)
     torch.set_num_threads(cfg.threads)
     # Where algorithms are deterministic, PyTorch also fills all new memory: a tenth of a GPT's step, for nothing.

@@ -229,7 +229,7 @@ def describe(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         "format": kept["format"],
         "step": content["global_step"],
         "model": kept["config"]["model"],
-        "parameters": sum(weight.numel() for weight in weights.values()),
+        "parameters": sum(weight.numel() for weight in weights.values() if weight.is_floating_point()),
         "tensors": {
             name: {"shape": list(w.shape), "dtype": str(w.dtype).removeprefix("torch.")} for name, w in weights.items()
         },

@@ -11,6 +11,8 @@ fit in.
 Where there is a shorter way to a loss than through logits, it has `nll(idx, targets) -> (B, T)`, and with a shorter way
 than autograd's to a gradient, `backward(idx, targets) -> mean loss`.
 
+One that counts has `count(ids)`, which is given the training split, (N,), before the first step.
+
 A list of equal blocks is an `nn.ModuleList`, by whose elements a model too large for one device is cut.
 
 Shape legend: B batch, T time, C channels, V vocabulary.

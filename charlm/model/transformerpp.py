@@ -149,24 +149,31 @@ class TransformerPP(nn.Module):
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx (B, T) int64 with T of at most block_size -> logits (B, T, V)."""
-        x, cos, sin = self.embed(idx, 0)
+        return self.head(self.think(*self.embed(idx, 0)))  # (B, T, V)
+
+    def think(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, T, C), cos and sin (T, hs/2), as `embed` makes them -> (B, T, C), as the head takes it."""
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
             x = block(x, cos, sin)
-        return self.head(norm(x))  # (B, T, V)
+        return norm(x)
 
     @torch.no_grad()
     def decode(self, idx: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
-        """idx (B, T) int64 -> logits (B, V) of its last position; the state is filled in place.
+        """idx (B, T) int64 -> logits (B, V) of its last position; the state is filled in place."""
+        x, state = self.think_on(*self.embed(idx, state.length if state else 0), state)
+        return self.head(x), state
+
+    def think_on(self, x: Tensor, cos: Tensor, sin: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
+        """As `think`, after what `state` has seen, for the last position only: (B, C).
 
         The arithmetic of the blocks without their modules, the calls of which take a single character as long again.
         """
-        (B, T), (nh, hs) = idx.shape, self.heads
+        (B, T, _), (nh, hs) = x.shape, self.heads
         if state is None:
             kv = self.head.weight.new_empty(2, len(self.blocks), B, nh, self.block_size, hs)
             state = Cache(kv, 0, [cast(Block, block).parts() for block in self.blocks])
         kv, start, end = state.kv, state.length, state.length + T
-        x, cos, sin = self.embed(idx, start)
         x = x.flatten(0, 1)  # (B * T, C)
         mask = x.new_ones(T, end, dtype=torch.bool).tril(start) if start and T > 1 else None
         # Of all layers at once: where the new keys and values go, (B, nh, T, hs), and all of them, (B, nh, end, hs).
@@ -180,7 +187,7 @@ class TransformerPP(nn.Module):
             y = F.scaled_dot_product_attention(turned[0] * sharpness, k, v, mask, is_causal=T > 1 and not start)
             x = F.linear(y.transpose(1, 2).reshape(x.shape), proj, x)  # in one operation with the sum
             x = F.linear(activate(F.linear(norm(x), fc), self.mlp), out, x)
-        return self.head(norm(x[T - 1 :: T])), Cache(kv, end, state.parts)
+        return norm(x[T - 1 :: T]), Cache(kv, end, state.parts)
 
     def embed(self, idx: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
         """idx (B, T), of which the first stands at position `start` -> x (B, T, C), cos and sin (T, hs/2)."""

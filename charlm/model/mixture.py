@@ -1,0 +1,306 @@
+"""Mixture: what was counted after the last 1, 2, ... characters, weighed by a network, and a Transformer beside it.
+
+Counting knows a small text by heart at once; a network learns what to make of it. The logits are the log-probabilities
+of symbols alone, and what each longer context changes in those of the shorter one, each with a weight; and to that a
+Transformer adds what it knows. It is the mixing of contexts of Mahoney's PAQ (2005; as a network: Knoll and de Freitas,
+"A machine learning perspective on predictive coding with PAQ", 2012) and the residual of Li et al., "Residual learning
+of neural text generation with n-gram language model" (2022). Counts back off by the three discounts of Chen and
+Goodman, "An empirical study of smoothing techniques for language modeling" (1998).
+
+Counted on the very text that the network trains on, contexts would teach it to believe them blindly. So the text is cut
+into a few parts, and in each the network is shown the counts of all others: deleted estimation (Jelinek and Mercer,
+1980), or cross-fitting. The parts are long, as what stands near a character is about the same people.
+"""
+
+from functools import partial
+from itertools import count
+from typing import Annotated, Any, Literal, NamedTuple
+from weakref import WeakValueDictionary
+
+import torch
+from annotated_types import Ge, Le, Lt
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from charlm.model.transformerpp import Cache, TransformerPP
+
+MULTIPLIER = 6364136223846793005  # of Knuth's generator modulo 2^64
+INVERSE = -(-pow(MULTIPLIER, -1, 2**64) % 2**64)  # to undo it, as a number with a sign
+SCATTER = 0xBF58476D1CE4E5B9 - 2**64  # of SplitMix64
+SCALE = 0.3  # brings logarithms of counts, which reach 10, near 1
+
+
+def hashes(idx: Tensor, n: int) -> Tensor:
+    """A number for the last `n` characters up to each: idx (B, T) -> (B, T) int64, of use from position n - 1 on.
+
+    Differences of the running sum of a polynomial (Karp and Rabin 1987), modulo 2^64.
+    """
+    T = idx.shape[1]
+    powers = [torch.full((T,), factor, device=idx.device).cumprod(0) for factor in (MULTIPLIER, INVERSE)]
+    sums = F.pad(((idx + 1) * powers[0]).cumsum(1), (1, 0))  # (B, T + 1)
+    start = (torch.arange(1, T + 1, device=idx.device) - n).clamp_min(0)
+    h = (sums[:, 1:] - sums[:, start]) * powers[1][start]
+    h = (h ^ h >> 32) * SCATTER
+    return h ^ h >> 32
+
+
+def spread(starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries of each of `rows`, of which row r has starts[r] to starts[r + 1]: numbers of rows, and entries."""
+    lengths = starts[rows + 1] - starts[rows]
+    row = torch.arange(len(rows), device=rows.device).repeat_interleave(lengths)
+    ends = lengths.cumsum(0)
+    return row, torch.arange(len(row), device=rows.device) + (starts[rows] - ends + lengths)[row]
+
+
+def discounts(counts: Tensor) -> Tensor:
+    """What is taken from a count of 0, 1, 2 and more for symbols that were not seen: Chen and Goodman's equation 26."""
+    n = [float((counts == i).sum()) + 1 for i in range(1, 5)]
+    y = n[0] / (n[0] + 2 * n[1])
+    found = [i - (i + 1) * y * n[i] / n[i - 1] for i in (1, 2, 3)]
+    return torch.tensor([0.0, *(min(max(d, 0.1 * i), 0.9 * i) for i, d in enumerate(found, 1))], device=counts.device)
+
+
+class Found(NamedTuple):
+    """What is known by counting at n positions, after K lengths of context."""
+
+    alone: Tensor  # (n, V): log-probabilities of symbols without any context
+    change: Tensor  # (K, n, V): what each longer context changes in those of the shorter one
+    seen: Tensor  # (n, 3 * K): how often it was seen, followed by how many symbols, and whether at all
+
+    def log_p(self) -> Tensor:
+        """After the longest context that was ever seen, (n, V)."""
+        return self.alone + self.change.sum(0)
+
+
+class Counts:
+    """What follows which context in a text: a table with a row for each context.
+
+    A row lists the symbols that were seen, and has one number for all others. Row 0 is of contexts that never were.
+
+    Args:
+        text: ids (N,) int64, N of at least 2.
+        vocab_size: V.
+        n_context: K, the characters of the longest context.
+        parts: of the text. To each context in each part belongs a row of what follows it in all others.
+    """
+
+    def __init__(self, text: Tensor, vocab_size: int, n_context: int, parts: int):
+        self.text, self.V, self.K = text, vocab_size, n_context
+        self.order: dict[int, tuple[Tensor, Tensor]] = {}  # of the chunks of a length: their hashes, and where they are
+        self.position = torch.arange(len(text) - 1, device=text.device)
+        self.part = self.position * parts // len(self.position) + 1
+        self.keys: list[tuple[Tensor, int]] = []  # for each length, the hashes of its contexts, and their first row
+        self.rows_at = self.part.new_zeros(n_context, len(self.position), dtype=torch.int32)
+        often = torch.bincount(self.part * self.V + text[1:], minlength=(parts + 1) * self.V).view(parts + 1, self.V)
+        often = often.sum(0) - often + 0.1  # row 0: in the whole text; row i: in all parts but the i-th
+        self.alone = (often / often.sum(1, keepdim=True)).log()
+        self.count()
+
+    def count(self) -> None:
+        """Fill the table, from the shortest contexts to the longest."""
+        V, y, parts = self.V, self.text[1:], len(self.alone) - 1
+        nothing = self.text[:0]
+        zeros = self.alone.new_zeros
+        table = [(nothing.new_zeros(1), nothing, zeros(0), zeros(1), zeros(1, 3))]
+        n_rows = 1
+        whole, others = torch.zeros_like(self.part), self.part  # of the shorter context: its rows at each position
+        codes, log_p = torch.arange(self.alone.numel(), device=y.device), self.alone.flatten()  # and all of its entries
+        for n in range(1, min(self.K, len(y)) + 1):
+            at = self.position[n - 1 :]
+            contexts, context = hashes(self.text[None, :-1], n)[0, at].unique(return_inverse=True)
+            pairs, times = (context * V + y[at]).unique(return_counts=True)
+            symbols = pairs % V
+            # Beside its row, a context has one for each part that it occurs in: what follows it elsewhere.
+            in_parts, in_part = (context * (parts + 1) + self.part[at]).unique(return_inverse=True)
+            starts = F.pad((pairs // V).bincount(minlength=len(contexts)).cumsum(0), (1, 0))
+            row, entry = spread(starts, in_parts // (parts + 1))
+            here, times_here = (in_part * V + y[at]).unique(return_counts=True)
+            code = row * V + symbols[entry]
+            place = torch.searchsorted(here, code).clamp_max(len(here) - 1)
+            elsewhere = times[entry] - torch.where(here[place] == code, times_here[place], 0)
+            kept = elsewhere > 0
+
+            rows = torch.cat((pairs // V, len(contexts) + row[kept]))
+            symbols = torch.cat((symbols, symbols[entry[kept]]))
+            counts = torch.cat((times, elsewhere[kept]))
+            lower = y.new_zeros(len(contexts) + len(in_parts))
+            lower[context], lower[len(contexts) + in_part] = whole[at], others[at]
+            below = log_p[torch.searchsorted(codes, lower[rows] * V + symbols)]
+            discount = discounts(times)[counts.clamp_max(3)]
+            total, left = (rows.bincount(weight, len(lower)).float() for weight in (counts.double(), discount))
+            codes = rows * V + symbols
+            log_p = ((counts - discount + left[rows] * below.exp()) / total[rows]).log()
+            lengths = rows.bincount(minlength=len(lower))
+            other = torch.where(total > 0, (left / total).log(), 0.0)
+            seen = torch.stack((SCALE * total.log1p(), SCALE * lengths.log1p(), (total > 0) * SCALE), 1)
+            table.append((lengths, symbols, log_p - below, other, seen))
+            self.keys.append((contexts, n_rows))
+            self.rows_at[n - 1, at] = (n_rows + len(contexts) + in_part).int()
+            n_rows += len(lower)
+            whole, others = torch.zeros_like(whole), torch.zeros_like(others)
+            whole[at], others[at] = context, len(contexts) + in_part
+        columns = (torch.cat(column) for column in zip(*table, strict=True))
+        lengths, symbols, self.change, self.other, self.seen = columns
+        self.starts, self.symbols = F.pad(lengths.cumsum(0), (1, 0)), symbols.to(torch.int32)
+
+    def rows(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        """idx (B, T) -> the rows of the contexts that end at each position, (K, B, T), and of symbols alone, (B, T)."""
+        T, found = idx.shape[1], []
+        for n, (keys, first) in enumerate(self.keys, 1):
+            h = hashes(idx, n)
+            place = torch.searchsorted(keys, h).clamp_max(len(keys) - 1)
+            known = (keys[place] == h) & (torch.arange(T, device=idx.device) >= n - 1)
+            found.append(torch.where(known, first + place, 0))
+        found += [torch.zeros_like(idx)] * (self.K - len(found))  # of a text too short for the longest
+        return torch.stack(found), torch.zeros_like(idx)
+
+    def rows_elsewhere(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        """As `rows`, without the part of the text that each chunk is from; it is found there, and if not, as `rows`."""
+        T = idx.shape[1]
+        if T not in self.order:
+            chunks = hashes(self.text[None, :-1], T)[0, T - 1 :]
+            self.order[T] = tuple(chunks.sort())  # type: ignore[assignment]
+        ordered, starts = self.order[T]
+        h = hashes(idx, T)[:, -1].contiguous()
+        place = torch.searchsorted(ordered, h).clamp_max(len(ordered) - 1)
+        if not len(ordered) or not torch.equal(ordered[place], h):
+            return self.rows(idx)
+        t = torch.arange(T, device=idx.device)
+        position = starts[place][:, None] + t  # (B, T)
+        # A context must not reach out of the chunk.
+        within = t >= torch.arange(self.K, device=idx.device)[:, None, None]
+        return torch.where(within, self.rows_at[:, position].long(), 0), self.part[position]
+
+    def look_up(self, rows: Tensor, alone: Tensor) -> Found:
+        """What stands in rows (K, n), and in those of symbols alone, (n,)."""
+        change = self.other[rows][..., None].expand(*rows.shape, self.V).contiguous()
+        row, entry = spread(self.starts, rows.flatten())
+        change.view(-1)[row * self.V + self.symbols[entry]] = self.change[entry]
+        return Found(self.alone[alone], change, self.seen[rows].permute(1, 0, 2).flatten(1))
+
+
+MIXTURES: WeakValueDictionary[int, "Mixture"] = WeakValueDictionary()  # by their numbers
+NUMBERS = count()
+
+
+@torch.library.custom_op("charlm::look_up", mutates_args=())
+def look_up(idx: Tensor, last: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`Mixture.look_up` as one operation of PyTorch's, into which its compiler does not look."""
+    alone, change, seen = MIXTURES[number].look_up(idx, last)
+    return alone, change, seen
+
+
+@look_up.register_fake
+def _(idx: Tensor, last: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes of what `look_up` returns."""
+    n, K, V = idx.shape[0] * last, MIXTURES[number].n_context, MIXTURES[number].head.out_features
+    empty = partial(torch.empty, device=idx.device)
+    return empty(n, V), empty(K, n, V), empty(n, 3 * K)
+
+
+class State(NamedTuple):
+    """What `decode` has seen: the characters (B, T), and what its Transformer made of them."""
+
+    idx: Tensor
+    cache: Cache
+
+
+class Mixture(TransformerPP):
+    """A Transformer that sees, and corrects, what was counted. It starts as the counts are, and they as uniform.
+
+    Args:
+        vocab_size: V, the number of symbols.
+        block_size: the positions there are, and so the characters it can look back over.
+        n_context: the longest context that is counted, in characters.
+        parts: of the training text; in each the network is shown what was counted in the others.
+        n_layer, n_head, n_embd, mlp, dropout: of the Transformer, as in `TransformerPP`.
+
+    Raises:
+        ValueError: if n_embd is not an even multiple of n_head.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        block_size: Annotated[int, Ge(1)],
+        n_layer: Annotated[int, Ge(0)],
+        n_head: Annotated[int, Ge(1)],
+        n_embd: Annotated[int, Ge(1)],
+        n_context: Annotated[int, Ge(1)] = 8,
+        parts: Annotated[int, Ge(2), Le(1000)] = 8,
+        mlp: Literal["relu2", "swiglu"] = "relu2",
+        dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
+    ):
+        super().__init__(vocab_size, block_size, n_layer, n_head, n_embd, mlp, dropout)
+        self.n_context, self.parts = n_context, parts
+        self.inject = nn.Linear(vocab_size + 3 * n_context, n_embd, bias=False)
+        last = nn.Linear(64, n_context + 1)
+        nn.init.zeros_(last.weight)
+        nn.init.ones_(last.bias)  # the sum of all changes: the backed-off probabilities as they are
+        self.trust = nn.Sequential(nn.Linear(3 * n_context, 64), nn.ReLU(), last)
+        self.register_buffer("text", torch.zeros(0, dtype=torch.uint8 if vocab_size <= 256 else torch.int32))
+        self.text: Tensor
+        self.counted: Counts | None = None
+        self.register()
+
+    def register(self) -> None:
+        self.number = next(NUMBERS)
+        MIXTURES[self.number] = self
+
+    def __setstate__(self, state: Any) -> None:
+        super().__setstate__(state)
+        self.register()  # a copy is another one
+
+    def count(self, ids: Tensor) -> None:
+        """Take ids (N,) as the text that is counted; with the weights, it is kept in checkpoints."""
+        self.text, self.counted = ids.to(self.text), None
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """idx (B, T) int64 with T of at most block_size -> logits (B, T, V)."""
+        found = Found(*look_up(idx, idx.shape[1], self.number))
+        x, cos, sin = self.embed(idx, 0)
+        x = self.think(x + self.inject(self.shown(found)).view_as(x), cos, sin)
+        return self.head(x) + self.weighed(found).view(*idx.shape, -1)
+
+    @torch.no_grad()
+    def decode(self, idx: Tensor, state: State | None) -> tuple[Tensor, State]:  # type: ignore[override]
+        """idx (B, T) int64 -> logits (B, V) of its last position; the state is filled in place."""
+        before = state.cache.length if state else 0
+        x, cos, sin = self.embed(idx, before)
+        seen = torch.cat((state.idx, idx), 1) if state else idx
+        found = self.look_up(seen, idx.shape[1])
+        x = x + self.inject(self.shown(found)).view_as(x)
+        x, cache = self.think_on(x, cos, sin, state.cache if state else None)
+        return self.head(x) + self.weighed(found).view(*idx.shape, -1)[:, -1], State(seen, cache)
+
+    @torch.no_grad()
+    def look_up(self, idx: Tensor, last: int) -> Found:
+        """What was counted after the contexts that end at the `last` positions of idx (B, T), which are B * last."""
+        if len(self.text) < 2:
+            n = idx[:, -last:].numel()
+            zeros = partial(torch.zeros, device=idx.device)
+            V, K = self.head.out_features, self.n_context
+            return Found(zeros(n, V), zeros(K, n, V), zeros(n, 3 * K))
+        if self.counted is None or self.counted.text.device != idx.device:
+            text = self.text.to(idx.device).long()
+            self.counted = Counts(text, self.head.out_features, self.n_context, self.parts)
+        rows, alone = self.counted.rows_elsewhere(idx) if self.training else self.counted.rows(idx)
+        return self.counted.look_up(rows[..., -last:].flatten(1), alone[:, -last:].flatten())
+
+    def shown(self, found: Found) -> Tensor:
+        """What the Transformer is told of the counts, (n, V + 3 * K)."""
+        told = torch.cat((found.log_p().mul(0.5).exp(), found.seen), 1)  # of probabilities, the root: small ones matter
+        return told.to(self.inject.weight.dtype)
+
+    def weighed(self, found: Found) -> Tensor:
+        """The logits of counting, (n, V)."""
+        weights = self.trust(found.seen.to(self.inject.weight.dtype))  # (n, K + 1)
+        return found.alone * weights[:, -1:] + (found.change * weights.t()[:-1, :, None]).sum(0)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        text = state_dict.get(f"{prefix}text")
+        if text is not None:
+            if text.dim() != 1 or text.dtype != self.text.dtype or (len(text) and text.max() >= self.head.out_features):
+                raise ValueError("the text that the model has counted is not one of its symbols")
+            self.text, self.counted = torch.empty_like(text), None
+        super()._load_from_state_dict(state_dict, prefix, *rest)

@@ -1,0 +1,164 @@
+"""charlm.model.mixture: its counts against a reference that counts one by one, and what becomes of them."""
+
+import math
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from charlm import checkpoint
+from charlm.generate import generate
+from charlm.model.mixture import Counts, Mixture, discounts, hashes
+
+V, K, PARTS = 5, 4, 3
+NODE = {"_target_": "charlm.model.mixture.Mixture", "block_size": 12, "n_context": K, "parts": PARTS}
+NODE |= {"n_layer": 1, "n_head": 2, "n_embd": 8, "mlp": "relu2", "dropout": 0.0}
+
+
+def a_text(n: int = 300, seed: int = 0) -> Tensor:
+    """Symbols that follow each other with habits, and nowhere twice the same."""
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.multinomial(torch.tensor([8.0, 4.0, 2.0, 1.0, 1.0]), n, replacement=True, generator=generator)
+    return (torch.cumsum(steps, 0) + torch.arange(n) // 7) % V
+
+
+def a_model(text: Tensor | None = None) -> Mixture:
+    torch.manual_seed(0)
+    model: Any = checkpoint.build(NODE, V)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.3 * torch.randn(parameter.shape)
+    model.count(a_text() if text is None else text)
+    return model
+
+
+def reference(text: list[int], context: list[int], without: range | None, n_context: int = K) -> list[float]:
+    """P(symbol | context) by counting one by one, where nothing is counted that is predicted within `without`."""
+    places = [i for i in range(1, len(text)) if without is None or i - 1 not in without]
+    alone = Counter(text[i] for i in places)
+    p = [(alone[s] + 0.1) / (len(places) + 0.1 * V) for s in range(V)]
+    for n in range(1, n_context + 1):
+        if n > len(context):
+            break
+        seen = Counter(text[i] for i in places if i >= n and text[i - n : i] == context[-n:])
+        total = sum(seen.values())
+        if not total:
+            continue
+        pairs = Counter(tuple(text[i - n : i + 1]) for i in range(n, len(text)))  # discounts are of the whole text
+        discount = discounts(torch.tensor([*pairs.values()])).tolist()
+        left = sum(discount[min(c, 3)] for c in seen.values())
+        p = [(seen[s] - discount[min(seen[s], 3)] + left * p[s]) / total for s in range(V)]
+    return p
+
+
+@given(st.lists(st.integers(0, V - 1), min_size=2, max_size=60), st.integers(2, PARTS))
+@settings(max_examples=40, deadline=None)
+def test_counts_are_those_of_counting_one_by_one(symbols, parts):
+    text = torch.tensor(symbols)
+    counts = Counts(text, V, K, parts)
+    idx = text[None, : min(len(text), 20)]
+    rows, alone = counts.rows(idx)
+    found = counts.look_up(rows.flatten(1), alone.flatten()).log_p().exp()
+    for t in range(idx.shape[1]):
+        assert found[t].tolist() == pytest.approx(reference(symbols, symbols[: t + 1], None), abs=1e-4)
+
+
+def test_in_each_part_of_the_text_only_the_others_count():
+    text, T = a_text(), 10
+    counts = Counts(text, V, K, PARTS)
+    chunks = text.unfold(0, T, 1)[:-1]
+    for start in range(0, len(chunks), 13):
+        rows, alone = counts.rows_elsewhere(chunks[start, None])
+        found = counts.look_up(rows.flatten(1), alone.flatten()).log_p().exp()
+        for t in range(T):
+            part = int(counts.part[start + t])
+            inside = (counts.part == part).nonzero().flatten()
+            expected = reference(
+                text.tolist(), text[start : start + t + 1].tolist(), range(int(inside[0]), int(inside[-1]) + 1)
+            )
+            assert found[t].tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_chunk_that_is_not_of_the_text_meets_all_counts():
+    model = a_model().train()
+    strange = torch.zeros(2, 12, dtype=torch.long)
+    assert torch.equal(model(strange), model.eval()(strange))
+    chunk = a_text()[None, 40:52]
+    assert not torch.equal(model.train()(chunk), model.eval()(chunk))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_no_context_reaches_beyond_the_chunk_nor_ahead(training):
+    text = a_text()
+    model = a_model(text).train(training)
+    chunk = text[None, 100:112]
+    rows, _ = (model.counted or made(model)).rows(chunk)
+    for n in range(1, K + 1):
+        assert (rows[n - 1, 0, : n - 1] == 0).all()
+        assert (rows[n - 1, 0, n - 1 :] > 0).all()
+    longer, shorter = model.eval()(chunk), model.eval()(chunk[:, :7])
+    assert torch.allclose(longer[:, :7], shorter, atol=1e-5)
+
+
+def made(model: Mixture) -> Counts:
+    model(torch.zeros(1, 1, dtype=torch.long))
+    assert model.counted is not None
+    return model.counted
+
+
+def test_it_begins_as_the_counts_are():
+    model: Any = checkpoint.build(NODE, V)
+    idx = a_text()[None, 50:62]
+    assert model(idx).detach().softmax(-1).flatten().tolist() == pytest.approx([1 / V] * 12 * V)
+    model.count(a_text())
+    p = model.eval()(idx).softmax(-1)[0, -1]
+    assert p.tolist() == pytest.approx(reference(a_text().tolist(), idx[0].tolist(), None), abs=1e-4)
+
+
+def test_decoding_with_counts_is_the_forward_pass():
+    model = a_model().eval()
+    idx = a_text(12, seed=3)[None].repeat(2, 1)
+    idx[1] = (idx[1] + 1) % V
+    state, whole = None, model(idx)
+    for start, end in ((0, 3), (3, 4), (4, 5), (5, 9), (9, 12)):
+        logits, state = model.decode(idx[:, start:end], state)
+        assert torch.allclose(logits, whole[:, end - 1], atol=1e-5)
+
+
+def test_text_is_written_with_what_was_counted():
+    text = torch.arange(400) % V  # of which a counted symbol is all but certain
+    model: Any = checkpoint.build(NODE, V)
+    model.count(text)
+    written = generate(model.eval(), torch.tensor([[0]]), 30, temperature=0.0)
+    assert torch.cat([*written]).flatten().tolist() == [(i + 1) % V for i in range(30)]
+
+
+def test_a_checkpoint_keeps_the_counted_text():
+    model = a_model().eval()
+    weights = model.state_dict()
+    again = checkpoint.trained(NODE, V, weights).eval()
+    idx = a_text()[None, 5:17]
+    assert torch.equal(again(idx), model(idx))
+    for wrong in (torch.full((9,), V, dtype=torch.uint8), torch.zeros(3, 3, dtype=torch.uint8), torch.zeros(4)):
+        with pytest.raises(ValueError, match="is not one of its symbols"):
+            checkpoint.trained(NODE, V, weights | {"text": wrong})
+
+
+def test_contexts_have_numbers_of_their_own():
+    idx = torch.randint(65, (1, 100_000), generator=torch.Generator().manual_seed(0))
+    for n in (1, 2, 3, 8):
+        windows = {tuple(row.tolist()) for row in idx[0].unfold(0, n, 1)}
+        assert len(hashes(idx, n)[0, n - 1 :].unique()) == len(windows)
+
+
+def test_counts_are_worth_more_than_a_table_of_pairs():
+    text, val = a_text(20_000), a_text(2_000, seed=1)
+    counts = Counts(text, V, K, PARTS)
+    rows, alone = counts.rows(val[None, :-1])
+    log_p = counts.look_up(rows.flatten(1), alone.flatten())
+    by_length = (log_p.alone + log_p.change.cumsum(0)).gather(2, val[None, 1:, None].expand(K, -1, 1)).mean((1, 2))
+    assert float(-by_length[0]) < math.log(V)
