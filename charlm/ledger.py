@@ -9,6 +9,7 @@ from charlm.errors import InputError
 from charlm.report import read_json, write_json
 
 NAME = "sweep.json"
+TABLE = "results.csv"  # written last
 FORMAT = 1
 LARGEST = 2**26  # bytes of a sweep.json that is read
 
@@ -142,10 +143,15 @@ def alike(one: Search | None, other: Search | None) -> bool:
     return one == other if one is None or other is None else {**one, "n_trials": 0} == {**other, "n_trials": 0}
 
 
-def goes_on(content: Content, command: list[str], search: Search | None) -> bool:
-    """Does a command ask for more of this sweep?"""
+def goes_on(folder: Path, command: list[str], search: Search | None) -> bool:
+    """Does a command ask for more of the sweep in `folder`: for a job, or for the table of all?
+
+    Raises:
+        InputError: for a ledger that cannot be read.
+    """
+    content = read(folder / NAME)
     ended = [entry["state"] in ENDED for entry in content["jobs"].values()]
-    left = not all(ended) or len(ended) < (search["n_trials"] if search else 1)
+    left = not all(ended) or len(ended) < (search["n_trials"] if search else 1) or not (folder / TABLE).exists()
     return content["command"] == command and alike(content["search"], search) and left
 
 

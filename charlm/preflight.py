@@ -186,7 +186,7 @@ def unfinished(folder: Path, overrides: Sequence[str], searched: Search | None) 
     command = [o for o in overrides if not o.startswith("hydra")]
     for file in sorted(folder.glob(f"*/{LEDGER}"), reverse=True):
         with suppress(InputError):
-            if goes_on(read(file), command, searched) and claim(file.parent):
+            if goes_on(file.parent, command, searched) and claim(file.parent):
                 return file.parent
     return None
 

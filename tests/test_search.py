@@ -264,12 +264,12 @@ def test_thirty_trials_that_are_killed_again_and_again_are_thirty_trials_in_the_
     command += ["trainer.max_steps=1000", "trainer.val_check_interval=100", "evaluate=[val]", "sample_length=1"]
     rng = random.Random(3)
     before: dict[str, Any] = {}
-    for kill, begun in enumerate([3, 9, 14, 20, 27, None]):
+    for kill, begun in enumerate([3, 8, 12, 16, 20, None]):
         log = tmp_path / "log"
         with log.open("w") as out, subprocess.Popen(command, cwd=tmp_path, stdout=out) as process:
             while process.poll() is None:
                 if begun and len([*tmp_path.glob("outputs/*/trial_*")]) >= begun:
-                    time.sleep(rng.uniform(0, 4))
+                    time.sleep(rng.uniform(0, 2))
                     process.send_signal([signal.SIGKILL, signal.SIGKILL, signal.SIGINT][kill % 3])
                     process.wait()
                 time.sleep(0.1)

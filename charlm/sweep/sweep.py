@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from charlm import report, terminal
 from charlm.errors import InputError, stop
-from charlm.ledger import Ledger
+from charlm.ledger import TABLE, Ledger
 from charlm.preflight import held, is_sweep, options
 from charlm.sweep.engine import Engine, Handed
 from charlm.sweep.job import LOG, Job, Running
@@ -78,6 +78,7 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
         SystemExit: with code 1, after the last job, if any failed; 130 or 143 if the sweep was stopped.
     """
     ledger.write()
+    (sweep_dir / TABLE).unlink(missing_ok=True)
     ends, left = source.ends, source.total - len(source.ends)
     if ends and left:
         terminal.going_on(sweep_dir, len(ends), left)
@@ -103,7 +104,7 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
             stopped = int(told.code or 0)
     rows = {name: source.row(job, ends.get(name, "waiting")) for name, job in source.jobs.items()}
     ranked = report.ranked([*rows.values()])
-    report.write_csv(sweep_dir / "results.csv", ranked)
+    report.write_csv(sweep_dir / TABLE, ranked)
     finished = {name: row["val/loss"] for name, row in rows.items() if row["status"] == "finished"}
     losses = {name: loss for name, loss in finished.items() if loss is not None}
     best = source.jobs[min(losses, key=losses.__getitem__)].overrides if losses else []
