@@ -558,6 +558,8 @@ def check_shortcuts(plain: dict[str, Any]) -> None:
     trainer = plain["trainer"]
     on_gpu = torch.cuda.is_available() and trainer["accelerator"] != "cpu"
     if plain["cuda_graph"]:
+        if hasattr(config.resolve("model", plain["model"]["_target_"]), "count"):
+            raise InputError("cuda_graph=true needs steps of one size, and what was counted has many: leave it false")
         if not on_gpu or trainer["strategy"] != "auto" or trainer["devices"] not in (1, "1", "auto"):
             raise InputError("cuda_graph=true is for one NVIDIA GPU: leave it false here, or say trainer=gpu")
         if trainer["precision"] == "16-mixed":

@@ -406,6 +406,7 @@ def test_val_is_always_evaluated_since_runs_are_compared_by_it(refused, train, t
         (["trainer.strategy=nosuch"], "trainer.strategy=nosuch is not possible"),
         (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn is not possible"),
         (["cuda_graph=true"], "cuda_graph=true is for one NVIDIA GPU"),
+        (["cuda_graph=true", "model=mixture"], "cuda_graph=true needs steps of one size"),
         (["trainer.strategy=fsdp"], "choose auto, or trainer=ddp or fsdp"),
     ],
 )

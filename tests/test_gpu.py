@@ -50,13 +50,15 @@ def test_a_step_as_a_cuda_graph_is_the_same_step(on_gpu, model):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["bigram", "gpt", "transformerpp"])
+@pytest.mark.parametrize("model", ["bigram", "gpt", "transformerpp", "mixture"])
 def test_compiled_training_reaches_the_same_loss(on_gpu, model):
     settings = [f"model={model}", "trainer.precision=32-true", "optimizer.lr=1e-3"]
     ways = {"eager": [], "compiled": ["compile=true"], "graph": ["compile=true", "cuda_graph=true"]}
+    if model == "mixture":
+        del ways["graph"]
     folders = [on_gpu(name, *settings, *way) for name, way in ways.items()]
     losses = [json.loads((folder / "results.json").read_text())["val/loss"] for folder in folders]
-    assert losses[1:] == pytest.approx([losses[0]] * 2, abs=1e-3)
+    assert losses[1:] == pytest.approx([losses[0]] * (len(ways) - 1), abs=1e-3)
 
 
 def test_text_written_on_a_gpu_is_repeatable(on_gpu, charlm):

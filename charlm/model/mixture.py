@@ -57,7 +57,7 @@ def discounts(counts: Tensor) -> Tensor:
     n = [float((counts == i).sum()) + 1 for i in range(1, 5)]
     y = n[0] / (n[0] + 2 * n[1])
     found = [i - (i + 1) * y * n[i] / n[i - 1] for i in (1, 2, 3)]
-    return torch.tensor([0.0, *(min(max(d, 0.1 * i), 0.9 * i) for i, d in enumerate(found, 1))], device=counts.device)
+    return torch.tensor([0.0, *(min(max(d, 0.1 * i), 0.9 * i) for i, d in enumerate(found, 1))])
 
 
 class Found(NamedTuple):
@@ -78,16 +78,17 @@ class Counts:
     A row lists the symbols that were seen, and has one number for all others. Row 0 is of contexts that never were.
 
     Args:
-        text: ids (N,) int64, N of at least 2.
+        text: ids (N,) int64 on the CPU, where counting gives the same bits each time; N of at least 2.
         vocab_size: V.
         n_context: K, the characters of the longest context.
         parts: of the text. To each context in each part belongs a row of what follows it in all others.
+        device: where the table is to be.
     """
 
-    def __init__(self, text: Tensor, vocab_size: int, n_context: int, parts: int):
+    def __init__(self, text: Tensor, vocab_size: int, n_context: int, parts: int, device: str | torch.device = "cpu"):
         self.text, self.V, self.K = text, vocab_size, n_context
         self.order: dict[int, tuple[Tensor, Tensor]] = {}  # of the chunks of a length: their hashes, and where they are
-        self.position = torch.arange(len(text) - 1, device=text.device)
+        self.position = torch.arange(len(text) - 1)
         self.part = self.position * parts // len(self.position) + 1
         self.keys: list[tuple[Tensor, int]] = []  # for each length, the hashes of its contexts, and their first row
         self.rows_at = self.part.new_zeros(n_context, len(self.position), dtype=torch.int32)
@@ -95,6 +96,10 @@ class Counts:
         often = often.sum(0) - often + 0.1  # row 0: in the whole text; row i: in all parts but the i-th
         self.alone = (often / often.sum(1, keepdim=True)).log()
         self.count()
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+        self.keys = [(keys.to(device), first) for keys, first in self.keys]
 
     def count(self) -> None:
         """Fill the table, from the shortest contexts to the longest."""
@@ -104,7 +109,7 @@ class Counts:
         table = [(nothing.new_zeros(1), nothing, zeros(0), zeros(1), zeros(1, 3))]
         n_rows = 1
         whole, others = torch.zeros_like(self.part), self.part  # of the shorter context: its rows at each position
-        codes, log_p = torch.arange(self.alone.numel(), device=y.device), self.alone.flatten()  # and all of its entries
+        codes, log_p = torch.arange(self.alone.numel()), self.alone.flatten()  # and all of its entries
         for n in range(1, min(self.K, len(y)) + 1):
             at = self.position[n - 1 :]
             contexts, context = hashes(self.text[None, :-1], n)[0, at].unique(return_inverse=True)
@@ -282,8 +287,8 @@ class Mixture(TransformerPP):
             V, K = self.head.out_features, self.n_context
             return Found(zeros(n, V), zeros(K, n, V), zeros(n, 3 * K))
         if self.counted is None or self.counted.text.device != idx.device:
-            text = self.text.to(idx.device).long()
-            self.counted = Counts(text, self.head.out_features, self.n_context, self.parts)
+            text = self.text.cpu().long()
+            self.counted = Counts(text, self.head.out_features, self.n_context, self.parts, idx.device)
         rows, alone = self.counted.rows_elsewhere(idx) if self.training else self.counted.rows(idx)
         return self.counted.look_up(rows[..., -last:].flatten(1), alone[:, -last:].flatten())
 
