@@ -122,9 +122,12 @@ def draw(rungs: list[Rung], file: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     counts = [rung for rung in rungs if rung.parameters is None]
-    axes.plot([statistics.fmean(r.seconds) for r in counts], [r.losses[0] for r in counts], "o", ms=3, c="gray")
-    for rung in counts:
-        axes.annotate(f" {rung.name}", (rung.seconds[0], rung.losses[0]), fontsize=7, color="gray", va="center")
+    axes.plot(
+        [r.seconds[0] for r in counts], [r.losses[0] for r in counts], "o", ms=3, c="gray", label="counted n-grams"
+    )
+    for n, rung in enumerate(counts, 2):
+        place = rung.seconds[0], rung.losses[0]
+        axes.annotate(str(n), place, (0, 4), textcoords="offset points", fontsize=8, color="gray", ha="center")
     for number, rung in enumerate(r for r in rungs if r.parameters):
         color = f"C{number}"
         end = statistics.fmean(rung.seconds), statistics.fmean(rung.losses)

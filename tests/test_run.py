@@ -51,6 +51,16 @@ def test_a_finished_run_tells_what_it_was(trained):
     assert run.read_record(trained) == found
 
 
+@pytest.mark.parametrize("recipe", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda file: file.stem)
+def test_every_recipe_trains_in_small_on_any_machine(recipe, train, tmp_path, text_file):
+    small = ["trainer=cpu", "trainer.max_steps=2", "trainer.max_time=null", "data.batch_size=2", "compile=false"]
+    small += ["scheduler.warmup_steps=1"] if "warmup_steps" in recipe.read_text() else []
+    small += ["data=text", f"data.path={text_file}", "evaluate=[val]", "sample_length=1", "hydra.run.dir=r"]
+    ended = train(f"experiment={recipe.stem}", *small)
+    assert ended.code == 0, ended.err
+    assert json.loads((tmp_path / "r" / "results.json").read_text())["steps"] == 2
+
+
 @pytest.fixture
 def begun(tmp_path, text_file):
     """A run without end, as its own process."""

@@ -111,5 +111,5 @@ def png(image: Image.Image) -> bytes:
     image = image.copy()
     image.putpalette(np.concatenate([viridis, greys]).astype(np.uint8).tobytes())
     file = io.BytesIO()
-    image.save(file, "png", compress_level=1)
+    image.save(file, "png", compress_level=3)  # of all levels, the best for its time
     return file.getvalue()
