@@ -204,7 +204,7 @@ def _(idx: Tensor, last: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class State(NamedTuple):
-    """What `decode` has seen: the characters (B, T), and what its Transformer made of them."""
+    """What `decode` has seen: the last characters (B, T), and what its Transformer made of all."""
 
     idx: Tensor
     cache: Cache
@@ -273,6 +273,7 @@ class Mixture(TransformerPP):
         before = state.cache.length if state else 0
         x, cos, sin = self.embed(idx, before)
         seen = torch.cat((state.idx, idx), 1) if state else idx
+        seen = seen[:, -(idx.shape[1] + self.n_context - 1) :]  # no context reaches further
         found = self.look_up(seen, idx.shape[1])
         x = x + self.inject(self.shown(found)).view_as(x)
         x, cache = self.think_on(x, cos, sin, state.cache if state else None)
