@@ -260,7 +260,7 @@ def command(script: str, module: str) -> str:
 
 def going_on(sweep_dir: Path, done: int, left: int) -> None:
     """A sweep whose folder holds a part of it already."""
-    console.print(f"{quote(sweep_dir)} has {done} of these jobs done: {left} to go")
+    console.print(f"{quote(sweep_dir)} has {done} of these jobs done: {left} to go", soft_wrap=True)
 
 
 def handed_over(jobs: int, name: str) -> None:

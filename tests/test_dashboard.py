@@ -291,7 +291,8 @@ def test_csv_and_none_by_one_word(train, tmp_path, text_file):
     assert results(tmp_path / "none")["val/loss"] == results(tmp_path / "csv")["val/loss"]
 
 
-def test_progress_through_a_pipe_and_its_end_by_ctrl_c(tmp_path, text_file):
+def test_progress_through_a_pipe_and_its_end_by_ctrl_c(tmp_path, text_file, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")  # narrower than a line
     common = ["data=text", f"data.path={text_file}", "hydra.run.dir=run", "trainer.max_steps=1000000"]
     command = [sys.executable, str(ROOT / "train.py"), *common, "callbacks.progress.seconds_between_lines=0.2"]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

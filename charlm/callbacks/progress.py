@@ -77,7 +77,8 @@ class Progress(L.Callback):
             self.bar.update(self.task, completed=self.budget.spent(step), description=told, steps=steps)
         else:
             left = self.budget.seconds_left(step, steps_per_second)
-            console.print(f"step {steps}  {told}" + (f"  {left:,.0f} s left" if left and left > 0 else ""))
+            told += f"  {left:,.0f} s left" if left and left > 0 else ""
+            console.print(f"step {steps}  {told}", soft_wrap=True)  # a step is a line, however wide
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and trainer.global_step > self.shown_at:
