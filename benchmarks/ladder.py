@@ -4,7 +4,8 @@
     python benchmarks/ladder.py --nanogpt nanoGPT
     python benchmarks/ladder.py --nanogpt nanoGPT --recipes nanogpt_cpu cpu_90s cpu_10min --seeds 1 2 3 --png ladder.png
 
-All losses are of every character of val, in windows of each model's block size. nanoGPT runs as its README says for a
+All losses are of every character of val, in windows of each model's block size, one after the other and, of models that
+learn, at a stride of half their size. nanoGPT runs as its README says for a
 CPU, in a copy of its folder, and is the clock; its weights are then scored by charlm. A recipe NAME is `python train.py
 experiment=NAME seed=N`.
 """
@@ -28,8 +29,11 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
+from charlm import checkpoint
 from charlm.data import CharDataModule
+from charlm.data.chunks import Windows
 from charlm.data.corpus import load_corpus
 from charlm.evaluate import evaluate
 from charlm.model.gpt import GPT
@@ -51,6 +55,7 @@ class Rung:
     name: str
     seconds: list[float]  # from start to end, for each seed
     losses: list[float]  # exact, over val, likewise
+    half_stride: list[float] = field(default_factory=list)  # the same where every window begins within the last
     parameters: int | None = None
     tokens: list[int] = field(default_factory=list)  # that it trained on
     way: list[tuple[float, float]] = field(default_factory=list)  # seconds, and the loss as it was told by then
@@ -81,11 +86,11 @@ def nanogpt(clone: Path, data: CharDataModule) -> Rung:
     weights = torch.load(clone / "out-shakespeare-char" / "ckpt.pt", weights_only=True)["model"]
     model = as_charlm(weights, data.tokenizer.vocab_size)
     n_parameters = sum(p.numel() for p in model.parameters())
-    loss = evaluate(model, data.windows("val")).loss
-    return Rung("nanoGPT's recipe for a CPU", [seconds], [loss], n_parameters, [2000 * 12 * 64], way)
+    loss, half = evaluate(model, data.windows("val")).loss, at_half_stride(model, 64, data)
+    return Rung("nanoGPT's recipe for a CPU", [seconds], [loss], [half], n_parameters, [2000 * 12 * 64], way)
 
 
-def recipe(name: str, seeds: list[int], corpus: str, folder: Path) -> Rung:
+def recipe(name: str, seeds: list[int], corpus: str, data: CharDataModule, folder: Path) -> Rung:
     """charlm's own: `python train.py experiment=NAME`, for each seed."""
     rung = Rung(f"experiment={name}", [], [])
     settings = [f"experiment={name}", "data=text", f"data.path={corpus}", "trainer.accelerator=cpu"]
@@ -97,6 +102,8 @@ def recipe(name: str, seeds: list[int], corpus: str, folder: Path) -> Rung:
         rung.seconds.append(time.perf_counter() - start)
         found = json.loads((run / "results.json").read_text())
         rung.losses.append(found["val/loss"])
+        loaded = checkpoint.load(run, "cpu")
+        rung.half_stride.append(at_half_stride(loaded.model, loaded.config["data"]["block_size"], data))
         rung.tokens.append(found["train/tokens"])
         rung.parameters = found["parameters"]
         if seed == seeds[0]:
@@ -105,11 +112,16 @@ def recipe(name: str, seeds: list[int], corpus: str, folder: Path) -> Rung:
     return rung
 
 
+def at_half_stride(model: nn.Module, block_size: int, data: CharDataModule) -> float:
+    """The loss over val where every character has at least half a window before it."""
+    return evaluate(model, Windows(data.splits["val"], block_size, block_size // 2)).loss
+
+
 def spread(values: Sequence[float], digits: int) -> str:
     """Mean and standard deviation."""
     if not values:
         return ""
-    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    deviation = f" ± {statistics.stdev(values):,.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):,.{digits}f}{deviation}"
 
 
@@ -194,11 +206,12 @@ def main() -> None:
         shutil.copytree(args.nanogpt, clone, ignore=shutil.ignore_patterns(".git"))
         prepare(clone, data)
         rungs.append(nanogpt(clone, data))
-        rungs += [recipe(name, args.seeds, corpus, Path(folder)) for name in args.recipes]
-    table = Table("", "val loss", "parameters", "tokens", "seconds, from start to end")
+        rungs += [recipe(name, args.seeds, corpus, data, Path(folder)) for name in args.recipes]
+    table = Table("", "val loss", "at half stride", "parameters", "tokens", "seconds, from start to end")
     for rung in rungs:
         size = f"{rung.parameters:,}" if rung.parameters else ""
-        table.add_row(rung.name, spread(rung.losses, 4), size, spread(rung.tokens, 0), spread(rung.seconds, 1))
+        losses = spread(rung.losses, 4), spread(rung.half_stride, 4)
+        table.add_row(rung.name, *losses, size, spread(rung.tokens, 0), spread(rung.seconds, 1))
     Console().print(table)
     if args.png:
         draw(rungs, args.png)

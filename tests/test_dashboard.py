@@ -301,7 +301,7 @@ def test_progress_through_a_pipe_and_its_end_by_ctrl_c(tmp_path, text_file, monk
         line = next(line for line in process.stdout if line.startswith("step"))
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
-    assert re.fullmatch(r"charlm: stopped by SIGINT after step \d+; go on with: python train.py resume=run\n", told)
+    assert re.fullmatch(r"charlm: stopped by SIGINT after step [\d,]+; go on with: python train.py resume=run\n", told)
     assert process.returncode == 130
     assert re.fullmatch(r"step +[\d,]+/1,000,000  loss \d\.\d{4}  (val .*)?[\d,]+ tokens/s  [\d,]+ s left\n", line)
 
