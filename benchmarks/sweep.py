@@ -1,11 +1,12 @@
-"""What a sweep costs: twelve runs of the bigram, evaluated exactly and logged, against one loop as in the lecture.
+"""What a sweep costs: twelve runs of the bigram, evaluated exactly and logged, against the lecture's script for one.
 
-    python benchmarks/sweep.py
+    git clone https://github.com/karpathy/ng-video-lecture
+    python benchmarks/sweep.py --lecture ng-video-lecture
 
-In every round each of these starts afresh and ends, one after the other: a script with the lecture's recipe for one
-bigram (3,000 steps, an estimate of 400 batches every 300, 500 characters of text); the sweep with as many jobs at a
-time as there are cores; the same one job at a time. What a job has beside its training loop is its exact evaluation,
-dashboard, checkpoints, samples and record; what the launcher adds is the time in which no job is at work in its place.
+In every round each of these starts afresh and ends, one after the other: the lecture's bigram.py (3,000 steps, an
+estimate of 400 batches every 300, 500 characters of text); the sweep with as many jobs at a time as there are cores;
+the same one job at a time. What a job has beside its training loop is its exact evaluation, dashboard, checkpoints,
+samples and record; what the launcher adds is the time in which no job is at work in its place. The text is the clone's.
 """
 
 import argparse
@@ -18,54 +19,18 @@ import tempfile
 import time
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from torch import nn
-from torch.nn import functional as F
-
-from charlm.data.corpus import load_corpus
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 GRID = ["data.block_size=8,32", "data.batch_size=16,64", "optimizer.lr=1e-3,3e-3,1e-2", "trainer.max_steps=3000"]
-LECTURE, SWEEP, ONE = "the lecture's loop, one run", "the sweep, 12 runs", "the sweep, one job at a time"
+LECTURE, SWEEP, ONE = "the lecture's script, one run", "the sweep, 12 runs", "the sweep, one job at a time"
 
 
-def lecture(corpus: str) -> None:
-    """One bigram in the simplest way: a batch is stacked of slices, and its loss estimated from random batches."""
-    text = Path(corpus).read_text(encoding="utf-8")
-    symbols = sorted(set(text))
-    ids = {symbol: i for i, symbol in enumerate(symbols)}
-    data = torch.tensor([ids[symbol] for symbol in text])
-    train, val = data[: int(0.9 * len(data))], data[int(0.9 * len(data)) :]
-
-    def batch(split: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        starts = torch.randint(len(split) - 8, (32,))
-        return torch.stack([split[i : i + 8] for i in starts]), torch.stack([split[i + 1 : i + 9] for i in starts])
-
-    table = nn.Embedding(len(symbols), len(symbols))
-    optimizer = torch.optim.AdamW(table.parameters(), lr=1e-2)
-    for step in range(3000):
-        if step % 300 == 0:
-            with torch.no_grad():
-                for split in (train, val):
-                    for _ in range(200):
-                        x, y = batch(split)
-                        F.cross_entropy(table(x).view(256, -1), y.view(256)).item()
-        x, y = batch(train)
-        loss = F.cross_entropy(table(x).view(256, -1), y.view(256))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-    idx = torch.zeros((1, 1), dtype=torch.long)
-    for _ in range(500):
-        idx = torch.cat((idx, torch.multinomial(F.softmax(table(idx)[:, -1], dim=-1), 1)), dim=1)
-
-
-def timed(command: list[str]) -> float:
+def timed(command: list[str], folder: Path | None = None) -> float:
     start = time.perf_counter()
-    subprocess.run(command, check=True, capture_output=True)
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return time.perf_counter() - start
 
 
@@ -80,21 +45,17 @@ def of_jobs(sweep_dir: Path) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--corpus", help="a text file; default: Tiny Shakespeare")
+    parser.add_argument("--lecture", type=Path, required=True, help="the folder of a clone")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--lecture", metavar="CORPUS", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.lecture:
-        lecture(args.lecture)
-        return
-    corpus, console = args.corpus or str(load_corpus("tinyshakespeare").source), Console()
+    corpus, console = (args.lecture / "input.txt").absolute(), Console()
     n_jobs = {SWEEP: len(os.sched_getaffinity(0)), ONE: 1}
     seconds: dict[str, list[float]] = {LECTURE: [], SWEEP: [], ONE: []}
     beside: dict[str, list[tuple[float, float]]] = {SWEEP: [], ONE: []}  # a job: of the launcher, and in the job
     together: dict[str, list[float]] = {SWEEP: [], ONE: []}  # from the first job's begin to the last one's end
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on a disk, as runs are
         for number in track(range(args.rounds), "rounds", console=console, transient=True):
-            seconds[LECTURE].append(timed([sys.executable, __file__, "--lecture", corpus]))
+            seconds[LECTURE].append(timed([sys.executable, "bigram.py"], args.lecture))
             for name, at_once in n_jobs.items():
                 sweep_dir = Path(folder, f"{number}_{at_once}")
                 places = ["data=text", f"data.path={corpus}", f"hydra.sweep.dir={sweep_dir}", "trainer=cpu"]
@@ -110,7 +71,7 @@ def main() -> None:
         table.add_row(name, *told, *of_job)
     console.print(table)
     for ones, others, what in (
-        (seconds[SWEEP], seconds[LECTURE], "of the loop's time"),
+        (seconds[SWEEP], seconds[LECTURE], "of the script's time"),
         (seconds[ONE], seconds[SWEEP], "the throughput of one at a time, from command to end"),
         (together[ONE], together[SWEEP], "the throughput of one at a time, while jobs are at work"),
     ):

@@ -115,5 +115,6 @@ def write(
     device = next(model.parameters()).device
     idx = tokenizer.encode(prompt).to(device).long().expand(num_samples, -1)  # (B, T)
     generator = torch.Generator(device).manual_seed(seed)
+    chars = tokenizer.chars
     for next_idx in generate(model, idx, length, generator, temperature, top_k, top_p):
-        yield tokenizer.decode(next_idx)
+        yield "".join(chars[i] for i in next_idx.tolist())

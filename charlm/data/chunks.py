@@ -138,6 +138,8 @@ class Windows:
         windows = torch.arange(first, min(first + self.batch_size, self.n_windows), device=self.ids.device)
         starts = (windows * self.stride).clamp_max(self.n_targets - self.block_size)
         x, y = gather_chunks(self.ids, starts, self.block_size)
+        if self.stride == self.block_size and j < self.n_batches - 1:
+            return EvalBatch(x, y, windows)  # all of it counts
         counted = self.counted(windows) if j < self.n_batches else torch.zeros_like(windows)
         place = torch.arange(self.block_size, device=y.device)
         y = y.masked_fill(place < (self.block_size - counted)[:, None], IGNORE)

@@ -23,10 +23,11 @@ class Pairs(NamedTuple):
     @classmethod
     def of(cls, ids: Tensor, vocab_size: int) -> "Pairs":
         """Of ids (N,), any integer type."""
-        ids = ids.long()
+        ids = ids.to(torch.int32 if vocab_size**2 < 2**31 else torch.int64)  # the smaller is twice as fast
         codes = ids[:-1] * vocab_size + ids[1:]
         if vocab_size**2 > len(codes):  # memory is bounded by the text, and not by V squared
-            return cls(*codes.unique(return_counts=True))
+            found, counts = codes.unique(return_counts=True)
+            return cls(found.long(), counts)
         counts = torch.bincount(codes, minlength=vocab_size**2)
         found = counts.nonzero().flatten()
         return cls(found, counts[found])
