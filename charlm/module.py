@@ -164,8 +164,8 @@ class LanguageModel(L.LightningModule):
     def shard(self, mesh: DeviceMesh) -> None:
         """Spread the parameters over the processes, layer by layer (FSDP2: Zhao et al. 2023, in its newer form)."""
         self._unsharded = [copy.deepcopy(self.model)]  # in a list, as it is no part of this module
-        for layers in [module for module in self.model.modules() if isinstance(module, nn.ModuleList)]:
-            for layer in layers:
+        for layers in reversed([module for module in self.model.modules() if isinstance(module, nn.ModuleList)]):
+            for layer in layers:  # those within others first
                 fully_shard(layer, mesh=mesh)
         fully_shard(self.model, mesh=mesh)
         if hasattr(self.model, "nll"):

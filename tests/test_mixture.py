@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
 from charlm import checkpoint
 from charlm.generate import generate
@@ -16,7 +17,7 @@ from charlm.model.mixture import Counts, Mixture, discounts, hashes
 
 V, K, PARTS = 5, 4, 3
 NODE = {"_target_": "charlm.model.mixture.Mixture", "block_size": 12, "n_context": K, "parts": PARTS}
-NODE |= {"n_layer": 1, "n_head": 2, "n_embd": 8, "mlp": "relu2", "dropout": 0.0}
+NODE |= {"n_networks": 2, "n_layer": 1, "n_head": 2, "n_embd": 8, "mlp": "relu2", "dropout": 0.0}
 
 
 def a_text(n: int = 300, seed: int = 0) -> Tensor:
@@ -127,6 +128,21 @@ def test_decoding_with_counts_is_the_forward_pass():
     for start, end in ((0, 3), (3, 4), (4, 5), (5, 9), (9, 12)):
         logits, state = model.decode(idx[:, start:end], state)
         assert torch.allclose(logits, whole[:, end - 1], atol=1e-5)
+
+
+def test_networks_learn_alone_and_are_averaged():
+    model, (idx, targets) = a_model(), (a_text()[None, 20:32], a_text()[None, 21:33])
+    each = [logits.softmax(-1) for logits in model.eval().each(idx)]
+    assert not torch.allclose(each[0], each[1], atol=0.01)
+    mean = torch.stack(each).mean(0)
+    assert torch.allclose(model(idx).softmax(-1), mean, atol=1e-6)
+    expected = -mean.gather(-1, targets[..., None])[..., 0].log()
+    assert torch.allclose(model.nll(idx, targets), expected, atol=1e-5)
+    model.train().nll(idx, targets).mean().backward()
+    for network, logits in zip(model.networks, model.each(idx), strict=True):
+        alone = torch.autograd.grad(F.cross_entropy(logits.mT, targets) / 2, list(network.parameters()))
+        for parameter, gradient in zip(network.parameters(), alone, strict=True):
+            torch.testing.assert_close(parameter.grad, gradient)
 
 
 def test_text_is_written_with_what_was_counted():

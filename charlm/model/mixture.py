@@ -1,4 +1,4 @@
-"""Mixture: what was counted after the last 1, 2, ... characters, weighed by a network, and a Transformer beside it.
+"""Mixture: what was counted after the last 1, 2, ... characters, weighed by networks, and Transformers beside it.
 
 Counting knows a small text by heart at once; a network learns what to make of it. The logits are the log-probabilities
 of symbols alone, and what each longer context changes in those of the shorter one, each with a weight; and to that a
@@ -12,9 +12,11 @@ into a few parts, and in each the network is shown the counts of all others: del
 1980), or cross-fitting. The parts are long, as what stands near a character is about the same people.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from itertools import count
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -198,27 +200,68 @@ def look_up(idx: Tensor, last: int, number: int) -> tuple[Tensor, Tensor, Tensor
 @look_up.register_fake
 def _(idx: Tensor, last: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
     """The shapes of what `look_up` returns."""
-    n, K, V = idx.shape[0] * last, MIXTURES[number].n_context, MIXTURES[number].head.out_features
+    n, K, V = idx.shape[0] * last, MIXTURES[number].n_context, MIXTURES[number].vocab_size
     empty = partial(torch.empty, device=idx.device)
     return empty(n, V), empty(K, n, V), empty(n, 3 * K)
 
 
 class State(NamedTuple):
-    """What `decode` has seen: the last characters (B, T), and what its Transformer made of all."""
+    """What `decode` has seen: the last characters (B, T), and what each network made of all."""
 
     idx: Tensor
-    cache: Cache
+    caches: list[Cache]
 
 
-class Mixture(TransformerPP):
-    """A Transformer that sees, and corrects, what was counted. It starts as the counts are, and they as uniform.
+class Network(TransformerPP):
+    """A Transformer that is shown what was counted, and corrects it. It starts as the counts are, and they as uniform.
+
+    Args:
+        vocab_size: V, the number of symbols.
+        n_context: K, the characters of the longest context.
+        settings: as of `TransformerPP`.
+    """
+
+    def __init__(self, vocab_size: int, n_context: int, **settings: Any):
+        super().__init__(vocab_size, **settings)
+        self.inject = nn.Linear(vocab_size + 3 * n_context, settings["n_embd"], bias=False)
+        last = nn.Linear(64, n_context + 1)
+        nn.init.zeros_(last.weight)
+        nn.init.ones_(last.bias)  # the sum of all changes: the backed-off probabilities as they are
+        self.trust = nn.Sequential(nn.Linear(3 * n_context, 64), nn.ReLU(), last)
+
+    def forward(self, idx: Tensor, found: Found, shown: Tensor) -> Tensor:  # type: ignore[override]
+        """idx (B, T), what was found at its positions, and how that is shown (B * T, V + 3 * K) -> logits (B, T, V)."""
+        x, cos, sin = self.embed(idx, 0)
+        x = self.think(x + self.inject(shown).view_as(x), cos, sin)
+        return self.head(x) + self.weighed(found).view(*idx.shape, -1)
+
+    def decode(  # type: ignore[override]
+        self, idx: Tensor, found: Found, shown: Tensor, cache: Cache | None
+    ) -> tuple[Tensor, Cache]:
+        """The same after what `cache` has seen, for the last position only: (B, V)."""
+        x, cos, sin = self.embed(idx, cache.length if cache else 0)
+        x, cache = self.think_on(x + self.inject(shown).view_as(x), cos, sin, cache)
+        return self.head(x) + self.weighed(found).view(*idx.shape, -1)[:, -1], cache
+
+    def weighed(self, found: Found) -> Tensor:
+        """The logits of counting, (n, V)."""
+        weights = self.trust(found.seen.to(self.inject.weight.dtype))  # (n, K + 1)
+        return found.alone * weights[:, -1:] + (found.change * weights.t()[:-1, :, None]).sum(0)
+
+
+class Mixture(nn.Module):
+    """Networks that weigh and correct what was counted, each by itself; their probabilities are averaged.
+
+    Averaged, several err less than any of them ("deep ensembles": Lakshminarayanan et al. 2017), and the more so the
+    more each has learned of its text by heart. They begin apart, and see the same chunks.
 
     Args:
         vocab_size: V, the number of symbols.
         block_size: the positions there are, and so the characters it can look back over.
         n_context: the longest context that is counted, in characters.
-        parts: of the training text; in each the network is shown what was counted in the others.
-        n_layer, n_head, n_embd, mlp, dropout: of the Transformer, as in `TransformerPP`.
+        parts: of the training text; in each the networks are shown what was counted in the others.
+        n_networks: each a Transformer of the following measures.
+        n_layer, n_head, n_embd, mlp, dropout: as in `TransformerPP`.
 
     Raises:
         ValueError: if n_embd is not an even multiple of n_head.
@@ -233,16 +276,15 @@ class Mixture(TransformerPP):
         n_embd: Annotated[int, Ge(1)],
         n_context: Annotated[int, Ge(1)] = 8,
         parts: Annotated[int, Ge(2), Le(1000)] = 8,
+        n_networks: Annotated[int, Ge(1)] = 1,
         mlp: Literal["relu2", "swiglu"] = "relu2",
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
     ):
-        super().__init__(vocab_size, block_size, n_layer, n_head, n_embd, mlp, dropout)
-        self.n_context, self.parts = n_context, parts
-        self.inject = nn.Linear(vocab_size + 3 * n_context, n_embd, bias=False)
-        last = nn.Linear(64, n_context + 1)
-        nn.init.zeros_(last.weight)
-        nn.init.ones_(last.bias)  # the sum of all changes: the backed-off probabilities as they are
-        self.trust = nn.Sequential(nn.Linear(3 * n_context, 64), nn.ReLU(), last)
+        super().__init__()
+        self.block_size, self.vocab_size, self.n_context, self.parts = block_size, vocab_size, n_context, parts
+        settings: dict[str, Any] = {"block_size": block_size, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+        settings |= {"mlp": mlp, "dropout": dropout}
+        self.networks = nn.ModuleList(Network(vocab_size, n_context, **settings) for _ in range(n_networks))
         self.register_buffer("text", torch.zeros(0, dtype=torch.uint8 if vocab_size <= 256 else torch.int32))
         self.text: Tensor
         self.counted: Counts | None = None
@@ -262,51 +304,63 @@ class Mixture(TransformerPP):
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx (B, T) int64 with T of at most block_size -> logits (B, T, V)."""
+        return averaged(self.each(idx))
+
+    def nll(self, idx: Tensor, targets: Tensor) -> Tensor:
+        """idx, targets (B, T) int64 -> the loss of each target, in nats (B, T); in training, the mean of the networks'.
+
+        What is averaged would let one network rest on another; so each learns as if it were alone.
+        """
+        each = torch.stack([logits.float().log_softmax(-1) for logits in self.each(idx)])  # (M, B, T, V)
+        log_p = each.gather(-1, targets.expand(len(each), *targets.shape)[..., None])[..., 0]
+        return -(log_p.mean(0) if self.training else log_p.logsumexp(0) - math.log(len(each)))
+
+    def each(self, idx: Tensor) -> list[Tensor]:
+        """idx (B, T) -> the logits (B, T, V) of each network."""
         found = Found(*look_up(idx, idx.shape[1], self.number))
-        x, cos, sin = self.embed(idx, 0)
-        x = self.think(x + self.inject(self.shown(found)).view_as(x), cos, sin)
-        return self.head(x) + self.weighed(found).view(*idx.shape, -1)
+        shown = self.shown(found)
+        return [network(idx, found, shown) for network in self.networks]
 
     @torch.no_grad()
-    def decode(self, idx: Tensor, state: State | None) -> tuple[Tensor, State]:  # type: ignore[override]
+    def decode(self, idx: Tensor, state: State | None) -> tuple[Tensor, State]:
         """idx (B, T) int64 -> logits (B, V) of its last position; the state is filled in place."""
-        before = state.cache.length if state else 0
-        x, cos, sin = self.embed(idx, before)
         seen = torch.cat((state.idx, idx), 1) if state else idx
         seen = seen[:, -(idx.shape[1] + self.n_context - 1) :]  # no context reaches further
         found = self.look_up(seen, idx.shape[1])
-        x = x + self.inject(self.shown(found)).view_as(x)
-        x, cache = self.think_on(x, cos, sin, state.cache if state else None)
-        return self.head(x) + self.weighed(found).view(*idx.shape, -1)[:, -1], State(seen, cache)
+        shown, networks = self.shown(found), cast(list[Network], self.networks)
+        caches = state.caches if state else [None] * len(networks)
+        each = [network.decode(idx, found, shown, cache) for network, cache in zip(networks, caches, strict=True)]
+        return averaged([logits for logits, _ in each]), State(seen, [cache for _, cache in each])
 
     @torch.no_grad()
     def look_up(self, idx: Tensor, last: int) -> Found:
         """What was counted after the contexts that end at the `last` positions of idx (B, T), which are B * last."""
+        V, K = self.vocab_size, self.n_context
         if len(self.text) < 2:
             n = idx[:, -last:].numel()
             zeros = partial(torch.zeros, device=idx.device)
-            V, K = self.head.out_features, self.n_context
             return Found(zeros(n, V), zeros(K, n, V), zeros(n, 3 * K))
         if self.counted is None or self.counted.text.device != idx.device:
-            text = self.text.cpu().long()
-            self.counted = Counts(text, self.head.out_features, self.n_context, self.parts, idx.device)
+            self.counted = Counts(self.text.cpu().long(), V, K, self.parts, idx.device)
         rows, alone = self.counted.rows_elsewhere(idx) if self.training else self.counted.rows(idx)
         return self.counted.look_up(rows[..., -last:].flatten(1), alone[:, -last:].flatten())
 
     def shown(self, found: Found) -> Tensor:
-        """What the Transformer is told of the counts, (n, V + 3 * K)."""
+        """What networks are told of the counts, (n, V + 3 * K)."""
         told = torch.cat((found.log_p().mul(0.5).exp(), found.seen), 1)  # of probabilities, the root: small ones matter
-        return told.to(self.inject.weight.dtype)
-
-    def weighed(self, found: Found) -> Tensor:
-        """The logits of counting, (n, V)."""
-        weights = self.trust(found.seen.to(self.inject.weight.dtype))  # (n, K + 1)
-        return found.alone * weights[:, -1:] + (found.change * weights.t()[:-1, :, None]).sum(0)
+        return told.to(next(self.parameters()).dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         text = state_dict.get(f"{prefix}text")
         if text is not None:
-            if text.dim() != 1 or text.dtype != self.text.dtype or (len(text) and text.max() >= self.head.out_features):
+            if text.dim() != 1 or text.dtype != self.text.dtype or (len(text) and text.max() >= self.vocab_size):
                 raise ValueError("the text that the model has counted is not one of its symbols")
             self.text, self.counted = torch.empty_like(text), None
         super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+def averaged(each: Sequence[Tensor]) -> Tensor:
+    """The logits of each network, (..., V) -> the logarithm of their mean probabilities; of one, as they are."""
+    if len(each) == 1:
+        return each[0]
+    return torch.stack([logits.float().log_softmax(-1) for logits in each]).logsumexp(0) - math.log(len(each))

@@ -23,7 +23,7 @@ def muon(
     """PyTorch's Muon for the hidden matrices, if the model has any, and AdamW for all other parameters, if any.
 
     Args:
-        model: its output layer, if that is one of its own, is called `head`.
+        model: an output layer of its own, or of a part of it, is called `head`.
         lr: of Muon.
         adamw_lr: of AdamW.
         momentum, nesterov: of Muon.
@@ -51,7 +51,6 @@ def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
     them mean nothing, so that there is nothing to make orthogonal. A matrix that is both, tied, is an embedding's.
     """
     ends: list[nn.Module] = [module for module in model.modules() if isinstance(module, nn.Embedding)]
-    head = getattr(model, "head", None)
-    ends += [head] if isinstance(head, nn.Module) else []
+    ends += [module for name, module in model.named_modules() if name.rpartition(".")[2] == "head"]
     outside = {id(p) for module in ends for p in module.parameters()}
     return [p for p in model.parameters() if p.requires_grad and p.dim() == 2 and id(p) not in outside]
