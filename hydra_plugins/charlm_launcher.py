@@ -96,7 +96,7 @@ class SweepLauncher(Launcher):
         with open_dict(cfg):
             cfg.hydra.job.id, cfg.hydra.job.num = name, number
             cfg.hydra.sweep.dir = str(self.sweep_dir)
-        HydraConfig.instance().set_config(cfg)  # ${hydra:...} is looked up there
+        HydraConfig.instance().cfg = cfg  # where ${hydra:...} is looked up; `set_config` would copy it first
         itself = without_hydra(cfg)
         itself.run_dir = ""  # all that the job is, wherever it is
         plain: Any = OmegaConf.to_container(itself, resolve=True)
