@@ -6,6 +6,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,12 @@ def test_a_target_of_charlm_sits_in_the_group_of_its_name(file):
         assert pkgutil.resolve_name(target)
         if target.startswith("charlm."):
             assert target.split(".")[1] == group
+
+
+def test_every_package_is_installed():
+    installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    there = {f.parent.relative_to(ROOT).as_posix().replace("/", ".") for f in (ROOT / "charlm").rglob("__init__.py")}
+    assert set(installed) == there
 
 
 def test_every_model_file_has_its_yaml_and_every_yaml_its_file():
@@ -118,7 +125,8 @@ def test_hydra_is_known_to_few():
         for f in ROOT.glob("charlm/**/*.py")
         if re.search(r"^\s*(from|import) (hydra|omegaconf)", f.read_text(), re.M)
     }
-    names = ("composition", "preflight", "resume", "space", "terminal", "sweep/job")
+    checks = ("preflight/command", "preflight/settings", "preflight/complaints")
+    names = ("composition", *checks, "resume", "space", "terminal", "sweep/job")
     assert knowing <= {f"charlm/{name}.py" for name in names}
 
 

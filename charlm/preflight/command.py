@@ -1,23 +1,18 @@
-"""Everything that can be wrong with a command, found before anything is written and before the first job starts."""
+"""A command line, held against what there is: options, overrides, the jobs of a sweep, what is to go on."""
 
 import importlib.util
-import itertools
-import json
-import logging
 import os
 import re
 import shutil
 import sys
-import tempfile
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
@@ -26,27 +21,22 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from charlm import config, terminal
-from charlm.budget import budget_of, limit_tokens, steps_of
+from charlm import config
 from charlm.checkpoint import newest
 from charlm.composition import composed, without_hydra
-from charlm.data.corpus import load_corpus
-from charlm.errors import CorpusUnavailable, InputError
+from charlm.errors import InputError
 from charlm.ledger import NAME as LEDGER
 from charlm.ledger import Search, goes_on, read
+from charlm.preflight.complaints import choices, known_settings, told_in_one_line
+from charlm.preflight.folder import check_folder, held, own_folder
+from charlm.preflight.settings import check_settings, check_text
 from charlm.resume import changes, finished, quoted, rerun, resumed, unquoted
 from charlm.run import NAME as RECORD
 from charlm.run import claim, is_first, read_record
 from charlm.space import Space, asked, recorded
-from charlm.trainer import FSDP, precision_for
 
-# Who starts processes on several machines leaves one of these in the environment.
-STARTED_BY = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "NODE_RANK", "GROUP_RANK"}
 # What runs the jobs of a sweep: the package of Hydra's plugins that it needs, and a program.
 LAUNCHERS: dict[str, tuple[str | None, str | None]] = {
     "local": (None, None),
@@ -301,11 +291,6 @@ def check_overrides(overrides: list[str], multirun: bool) -> None:
                 )
 
 
-def choices(options: Iterable[str] | None) -> list[str]:
-    """The files of a group that can be chosen: all but the one that they share."""
-    return [option for option in options or [] if option != "base"]
-
-
 def expand(
     overrides: list[str], search: list[str], compose: Callable[[tuple[str, ...]], DictConfig]
 ) -> tuple[list[list[str]], Space | None]:
@@ -376,312 +361,3 @@ def check_launcher(cfg: DictConfig) -> None:
     if launcher["_target_"].endswith(".RayLauncher") and cfg.trainer.num_nodes > 1:
         raise InputError("hydra/launcher=ray has each job on one machine: leave trainer.num_nodes, or use slurm")
     OmegaConf.to_container(cfg.hydra.launcher, resolve=True)  # whose types are those of its package
-
-
-def check_settings(cfg: DictConfig, elsewhere: bool = False) -> None:
-    """Check one composed configuration and, where it is not to train elsewhere, the hardware that it asks for.
-
-    Raises:
-        InputError: for the first thing that cannot work.
-    """
-    with told_in_one_line():
-        if OmegaConf.is_interpolation(cfg, "run_dir"):
-            cfg.run_dir = "outputs"  # not known yet
-        if cfg.trainer.get("max_steps") == "auto":
-            cfg.trainer.max_steps = steps_of("auto", cfg.max_tokens, cfg.trainer.max_time)
-        for missing in sorted(OmegaConf.missing_keys(cfg)):
-            raise InputError(f"{missing} is missing: give it a value, {missing}=...")
-        plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    config.check(plain)
-    if "val" not in plain["evaluate"]:
-        raise InputError(f"evaluate={plain['evaluate']} leaves out val, by which runs are compared: add it")
-    ends = (plain["trainer"]["max_time"], plain["max_tokens"], plain["stop_at"])
-    if plain["trainer"]["max_steps"] == -1 and not any(ends):
-        raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
-    check_places(plain)
-    check_average(plain)
-    if elsewhere:  # where each job checks this by itself
-        cfg.trainer.update(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
-    else:
-        check_hardware(plain["trainer"])
-        check_shortcuts(plain)
-    cfg.trainer.precision = precision_for(cfg.trainer.precision, cfg.trainer.accelerator)
-    tokens = cfg.data.batch_size * cfg.data.block_size if cfg.max_tokens else 0
-    node = json.dumps(OmegaConf.to_container(cfg.trainer, resolve=True))
-    check_parts(cfg, check_trainer(node, cfg.max_tokens, tokens))
-
-
-@cache  # jobs of a sweep seldom differ in it
-def check_trainer(node: str, max_tokens: int | None, tokens_per_batch: int) -> L.Trainer:
-    """Combinations of settings that only Lightning knows to be impossible. Returns a trainer, which is not for use.
-
-    Args:
-        node: its settings, as JSON.
-
-    Raises:
-        InputError: with Lightning's own words.
-    """
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # of the devices, a run tells by itself
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            trainer: L.Trainer = instantiate(json.loads(node), logger=False)
-        except InstantiationException as error:
-            raise InputError(f"trainer: {one_line(error.__cause__ or error)}") from error
-    limit_tokens(trainer, max_tokens, tokens_per_batch)
-    return trainer
-
-
-def check_parts(cfg: DictConfig, trainer: L.Trainer) -> None:
-    """Combinations of settings that only a model or a schedule knows to be impossible: both are made, with nothing in.
-
-    Raises:
-        InputError: with the words of the ValueError that they raise.
-    """
-    try:
-        with torch.device("meta"):  # shapes without numbers: at once, and in no memory
-            model = instantiate(cfg.model, vocab_size=2)
-            model(torch.zeros(1, cfg.data.block_size, dtype=torch.long))
-        instantiate(cfg.scheduler)(torch.optim.SGD([torch.zeros(1)]), budget_of(trainer))
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
-            raise InputError(one_line(error.__cause__)) from error
-    except ValueError as error:
-        raise InputError(one_line(error)) from error
-
-
-def check_text(cfg: DictConfig) -> str | None:
-    """Read the text of one configuration and cut it as training will.
-
-    Returns:
-        The corpus to train on where the one asked for cannot be had and the configuration names another.
-
-    Raises:
-        InputError: for a text that cannot be had or is too short, or a split that there is not.
-    """
-    wanted = cfg.data.corpus
-    given = available_corpus(cfg.data.corpus, cfg.data.path, cfg.data.fallback)
-    if given != wanted:
-        cfg.data.corpus, cfg.data.path = given, None
-    data = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
-    data.setup()
-    for split in cfg.evaluate:
-        data.windows(split)
-    return given if given != wanted else None
-
-
-@cache  # a sweep asks the network once
-def available_corpus(name: str, path: str | None, fallback: str | None) -> str:
-    """The corpus asked for, or the one to train on where that cannot be had."""
-    try:
-        load_corpus(name, path)
-    except CorpusUnavailable as error:
-        if fallback is None:
-            raise
-        terminal.notice_fallback(name, fallback, error)
-        return fallback
-    return name
-
-
-def check_hardware(trainer: dict[str, Any]) -> None:
-    """Are the accelerator, the devices and the strategy there?
-
-    Raises:
-        InputError: if not.
-    """
-    accelerator, devices, strategy = trainer["accelerator"], trainer["devices"], trainer["strategy"]
-    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    there = {"auto": True, "cpu": True, "gpu": gpus > 0 or mps, "cuda": gpus > 0, "mps": mps}
-    if accelerator not in there:
-        raise InputError(f"trainer.accelerator={accelerator} is unknown: choose one of {', '.join(there)}")
-    if not there[accelerator]:
-        raise InputError(
-            f"trainer.accelerator={accelerator} is not there: PyTorch {torch.__version__} sees no such device on this "
-            f"machine; use trainer.accelerator=cpu, or auto"
-        )
-    # Others of Lightning's spawn, fork or shard in ways that cannot hand back what the end of a run needs.
-    if strategy not in ("auto", "ddp", FSDP.name):
-        raise InputError(
-            f"trainer.strategy={strategy} is not possible: choose auto, or trainer=ddp or fsdp with trainer.devices=N"
-        )
-    if trainer["num_nodes"] > 1 and not STARTED_BY & os.environ.keys():
-        raise InputError(
-            f"trainer.num_nodes={trainer['num_nodes']} needs a process started on each: by torchrun, or by Slurm with "
-            f"-m hydra/launcher=slurm"
-        )
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not mps)
-    wanted = how_many(devices, on_cpu)
-    # Two processes may share a core, so that distributed training can be tried anywhere.
-    most = max(2, os.cpu_count() or 1) if on_cpu else gpus or 1
-    if not 1 <= wanted <= most:
-        kind = "processes on the CPU" if on_cpu else f"device{'s' * (most > 1)}"
-        raise InputError(f"trainer.devices={devices} is not possible: this machine has room for 1 to {most} {kind}")
-    if on_cpu and wanted > 1 and strategy == "auto":
-        raise InputError(
-            f"trainer.devices={devices} on a CPU means {wanted} processes: say trainer=ddp if you want them"
-        )
-
-
-def check_places(plain: dict[str, Any]) -> None:
-    """Does the run keep all that it may go on with in its own folder?
-
-    Raises:
-        InputError: if not; it would not be found there, and might be another run's.
-    """
-    places = {f"callbacks.{name}.dirpath": node for name, node in (plain["callbacks"] or {}).items()}
-    for setting, node in (places | {"logger.save_dir": plain["logger"] or {}}).items():
-        place = node.get(setting.rpartition(".")[2])
-        if place and node["_target_"].startswith("charlm.") and not Path(place).is_relative_to(plain["run_dir"]):
-            raise InputError(
-                f"{setting}={place} is outside of the run's folder, where resume= looks: leave it, and put the whole "
-                f"run elsewhere with hydra.run.dir=..."
-            )
-
-
-def check_average(plain: dict[str, Any]) -> None:
-    """Are the weights that an observer averages all there, in each process?
-
-    Raises:
-        InputError: if not.
-    """
-    targets = [node["_target_"] for node in (plain["callbacks"] or {}).values()]
-    if "charlm.callbacks.EMA" in targets and plain["trainer"]["strategy"] == FSDP.name:
-        raise InputError("callbacks=ema averages whole weights, and trainer=fsdp spreads them: say trainer=ddp")
-
-
-def check_shortcuts(plain: dict[str, Any]) -> None:
-    """Can this machine do what compile and cuda_graph ask for?
-
-    Raises:
-        InputError: if not.
-    """
-    trainer = plain["trainer"]
-    on_gpu = torch.cuda.is_available() and trainer["accelerator"] != "cpu"
-    if plain["cuda_graph"]:
-        if hasattr(config.resolve("model", plain["model"]["_target_"]), "count"):
-            raise InputError("cuda_graph=true needs steps of one size, and what was counted has many: leave it false")
-        if not on_gpu or trainer["strategy"] != "auto" or trainer["devices"] not in (1, "1", "auto"):
-            raise InputError("cuda_graph=true is for one NVIDIA GPU: leave it false here, or say trainer=gpu")
-        if trainer["precision"] == "16-mixed":
-            raise InputError("cuda_graph=true and trainer.precision=16-mixed exclude each other: choose bf16-mixed")
-        if plain["optimizer"]["_target_"] != "charlm.optimizer.adamw.adamw":
-            raise InputError("cuda_graph=true needs numbers that live on the GPU: choose optimizer=adamw")
-    if plain["compile"] and not on_gpu:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            raise InputError(
-                "compile=true on a CPU needs a C++ compiler: install one (g++ or clang), or say compile=false"
-            ) from None
-
-
-def how_many(devices: int | str | list[int], on_cpu: bool) -> int:
-    """How many devices a value of trainer.devices needs to be there; all (-1, auto) needs one.
-
-    Processes on a CPU have no numbers of their own and no end: there it is 0 for a list, and for -1.
-    """
-    if isinstance(devices, str):
-        if devices == "auto":
-            return 1
-        if not re.fullmatch(r"-?\d+(,\d+)*", devices):
-            raise InputError(f"trainer.devices={devices} is not possible: give a number, a list such as [0,1], or auto")
-        devices = int(devices) if "," not in devices else [int(d) for d in devices.split(",")]
-    if isinstance(devices, list):
-        return 0 if on_cpu else max(devices) + 1
-    return 1 if devices == -1 and not on_cpu else devices
-
-
-def held(folder: Path) -> str | None:
-    """What a folder holds already: a run, a sweep or neither."""
-    if any(any(folder.glob(trace)) for trace in ("results.json", "checkpoints/*.ckpt")):
-        return "run"
-    # Hydra writes multirun.yaml ahead of the first job; a sweep that was killed in between has left nothing.
-    begun = (folder / "multirun.yaml").exists() and any(place.is_dir() for place in folder.iterdir())
-    return "sweep" if begun else None
-
-
-def own_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False, begun: bool = False) -> Path:
-    """A folder that no other process writes into, claimed at once.
-
-    Args:
-        new: it may be another, of the same name with a number, where this one is taken.
-        begun: it holds the run that is to go on.
-
-    Raises:
-        InputError: if it is taken.
-    """
-    for number in itertools.count(1):
-        place = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
-        if claim(place) and (begun or not held(place)):
-            return place
-        if not new:
-            raise InputError(f"{folder} is another process's just now: wait for its end, or choose another {setting}")
-    raise AssertionError
-
-
-def check_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False) -> None:
-    """A run needs a folder of its own that can be written; `new`: there is place beside one that is taken.
-
-    Raises:
-        InputError: if there is a run in it already, or if it cannot be made.
-    """
-    left = held(folder)
-    if left and not new:
-        onwards = f" (or say resume={folder})" if left == "run" else ""
-        raise InputError(f"{folder} already holds a {left}: choose another {setting}, or move that one away{onwards}")
-    missing = [place for place in (folder.absolute(), *folder.absolute().parents) if not os.path.exists(place)]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another {setting}") from error
-    finally:  # other checks follow: a mistake must leave nothing behind
-        for place in missing:
-            if place.is_dir():
-                place.rmdir()
-
-
-@contextmanager
-def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Hydra's and OmegaConf's complaints as an InputError.
-
-    Needs an initialized Hydra, to find the nearest name of a setting that there is not.
-    """
-    try:
-        yield
-    except MissingConfigException as error:
-        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
-        there = choices(error.options or GlobalHydra.instance().config_loader().get_group_options(group))
-        if not group or not there:
-            raise InputError(one_line(error)) from error
-        raise InputError(f"{group}={choice} is not there: choose one of {', '.join(there)}") from error
-    except HydraException as error:
-        unknown = re.search(r"Could not (?:override|delete|append to config)[^']*'([^']+)'", str(error))
-        if not unknown or "already at" in str(error):
-            raise InputError(one_line(error)) from error
-        key = unknown[1].split("=")[0].split("@")[0]
-        raise InputError(config.unknown_key(key, known_settings(overrides, key))) from error
-    except OmegaConfBaseException as error:
-        raise InputError(f"{error.full_key}: {one_line(error)}" if error.full_key else one_line(error)) from error
-
-
-def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
-    """The settings that there are under the groups that the command chose, without the wrong one."""
-    groups = [o for o in overrides if re.match(r"(hydra/)?[a-z_]+=", o) and o.split("=")[0] != wrong]
-    chosen = [o for o in groups if "," not in o or o.startswith("callbacks=[")]
-    of_hydra = wrong.startswith("hydra.")
-    try:
-        cfg = compose("train", chosen, return_hydra_config=of_hydra)
-    except HydraException:
-        cfg = compose("train", return_hydra_config=of_hydra)
-    plain: Any = OmegaConf.to_container(cfg, resolve=False)
-    return list(config.leaves(plain))
-
-
-def one_line(error: BaseException) -> str:
-    """A library's message with its lines joined."""
-    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
-    return "; ".join(line for line in lines if line and not line.startswith(("full_key", "object_type", "See https")))

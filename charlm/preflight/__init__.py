@@ -1,0 +1,7 @@
+"""Everything that can be wrong with a command, found before anything is written and before the first job starts."""
+
+from charlm.preflight.command import check_command, check_launcher, is_sweep, options
+from charlm.preflight.folder import held, own_folder
+from charlm.preflight.settings import check_settings
+
+__all__ = ["check_command", "check_launcher", "check_settings", "held", "is_sweep", "options", "own_folder"]

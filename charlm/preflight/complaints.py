@@ -1,0 +1,63 @@
+"""What libraries say about a mistake, as one line of charlm's."""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from hydra import compose
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from charlm import config
+from charlm.errors import InputError
+
+
+@contextmanager
+def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Hydra's and OmegaConf's complaints as an InputError.
+
+    Needs an initialized Hydra, to find the nearest name of a setting that there is not.
+    """
+    try:
+        yield
+    except MissingConfigException as error:
+        group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+        there = choices(error.options or GlobalHydra.instance().config_loader().get_group_options(group))
+        if not group or not there:
+            raise InputError(one_line(error)) from error
+        raise InputError(f"{group}={choice} is not there: choose one of {', '.join(there)}") from error
+    except HydraException as error:
+        unknown = re.search(r"Could not (?:override|delete|append to config)[^']*'([^']+)'", str(error))
+        if not unknown or "already at" in str(error):
+            raise InputError(one_line(error)) from error
+        key = unknown[1].split("=")[0].split("@")[0]
+        raise InputError(config.unknown_key(key, known_settings(overrides, key))) from error
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {one_line(error)}" if error.full_key else one_line(error)) from error
+
+
+def choices(options: Iterable[str] | None) -> list[str]:
+    """The files of a group that can be chosen: all but the one that they share."""
+    return [option for option in options or [] if option != "base"]
+
+
+def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
+    """The settings that there are under the groups that the command chose, without the wrong one."""
+    groups = [o for o in overrides if re.match(r"(hydra/)?[a-z_]+=", o) and o.split("=")[0] != wrong]
+    chosen = [o for o in groups if "," not in o or o.startswith("callbacks=[")]
+    of_hydra = wrong.startswith("hydra.")
+    try:
+        cfg = compose("train", chosen, return_hydra_config=of_hydra)
+    except HydraException:
+        cfg = compose("train", return_hydra_config=of_hydra)
+    plain: Any = OmegaConf.to_container(cfg, resolve=False)
+    return list(config.leaves(plain))
+
+
+def one_line(error: BaseException) -> str:
+    """A library's message with its lines joined."""
+    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
+    return "; ".join(line for line in lines if line and not line.startswith(("full_key", "object_type", "See https")))

@@ -1,0 +1,59 @@
+"""The folder of a run or a sweep: is it free, and can it be written?"""
+
+import itertools
+import os
+import tempfile
+from pathlib import Path
+
+from charlm.errors import InputError
+from charlm.run import claim
+
+
+def held(folder: Path) -> str | None:
+    """What a folder holds already: a run, a sweep or neither."""
+    if any(any(folder.glob(trace)) for trace in ("results.json", "checkpoints/*.ckpt")):
+        return "run"
+    # Hydra writes multirun.yaml ahead of the first job; a sweep that was killed in between has left nothing.
+    begun = (folder / "multirun.yaml").exists() and any(place.is_dir() for place in folder.iterdir())
+    return "sweep" if begun else None
+
+
+def own_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False, begun: bool = False) -> Path:
+    """A folder that no other process writes into, claimed at once.
+
+    Args:
+        new: it may be another, of the same name with a number, where this one is taken.
+        begun: it holds the run that is to go on.
+
+    Raises:
+        InputError: if it is taken.
+    """
+    for number in itertools.count(1):
+        place = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        if claim(place) and (begun or not held(place)):
+            return place
+        if not new:
+            raise InputError(f"{folder} is another process's just now: wait for its end, or choose another {setting}")
+    raise AssertionError
+
+
+def check_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False) -> None:
+    """A run needs a folder of its own that can be written; `new`: there is place beside one that is taken.
+
+    Raises:
+        InputError: if there is a run in it already, or if it cannot be made.
+    """
+    left = held(folder)
+    if left and not new:
+        onwards = f" (or say resume={folder})" if left == "run" else ""
+        raise InputError(f"{folder} already holds a {left}: choose another {setting}, or move that one away{onwards}")
+    missing = [place for place in (folder.absolute(), *folder.absolute().parents) if not os.path.exists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written ({error.strerror}): choose another {setting}") from error
+    finally:  # other checks follow: a mistake must leave nothing behind
+        for place in missing:
+            if place.is_dir():
+                place.rmdir()
