@@ -252,8 +252,8 @@ class Network(TransformerPP):
 class Mixture(nn.Module):
     """Networks that weigh and correct what was counted, each by itself; their probabilities are averaged.
 
-    Averaged, several err less than any of them ("deep ensembles": Lakshminarayanan et al. 2017), and the more so the
-    more each has learned of its text by heart. They begin apart, and see the same chunks.
+    Averaged, several err less than any of them ("deep ensembles": Lakshminarayanan et al. 2017). They begin apart, and
+    see the same chunks.
 
     Args:
         vocab_size: V, the number of symbols.
