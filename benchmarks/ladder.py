@@ -5,9 +5,8 @@
     python benchmarks/ladder.py --nanogpt nanoGPT --recipes nanogpt_cpu cpu_90s cpu_10min --seeds 1 2 3 --png ladder.png
 
 All losses are of every character of val, in windows of each model's block size, one after the other and, of models that
-learn, at a stride of half their size. nanoGPT runs as its README says for a
-CPU, in a copy of its folder, and is the clock; its weights are then scored by charlm. A recipe NAME is `python train.py
-experiment=NAME seed=N`.
+learn, at a stride of half their size. nanoGPT runs as its README says for a CPU, in a copy of its folder, and is the
+clock; its weights are then scored by charlm. A recipe NAME is `python train.py experiment=NAME seed=N`.
 """
 
 import argparse

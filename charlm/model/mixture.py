@@ -311,9 +311,9 @@ class Mixture(nn.Module):
 
         What is averaged would let one network rest on another; so each learns as if it were alone.
         """
-        each = torch.stack([logits.float().log_softmax(-1) for logits in self.each(idx)])  # (M, B, T, V)
-        log_p = each.gather(-1, targets.expand(len(each), *targets.shape)[..., None])[..., 0]
-        return -(log_p.mean(0) if self.training else log_p.logsumexp(0) - math.log(len(each)))
+        each = log_probabilities(self.each(idx))  # (M, B, T, V)
+        found = each.gather(-1, targets.expand(len(each), *targets.shape)[..., None])[..., 0]
+        return -(found.mean(0) if self.training else found.logsumexp(0) - math.log(len(each)))
 
     def each(self, idx: Tensor) -> list[Tensor]:
         """idx (B, T) -> the logits (B, T, V) of each network."""
@@ -359,8 +359,13 @@ class Mixture(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
+def log_probabilities(each: Sequence[Tensor]) -> Tensor:
+    """The logits (..., V) of each of M networks -> their log-probabilities (M, ..., V)."""
+    return torch.stack([logits.float().log_softmax(-1) for logits in each])
+
+
 def averaged(each: Sequence[Tensor]) -> Tensor:
     """The logits of each network, (..., V) -> the logarithm of their mean probabilities; of one, as they are."""
     if len(each) == 1:
         return each[0]
-    return torch.stack([logits.float().log_softmax(-1) for logits in each]).logsumexp(0) - math.log(len(each))
+    return log_probabilities(each).logsumexp(0) - math.log(len(each))
