@@ -9,24 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-import lightning as L
-import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+
+from charlm import forkserver, report, terminal
+from charlm.errors import one_line_errors
+from charlm.preflight import check_command, is_sweep
+
+CONF = Path(__file__).with_name("conf")
+
+if __name__ == "__main__" and is_sweep(sys.argv):
+    from charlm.sweep.command import sweep
+
+    if forkserver.start():
+        gc.enable()
+        gc.freeze()
+        sweep(sys.argv, CONF)
+    # From here on this is the process that its jobs are forked from.
+
+import lightning as L
+import torch
 from torch import nn
 
-from charlm import checkpoint, forkserver, report, terminal
+from charlm import checkpoint
 from charlm.budget import limit_tokens, steps_of, stopped_by
 from charlm.callbacks import AtomicCheckpointIO, Checkpoint, Losses, Stop, Throughput, Validations
 from charlm.checkpoint import Newest
 from charlm.data import CharDataModule
-from charlm.errors import one_line_errors
 from charlm.evaluate import figures
 from charlm.generate import write
 from charlm.logger import CSV, FINISHED, TensorBoard, hyperparameters
 from charlm.module import VALIDATION, LanguageModel
-from charlm.preflight import check_command, is_sweep
 from charlm.resume import begun, tidy
 from charlm.run import Run, follows
 from charlm.trainer import precision_for
@@ -167,8 +181,8 @@ def finish(
 
 
 if __name__ == "__main__":
+    if is_sweep(sys.argv):
+        forkserver.serve()
     with one_line_errors():
-        if is_sweep(sys.argv):
-            forkserver.start()
-        sys.argv = check_command(sys.argv, Path(__file__).with_name("conf"))
+        sys.argv = check_command(sys.argv, CONF)
         main()

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import lightning as L
-from lightning.pytorch.callbacks import Timer
+if TYPE_CHECKING:  # which the process of a sweep does without
+    import lightning as L
+    from lightning.pytorch.callbacks import Timer
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def steps_of(max_steps: int | Literal["auto"], max_tokens: int | None, max_time:
     return -1 if max_tokens or max_time else 5000
 
 
-def budget_of(trainer: L.Trainer) -> Budget:
+def budget_of(trainer: "L.Trainer") -> Budget:
     """By trainer.max_steps and by the clock of trainer.max_time, which each process has to itself."""
     steps = trainer.max_steps if trainer.max_steps > 0 else None
     timer = timer_of(trainer)
@@ -62,8 +63,10 @@ def budget_of(trainer: L.Trainer) -> Budget:
     return Budget(steps, left + timer.time_elapsed(), timer.time_elapsed)
 
 
-def timer_of(trainer: L.Trainer) -> Timer | None:
+def timer_of(trainer: "L.Trainer") -> "Timer | None":
     """Lightning's clock, which is there if trainer.max_time is."""
+    from lightning.pytorch.callbacks import Timer
+
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     return next((callback for callback in callbacks if isinstance(callback, Timer)), None)
 
@@ -76,7 +79,7 @@ def within_tokens(max_steps: int, max_tokens: int | None, tokens_per_step: int) 
     return max_steps if 0 < max_steps <= steps else steps
 
 
-def limit_tokens(trainer: L.Trainer, max_tokens: int | None, tokens_per_batch: int) -> None:
+def limit_tokens(trainer: "L.Trainer", max_tokens: int | None, tokens_per_batch: int) -> None:
     """Let the trainer stop with the step that reaches `max_tokens`, if no fewer steps were asked for.
 
     Only the trainer knows how many processes there are, each with a batch of its own.
@@ -88,7 +91,7 @@ def limit_tokens(trainer: L.Trainer, max_tokens: int | None, tokens_per_batch: i
     trainer.fit_loop.epoch_loop.max_steps = within_tokens(trainer.max_steps, max_tokens, tokens_per_step)
 
 
-def stopped_by(trainer: L.Trainer, max_steps: int) -> str:
+def stopped_by(trainer: "L.Trainer", max_steps: int) -> str:
     """Which end a run came to.
 
     Args:

@@ -3,13 +3,11 @@
 import json
 import os
 import pkgutil
-import shutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import IO, Annotated, Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from annotated_types import Ge, Le
@@ -19,6 +17,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from charlm import archive
 from charlm.config import STRICT, check_node
+from charlm.disk import PARTIAL, write_atomically
 from charlm.errors import InputError, warn
 from charlm.tokenizer import TOKENIZERS, CharTokenizer
 
@@ -26,7 +25,6 @@ from charlm.tokenizer import TOKENIZERS, CharTokenizer
 FORMAT = 1
 NAME, PREVIOUS = "last.ckpt", "previous.ckpt"  # two generations: damage to one file costs the steps between them
 BEST = "best.ckpt"
-PARTIAL = ".partial-"  # what files are called until they are whole
 COMPUTED = 2**28  # bytes, at most, of what a model computes from its settings and keeps beside its weights
 TOO_LARGE = "it names a larger model than it has weights for; use another checkpoint"
 # What every checkpoint holds, beside what a run needs to go on: each place in the file, and its type.
@@ -269,53 +267,3 @@ def write(content: dict[str, Any], path: Path) -> None:
         stray.unlink(missing_ok=True)
     previous = path.with_name(PREVIOUS) if path.name == NAME else None
     write_atomically(path, partial(archive.dump, content), previous)
-
-
-def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], previous: Path | None = None) -> None:
-    """Write a file so that its name only ever stands for a whole one: beside it, to the disk, then renamed.
-
-    What stood there before goes to `previous`, if that is given, but only once its successor stands.
-
-    Raises:
-        OSError: if it cannot be written; what stood there before is then untouched.
-    """
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=PARTIAL)
-    spare = temporary + ".before"
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~umask())
-        keep = previous is not None and path.exists()
-        if keep:
-            link(path, spare)
-        os.replace(temporary, path)
-        if previous and keep:
-            os.replace(spare, previous)
-    except BaseException:
-        for left in (temporary, spare):
-            Path(left).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":  # the name itself must reach the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def link(file: Path, name: str) -> None:
-    """Another name for the same file, or a copy where the file system has no such thing."""
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copyfile(file, name)
-
-
-def umask() -> int:
-    """The process's umask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

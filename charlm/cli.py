@@ -212,7 +212,7 @@ def report(places: tuple[Path, ...], html: Path | None, png: Path | None, as_jso
     SWEEP_OR_RUNS are folders of runs or of sweeps, or folders that hold such, at any depth.
     """
     from charlm import report, terminal
-    from charlm.checkpoint import write_atomically
+    from charlm.disk import write_atomically
     from charlm.study import read_study
     from charlm.study.text import text
 

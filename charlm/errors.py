@@ -26,6 +26,13 @@ class DiskError(InputError):
     code = 1
 
 
+class Diverged(InputError):
+    """Training has left the numbers: at which step, what still stands, what to try."""
+
+    code = 1
+    words = "training diverged"  # with which its line begins
+
+
 class CorpusUnavailable(InputError):
     """A corpus that exists but cannot be had from here, for example without internet."""
 

@@ -1,13 +1,17 @@
-"""The process that the jobs of a sweep are forked from: it pays for their imports once.
+"""The process that the jobs of a sweep are forked from: it pays for their imports once, while the sweep goes on.
 
-It is forked itself, from the sweep's own process when that has imported all and begun nothing: what a sweep has by the
-time that its jobs start, such as threads, handlers of signals, CUDA and the state of Hydra, no job finds.
+A sweep's own process needs neither PyTorch nor Lightning. It forks the server off when it has begun nothing yet, and
+composes its jobs while that imports what jobs are made of: what a sweep has by the time that its jobs start, such as
+threads, handlers of signals, CUDA and the state of Hydra, no job finds.
 """
 
 import os
 import pickle
 import socket
+import tempfile
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from typing import Any
@@ -15,29 +19,43 @@ from typing import Any
 from charlm.errors import InputError
 from charlm.run import surroundings
 
-server: socket.socket | None = None  # where the sweep's process reaches it
+ENDED = "the process that jobs are forked from was ended: the same command goes on"
+SECONDS_BETWEEN_LOOKS = 0.5  # for a sweep that ends while its server still imports
+
+server: socket.socket | None = None  # in the sweep's process: where the server is reached
+sweep: socket.socket | None = None  # in the server: where it is told what to do
+imported = threading.Event()
+watch: threading.Thread
 
 
-def start() -> None:
-    """Fork the server off this process, as it is now. It ends with this process, however that ends."""
-    global server
+def start() -> bool:
+    """Fork the server off this process, as it is now. False: this is the server, which imports, and then `serve`s."""
+    global server, sweep, watch
     server, sweep = socket.socketpair()
+    parent = os.getpid()
     if os.fork():
         sweep.close()
-        return
-    try:
-        server.close()
-        os.setsid()  # Ctrl-C is for the sweep
-        serve(sweep)
-    finally:
-        os._exit(0)
+        return True
+    server.close()
+    os.setsid()  # Ctrl-C is for the sweep
+    watch = threading.Thread(target=follow, args=(parent,), daemon=True)
+    watch.start()
+    return False
 
 
-def serve(sweep: socket.socket) -> None:
+def follow(sweep: int) -> None:
+    """End with the sweep, however that ends, as long as nothing else waits for it."""
+    while not imported.wait(SECONDS_BETWEEN_LOOKS):
+        if os.getppid() != sweep:
+            os._exit(0)
+
+
+def serve() -> None:
     """Fork a process for each line that the sweep sends, until there is no sweep any more."""
-    import charlm.sweep  # noqa: F401, as all jobs do
-
-    surroundings()  # likewise: they run the code that is loaded here
+    assert sweep is not None
+    surroundings()  # of all jobs, as they run the code that is loaded here
+    imported.set()
+    watch.join()  # what is forked has no threads
     running: dict[Any, tuple[Any, socket.socket]] = {}  # by what tells of the end
     while True:
         for ready in wait([sweep, *running]):
@@ -47,16 +65,33 @@ def serve(sweep: socket.socket) -> None:
                 tell(line, ended.exitcode)
                 line.close()
                 continue
-            _, descriptors, *_ = socket.recv_fds(sweep, 1, 1)
+            _, descriptors, *_ = socket.recv_fds(sweep, 1, 2)
             if not descriptors:
-                return
+                os._exit(0)
             line = socket.socket(fileno=descriptors[0])
-            with line.makefile("rb") as file:
+            with open(descriptors[1], "rb") as file:
                 target, arguments = pickle.load(file)
             process: Any = get_context("fork").Process(target=target, args=(line, *arguments))
             process.start()
             tell(line, process.pid)
             running[process.sentinel] = process, line
+
+
+def send(target: Callable[..., None], *arguments: Any) -> socket.socket:
+    """Have the server call `target` in a process of its own. Returns a line, whose other end is its first argument.
+
+    The server need not listen yet.
+    """
+    assert server is not None, "forkserver.start() comes first"
+    line, theirs = socket.socketpair()
+    with theirs, tempfile.TemporaryFile() as file:
+        pickle.dump((target, arguments), file)
+        file.seek(0)
+        try:
+            socket.send_fds(server, [b"+"], [theirs.fileno(), file.fileno()])
+        except OSError:
+            raise InputError(ENDED) from None
+    return line
 
 
 class Forked:
@@ -70,18 +105,10 @@ class Forked:
     """
 
     def __init__(self, target: Callable[..., None], *arguments: Any):
-        assert server is not None, "forkserver.start() comes first"
-        self.line, theirs = socket.socketpair()
-        try:
-            socket.send_fds(server, [b"+"], [theirs.fileno()])
-            theirs.close()
-            with self.line.makefile("wb") as file:
-                pickle.dump((target, arguments), file)
-            pid = told(self.line)
-        except OSError:
-            pid = None
+        self.line = send(target, *arguments)
+        pid = told(self.line)
         if pid is None:
-            raise InputError("the process that jobs are forked from was ended: the same command goes on")
+            raise InputError(ENDED)
         self.pid, self.alive = pid, True
         self.exitcode: int | None = None  # also for one that has outlived the server
 
@@ -91,8 +118,38 @@ class Forked:
         return self.alive
 
 
+def ask(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns where all is imported, in a process of its own.
+
+    Raises:
+        InputError: that it raised, or if it has no answer.
+    """
+    with send(answer, function, *arguments) as line, line.makefile("rb") as file:
+        if len(file.read(4)) < 4:  # the number of its process
+            raise InputError(ENDED)
+        try:
+            returned, error = pickle.load(file)
+        except (EOFError, pickle.UnpicklingError):
+            raise InputError(f"{function.__name__} has no answer: its process failed or was ended") from None
+    if error:
+        raise error
+    return returned
+
+
+def answer(line: socket.socket, function: Callable[..., Any], *arguments: Any) -> None:
+    """In the process of a question."""
+    returned, raised = None, None
+    try:
+        returned = function(*arguments)
+    except InputError as error:
+        raised = error
+    with line.makefile("wb") as file:
+        pickle.dump((returned, raised), file)
+
+
 def tell(line: socket.socket, number: int) -> None:
-    line.send(number.to_bytes(4, "big", signed=True))
+    with suppress(BrokenPipeError):  # where nobody listens any more
+        line.send(number.to_bytes(4, "big", signed=True))
 
 
 def told(line: socket.socket) -> int | None:

@@ -16,8 +16,8 @@ from tensorboard.plugins.hparams.api_pb2 import Status
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo
 from torch.utils.tensorboard.summary import hparams
 
-from charlm.checkpoint import write_atomically
 from charlm.data import CharDataModule
+from charlm.disk import write_atomically
 from charlm.report import name_of
 
 # Those of the trainer's settings that are choices of a study.

@@ -15,7 +15,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from charlm.checkpoint import write_atomically
+from charlm.disk import write_atomically
 from charlm.errors import InputError
 
 T = TypeVar("T")

@@ -3,17 +3,20 @@
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from charlm.checkpoint import PARTIAL, Newest, found
 from charlm.config import leaves, unknown_key
 from charlm.data.corpus import load_corpus
+from charlm.disk import PARTIAL
 from charlm.errors import InputError
 from charlm.report import RESULTS, read_results
 from charlm.run import previous, read_record
+
+if TYPE_CHECKING:  # what does not read a state does without torch
+    from charlm.checkpoint import Newest
 
 BUDGET = ("trainer.max_steps", "trainer.max_time", "max_tokens")
 MAY_CHANGE = (*BUDGET, "stop_at", "evaluate", "sample_length")
@@ -36,13 +39,15 @@ def changes(overrides: Sequence[str]) -> dict[str, Any]:
     return given
 
 
-def begun(cfg: DictConfig, overrides: Sequence[str]) -> tuple[DictConfig, Newest | None]:
+def begun(cfg: DictConfig, overrides: Sequence[str]) -> "tuple[DictConfig, Newest | None]":
     """The settings to train with, and the state to begin from: those of a run to resume or to rerun, if one is named.
 
     Raises:
         InputError: as `resumed` and `rerun`.
     """
     if cfg.resume:
+        from charlm.checkpoint import found
+
         run_dir = Path(cfg.resume)
         state = found(run_dir)
         return resumed(run_dir, state.content, changes(overrides)), state

@@ -23,16 +23,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import torch
 from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
-from charlm.checkpoint import write_atomically
 from charlm.config import FOLLOWS
+from charlm.disk import write_atomically
 from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted, warn
 from charlm.report import as_json, read_json
 
-if TYPE_CHECKING:  # what only reads a record does without the seconds that this import takes
+if TYPE_CHECKING:  # what trains nothing does without the seconds that it takes, and so without those of torch
     import lightning as L
 
 NAME, LOCK = "run.json", ".lock"
@@ -42,7 +41,7 @@ ROOM = 1000  # bytes of blanks at the end of run.json
 LARGEST = 2**24  # bytes of a run.json that is read
 HERE = Path(__file__).parent
 
-claimed: dict[Path, FileLock] = {}
+claimed: dict[Path, tuple[FileLock, list[Path]]] = {}  # the lock in each, and the folders that were made for it
 
 
 class Record(TypedDict):
@@ -66,6 +65,8 @@ class Record(TypedDict):
 
 def is_first() -> bool:
     """Is this the only process, or the first, whether torchrun, Lightning or Slurm started it?"""
+    if "lightning" not in sys.modules:  # the process of a sweep, which is alone, and does without
+        return True
     from lightning.pytorch.utilities import rank_zero_only
 
     known: Any = rank_zero_only  # which is told by each of them
@@ -77,14 +78,25 @@ def claim(folder: Path) -> bool:
     folder = folder.absolute()
     if folder in claimed:
         return True
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
     try:
         lock.acquire(blocking=False)
     except Timeout:
         return False
-    claimed[folder] = lock
+    claimed[folder] = lock, made
     return True
+
+
+def abandon() -> None:
+    """Remove the folders that were made to be claimed, and into which nothing has come."""
+    for folder, (_, made) in claimed.items():
+        if folder in made and [*folder.iterdir()] == [folder / LOCK]:
+            (folder / LOCK).unlink()
+            for place in made:
+                with contextlib.suppress(OSError):  # another process may have come to use it
+                    place.rmdir()
 
 
 class Run:
@@ -132,6 +144,8 @@ class Run:
 
     def tell(self, config: dict[str, Any], corpus: dict[str, str | int], trainer: "L.Trainer") -> None:
         """What was not known in the first second."""
+        import torch
+
         self.record["config"], self.record["corpus"] = config, corpus
         device = trainer.strategy.root_device
         self.record["surroundings"] |= {
@@ -202,6 +216,8 @@ def disk_trouble(error: BaseException, folder: Path) -> DiskError | None:
 
 def how(error: BaseException | None) -> tuple[str, str | None]:
     """The status and its reason, after what ended a run."""
+    import torch
+
     if error is None:
         return "finished", None
     if interrupted(error):  # which Lightning makes an exit code of 1
@@ -271,6 +287,8 @@ def session(record: Record) -> dict[str, Any]:
 @cache  # the code that a process has loaded stays as it was
 def surroundings() -> dict[str, Any]:
     """What a run depends on beside its settings and its text."""
+    import torch
+
     required = (re.match(r"[\w-]+", line) for line in metadata.requires("charlm") or [] if "extra ==" not in line)
     names = sorted({"charlm", *(found[0] for found in required if found)})
     return {

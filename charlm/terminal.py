@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -24,18 +23,18 @@ from rich.panel import Panel
 from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
-from torch import nn
 
-from charlm.checkpoint import BEST
 from charlm.errors import InputError
 from charlm.report import LOSSES, name_of, plus_minus, short, table
 
-if TYPE_CHECKING:  # what trains nothing does without the seconds that this import takes
+if TYPE_CHECKING:  # what trains nothing does without the seconds that these imports take
     import lightning as L
+    import torch
+    from torch import nn
 
     from charlm.data import CharDataModule
 
-console = Console(highlight=False)
+console = Console(highlight=False, emoji=False)
 log = logging.getLogger("charlm")
 
 said_before_the_log: list[str] = []
@@ -71,12 +70,12 @@ def logged() -> Iterator[None]:
 def say(thing: RenderableType) -> None:
     """To the terminal and, as plain text, to the run's log."""
     console.print(thing)
-    plain = Console(file=io.StringIO(), width=100, highlight=False)
+    plain = Console(file=io.StringIO(), width=100, highlight=False, emoji=False)
     plain.print(thing)
     log.info("\n%s", plain.file.getvalue().rstrip())  # type: ignore[attr-defined]
 
 
-def header(config: dict[str, Any], data: "CharDataModule", model: nn.Module, trainer: "L.Trainer") -> None:
+def header(config: dict[str, Any], data: "CharDataModule", model: "nn.Module", trainer: "L.Trainer") -> None:
     """Before a run: what is trained, on what, how, and where it is written."""
     from charlm.budget import budget_of
 
@@ -102,7 +101,9 @@ def header(config: dict[str, Any], data: "CharDataModule", model: nn.Module, tra
     console.print()
 
 
-def describe_device(device: torch.device) -> str:
+def describe_device(device: "torch.device") -> str:
+    import torch
+
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return (
@@ -230,6 +231,8 @@ def stopped(why: str, step: int, run_dir: Path | None) -> None:
 
 def next_commands(run_dir: Path) -> None:
     """What to type now, as it can be pasted."""
+    from charlm.checkpoint import BEST
+
     charlm, board = command("charlm", "charlm"), command("tensorboard", "tensorboard.main")
     commands = {f"{board} --logdir {quote(run_dir.parent)}": "the dashboard of all runs there"}
     checkpoints = run_dir / "checkpoints"

@@ -4,11 +4,12 @@ import hashlib
 import json
 import logging
 import os
+import pickle
 import sys
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -23,7 +24,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 if TYPE_CHECKING:  # imported where they are needed, as every single run finds this file too
     from charlm.ledger import Ledger
-    from charlm.sweep import Engine, Job, Pool, Ray, Slurm
+    from charlm.sweep import Engine, Job, Pool, Ray, Slurm, Source
 
 
 GPU = ("gpu", "cuda")
@@ -34,7 +35,7 @@ class SweepLauncher(Launcher):
     """Keeps the ledger of a sweep, and has a pool or an engine run what is to do."""
 
     @abstractmethod
-    def pool(self) -> "Pool | Engine": ...
+    def pool(self, gpus: int) -> "Pool | Engine": ...
 
     def settings(self, cfg: DictConfig) -> dict[str, Any]:
         """What one job is run with; here, what all are."""
@@ -47,19 +48,20 @@ class SweepLauncher(Launcher):
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from charlm.ledger import Ledger
-        from charlm.sweep import Grid, names, run_jobs
+        from charlm.sweep import Grid, names
 
         ledger = Ledger(self.sweep_dir)
-        ledger.begin(list(self.config.hydra.overrides.task), None)
+        ledger.begin(self.command, None)
         ledger.content["launcher"] = self.config.hydra.runtime.choices["hydra/launcher"]
         cfgs = self.composed(job_overrides)
-        min_context = self.min_context(ledger, cfgs)
-        fair = [f"data.min_context={min_context}"] if min_context else []
-        jobs = []
-        for i, (given, name, cfg) in enumerate(zip(job_overrides, names(job_overrides), cfgs, strict=True)):
-            cfg.data.min_context = min_context or cfg.data.min_context
-            jobs.append(self.job(cfg, [*given, *fair], name, initial_job_idx + i, ledger.name_of))
-        rows = run_jobs(Grid(jobs, ledger), ledger, self.sweep_dir, self.pool())
+        fair = self.fair(ledger, cfgs)
+        todo = [
+            self.job(cfg, [*given, *fair], name, number, ledger.name_of)
+            for number, (given, name, cfg) in enumerate(zip(job_overrides, names(job_overrides), cfgs, strict=True))
+        ]
+        gpus = self.check([run for run, _ in todo])
+        jobs = [make(gpus) for _, make in todo]
+        rows = self.run(Grid(jobs, ledger), ledger, gpus)
         returned = []
         for job in jobs:
             one = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
@@ -71,38 +73,72 @@ class SweepLauncher(Launcher):
     def sweep_dir(self) -> Path:
         return Path(self.config.hydra.sweep.dir).absolute()
 
+    @property
+    def command(self) -> list[str]:
+        """The settings that were given, as they were typed."""
+        typed: Any = OmegaConf.to_container(self.config.hydra.overrides.task, resolve=False)
+        given: list[str] = typed
+        return given
+
     def composed(self, job_overrides: Sequence[Sequence[str]]) -> list[DictConfig]:
         from charlm.composition import composed
 
         return list(composed(job_overrides, self.compose))
 
-    def min_context(self, ledger: "Ledger", cfgs: Sequence[DictConfig]) -> int | None:
-        """As `Ledger.min_context`, for jobs whose block sizes are those of `cfgs`."""
+    def fair(self, ledger: "Ledger", cfgs: Sequence[DictConfig]) -> list[str]:
+        """The overrides by which jobs of several block sizes compare, see `Ledger.min_context`; in `cfgs`, they are."""
+        sizes = [cfg.data.block_size for cfg in cfgs]
+        if not all(isinstance(size, int) for size in sizes):
+            return []  # the check tells
         chosen = any(o.startswith("data.min_context=") for o in ledger.content["command"])
-        return ledger.min_context([cfg.data.block_size for cfg in cfgs], chosen)
+        min_context = ledger.min_context(sizes, chosen)
+        if min_context is None:
+            return []
+        for cfg in cfgs:
+            cfg.data.min_context = min_context
+        return [f"data.min_context={min_context}"]
 
     def job(
         self, cfg: DictConfig, overrides: list[str], name: str, number: int, place: Callable[[str, str], str]
-    ) -> "Job":
-        """The job that `overrides` were composed to.
+    ) -> "tuple[dict[str, Any], Callable[[int], Job]]":
+        """The resolved configuration to check, and what makes the job of it, from the number of GPUs that there are.
 
         Args:
+            cfg: what `overrides` were composed to.
             name: for hydra.sweep.subdir to use.
             place: the name of its folder, from its fingerprint and what hydra.sweep.subdir wants.
         """
         from charlm.composition import without_hydra
+        from charlm.preflight import RUN_DIR, resolved
+        from charlm.resume import moved
         from charlm.sweep import Job
 
         with open_dict(cfg):
             cfg.hydra.job.id, cfg.hydra.job.num = name, number
-            cfg.hydra.sweep.dir = str(self.sweep_dir)
+            cfg.hydra.sweep.dir, cfg.hydra.mode = str(self.sweep_dir), "RUN"
         HydraConfig.instance().cfg = cfg  # where ${hydra:...} is looked up; `set_config` would copy it first
-        itself = without_hydra(cfg)
-        itself.run_dir = ""  # all that the job is, wherever it is
-        plain: Any = OmegaConf.to_container(itself, resolve=True)
-        fingerprint = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+        run = resolved(without_hydra(cfg))
+        itself = json.dumps(moved(run, RUN_DIR, ""), sort_keys=True)  # all that it is, wherever it is
+        fingerprint = hashlib.sha256(itself.encode()).hexdigest()
         folder = self.sweep_dir / place(fingerprint, cfg.hydra.sweep.subdir)
-        return Job.of(overrides, folder, fingerprint, plain, cfg, self.settings(cfg))
+        cfg.hydra.run.dir = str(folder)
+        return run, partial(Job.of, overrides, folder, fingerprint, run, pickle.dumps(cfg), self.settings(cfg))
+
+    def check(self, runs: Sequence[dict[str, Any]]) -> int:
+        """Returns how many GPUs there are, if all runs are possible; see `check_runs`."""
+        from charlm import forkserver
+        from charlm.preflight import check_runs
+
+        gpus: int = forkserver.ask(check_runs, runs, isinstance(self, EngineLauncher))
+        return gpus
+
+    def run(self, source: "Source", ledger: "Ledger", gpus: int) -> dict[str, dict[str, Any]]:
+        """From here on, there is something to write."""
+        from charlm.sweep import run_jobs
+
+        self.sweep_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(self.config, self.sweep_dir / "multirun.yaml")  # as Hydra does
+        return run_jobs(source, ledger, self.sweep_dir, self.pool(gpus))
 
 
 class LocalLauncher(SweepLauncher):
@@ -116,10 +152,10 @@ class LocalLauncher(SweepLauncher):
     ):
         self.limits: Any = {"n_jobs": n_jobs, "jobs_per_gpu": jobs_per_gpu, "timeout": timeout}
 
-    def pool(self) -> "Pool":
+    def pool(self, gpus: int) -> "Pool":
         from charlm.sweep import Pool
 
-        return Pool(**self.limits)
+        return Pool(**self.limits, gpus=gpus)
 
 
 class EngineLauncher(SweepLauncher):
@@ -166,7 +202,7 @@ class SlurmLauncher(EngineLauncher):
             found["gpus_per_node"] = found["tasks_per_node"]
         return found
 
-    def pool(self) -> "Slurm":
+    def pool(self, gpus: int) -> "Slurm":
         import submitit
 
         from charlm.sweep import Slurm
@@ -188,7 +224,7 @@ class RayLauncher(EngineLauncher):
             remote["num_gpus"] = cfg.trainer.devices if cfg.trainer.accelerator in GPU else 0
         return found
 
-    def pool(self) -> "Ray":
+    def pool(self, gpus: int) -> "Ray":
         from charlm.sweep import Ray
 
         return Ray(self.hand_over, self.sweep_dir)

@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 
 @dataclass
@@ -51,11 +51,9 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         # Imported here, as every single run finds this file too.
-        from charlm.composition import without_hydra
         from charlm.ledger import Ledger
-        from charlm.preflight import check_settings
         from charlm.space import Space, asked
-        from charlm.sweep import Job, run_jobs
+        from charlm.sweep import Job
         from charlm.sweep.search import Search
 
         parser = OverridesParser.create(config_loader=self.context.config_loader)
@@ -64,18 +62,20 @@ class OptunaSweeper(Sweeper):
         launcher, ledger = self.launcher, Ledger(self.launcher.sweep_dir)
         corners = launcher.composed(space.corners())
         search = asked(corners[0].hydra, space)
-        ledger.begin(list(self.config.hydra.overrides.task), search)
-        min_context = launcher.min_context(ledger, corners)
-        fair = [f"data.min_context={min_context}"] if min_context else []
+        ledger.begin(launcher.command, search)
+        fair = launcher.fair(ledger, corners)
+
+        def described(cfg: DictConfig, overrides: list[str], label: str, number: int, known: str | None) -> Any:
+            return launcher.job(cfg, overrides, label, number, lambda fingerprint, wanted: known or wanted)
 
         def make(overrides: list[str], label: str, number: int, known: str | None) -> Job:
             [cfg] = launcher.composed([overrides])
-            return launcher.job(cfg, overrides, label, number, lambda fingerprint, wanted: known or wanted)
+            job: Job = described(cfg, overrides, label, number, known)[1](gpus)
+            return job
 
         def check(overrides: list[str]) -> None:
             [cfg] = launcher.composed([overrides])
-            check_settings(without_hydra(cfg))
+            launcher.check([described(cfg, overrides, "", 0, None)[0]])
 
-        launcher.sweep_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(self.config, launcher.sweep_dir / "multirun.yaml")  # as Hydra's own sweeper does
-        run_jobs(Search(search, space, fair, ledger, make, check), ledger, launcher.sweep_dir, launcher.pool())
+        gpus = launcher.check([described(cfg, [], "", 0, None)[0] for cfg in corners])
+        launcher.run(Search(search, space, fair, ledger, make, check), ledger, gpus)

@@ -481,6 +481,10 @@ def test_a_logger_whose_package_is_not_installed_names_it(refused, train, packag
         (["data=text,pydoc", "+data.xyzzy=1,2"], "there is no setting data.xyzzy"),
         (["callbacks=[default],[default,nosuch]"], "callbacks=nosuch is not there"),
         (["scheduler=constant,linear", "trainer.max_steps=50"], "warmup_steps=100 leaves nothing"),
+        (["data.block_size=8,abc"], "data.block_size=abc is not possible: give a whole number"),
+        (["seed=1,2", "data.val_fraction=???"], "data.val_fraction is missing: give it a value"),
+        (["seed=1,2", "sample_length=${nosuch}"], "nosuch"),
+        (["seed=1,2", "hydra.sweeper.max_batch_size=1"], "there is no setting hydra.sweeper.max_batch_size"),
     ],
 )
 def test_a_mistake_in_any_job_is_found_before_the_first_starts(refused, train, text_file, overrides, words):

@@ -353,6 +353,13 @@ def test_in_a_sweep_the_notice_is_shown_once_and_every_job_says_pydoc(train, tmp
         assert "ANOTHER CORPUS" not in (job / "terminal.log").read_text()
 
 
+def test_a_mistake_goes_before_another_corpus(train):
+    for command in (["optimizer.lr=abc"], ["-m", "optimizer.lr=1e-3,abc"]):
+        ended = train(*command, **NO_NETWORK)
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err.startswith("charlm: optimizer.lr=abc is not possible")
+
+
 @pytest.mark.parametrize("override", ["data.fallback=null", "experiment=lecture_bigram"])
 def test_without_a_fallback_a_missing_corpus_is_an_error_and_nothing_is_written(train, tmp_path, override):
     ended = train(override, **NO_NETWORK)

@@ -70,6 +70,7 @@ def test_models_are_plain_torch():
 # The order in which text becomes figures; a module imports only from those before it.
 LAYERS = [
     "errors",
+    "disk",
     "config",
     "tokenizer",
     "data",
@@ -125,8 +126,8 @@ def test_hydra_is_known_to_few():
         for f in ROOT.glob("charlm/**/*.py")
         if re.search(r"^\s*(from|import) (hydra|omegaconf)", f.read_text(), re.M)
     }
-    checks = ("preflight/command", "preflight/settings", "preflight/complaints")
-    names = ("composition", *checks, "resume", "space", "terminal", "sweep/job")
+    checks = ("preflight/command", "preflight/settings", "preflight/complaints", "preflight/runs")
+    names = ("composition", *checks, "resume", "space", "terminal", "sweep/command", "sweep/job")
     assert knowing <= {f"charlm/{name}.py" for name in names}
 
 
@@ -155,4 +156,12 @@ def test_a_report_does_not_load_lightning_nor_the_rest_the_plots():
 
 def test_generation_does_not_load_lightning():
     code = "import sys, charlm.generate, charlm.checkpoint; sys.exit('lightning' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_the_process_of_a_sweep_does_without_torch():
+    code = (
+        "import sys, charlm.sweep.command, charlm.sweep.search, hydra_plugins.charlm_launcher; "
+        "sys.exit(bool({'torch', 'lightning', 'matplotlib'} & set(sys.modules)))"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

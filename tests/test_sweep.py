@@ -27,7 +27,7 @@ from charlm import checkpoint, report, terminal
 from charlm.composition import composed
 from charlm.errors import InputError
 from charlm.ledger import Ledger
-from charlm.preflight import check_launcher
+from charlm.preflight import check_runs, resolved, settings
 from charlm.sweep import Job, Pool, names
 from tests.conftest import ROOT
 from tests.test_resume import same
@@ -127,11 +127,15 @@ def test_compositions_that_share_files_are_what_hydra_makes_of_each():
 
 @pytest.mark.parametrize("devices", ["[1]", "'0,1'"])
 def test_gpus_are_given_by_the_sweep_and_not_by_name(monkeypatch, devices):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        cfg = compose("train", [f"trainer.devices={devices}"], return_hydra_config=True)
+        run = resolved(compose("train", [f"trainer.devices={devices}", "data=pydoc", "trainer=cpu"]))
+    assert check_runs([run | {"trainer": run["trainer"] | {"devices": 1}}], elsewhere=False, texts=False) == 0
+    monkeypatch.setattr(settings, "check_settings", lambda run, elsewhere: None)  # as there are no GPUs here
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    run["trainer"]["accelerator"] = "auto"
     with pytest.raises(InputError, match=r"names GPUs, and a sweep gives them out itself: say how many"):
-        check_launcher(cfg)
+        check_runs([run], elsewhere=False, texts=False)
+    assert check_runs([run], elsewhere=True, texts=False) == 4
 
 
 def test_names_are_the_settings_that_vary():
@@ -333,6 +337,58 @@ def test_a_sweep_that_was_killed_ahead_of_its_first_job_begins_again(sweep, tmp_
     assert sweep("seed=1,2").code == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_a_sweep_that_is_ended_while_it_imports_leaves_no_process_and_no_folder(tmp_path, text_file, number):
+    command = [sys.executable, str(ROOT / "train.py"), "-m", "data=text", f"data.path={text_file}", "seed=1,2"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        until = time.monotonic() + 60
+        while len(at_work(tmp_path)) < 2:  # itself, and the one that jobs would be forked from
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.wait(10)
+        until = time.monotonic() + 10
+        while at_work(tmp_path):
+            assert time.monotonic() < until, "a process is left"
+        told = process.stderr.read() if process.stderr else ""
+    assert {file.name for file in tmp_path.iterdir()} == {text_file.name}
+    if number == signal.SIGINT:
+        assert (process.returncode, told) == (130, "charlm: interrupted\n")
+    else:
+        assert (process.returncode, told) == (-number, "")
+
+
+def answers(question: str) -> tuple[int, str, str]:
+    """What a process says that asks its fork server."""
+    code = f"""
+import os, sys
+from charlm import config, errors, forkserver
+if not forkserver.start():
+    forkserver.serve()
+with errors.one_line_errors():
+    print({question})
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+def test_a_question_to_the_fork_server_has_the_answer_or_the_mistake_or_says_that_there_is_none():
+    assert answers("forkserver.ask(os.path.join, 'a', 'b'), forkserver.ask(os.getppid) != os.getpid()") == (
+        0,
+        "a/b True\n",
+        "",
+    )
+    code, out, err = answers("forkserver.ask(config.check, {'lrr': 1})")
+    assert (code, out) == (2, "")
+    assert err.startswith("charlm: there is no setting lrr: ")
+    no_answer = "charlm: _exit has no answer: its process failed or was ended\n"
+    assert answers("forkserver.ask(os._exit, 3)") == (2, "", no_answer)
+    gone = "charlm: the process that jobs are forked from was ended: the same command goes on\n"
+    assert answers("os.kill(forkserver.ask(os.getppid), 9) or forkserver.ask(os.getpid)") == (2, "", gone)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_sweep_whose_parent_is_killed_leaves_no_process_and_loses_nothing(tmp_path, text_file):
@@ -381,7 +437,7 @@ def job(processes: int = 1, on_gpu: bool = False) -> Job:
 
 
 def test_as_many_jobs_run_as_the_machine_holds():
-    pool = Pool("auto", 1, None)
+    pool = Pool("auto", 1, None, 0)
     pool.cores, pool.gpus = 4, [0, 1, 2, 3]
     assert pool.at_once(job(), 9) == 4
     assert pool.at_once(job(), 2) == 2
@@ -397,6 +453,6 @@ def test_as_many_jobs_run_as_the_machine_holds():
     assert pool.take(1) == [1]
     pool.gpus = [1, 1, 0]
     assert pool.take(2) == [1, 0]
-    two = Pool(2, 3, None)
+    two = Pool(2, 3, None, 0)
     assert two.at_once(job(2), 9) == 2
     assert two.at_once(job(), 1) == 1

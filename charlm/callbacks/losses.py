@@ -16,19 +16,12 @@ from torch.distributed.tensor import DTensor
 from charlm.callbacks.checkpoint import Checkpoint
 from charlm.callbacks.ema import KEY
 from charlm.callbacks.throughput import Throughput
-from charlm.checkpoint import write_atomically
-from charlm.errors import DiskError, InputError
+from charlm.disk import write_atomically
+from charlm.errors import DiskError, Diverged
 from charlm.module import LanguageModel
 from charlm.report import LOSSES, VALIDATIONS, read_validations
 
-DIVERGED = "training diverged"
 MOST = 1000  # that wait to be looked at
-
-
-class Diverged(InputError):
-    """Training has left the numbers: at which step, what still stands, what to try."""
-
-    code = 1
 
 
 class Losses(L.Callback):
@@ -156,4 +149,4 @@ def diverged(trainer: L.Trainer, told: str) -> BaseException:
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     saved = [(c.saved_at, c.path) for c in callbacks if isinstance(c, Checkpoint) and c.saved_at >= 0]
     stands = "".join(f"; {os.path.relpath(path)} is of step {step:,}, and whole" for step, path in saved)
-    return Diverged(f"{DIVERGED}: {told}; try a lower optimizer.lr, or trainer.gradient_clip_val=1{stands}")
+    return Diverged(f"{Diverged.words}: {told}; try a lower optimizer.lr, or trainer.gradient_clip_val=1{stands}")

@@ -1,5 +1,17 @@
 """Text in, batches out: corpus -> tokenizer -> ids -> chunks -> loaders. Knows no model."""
 
-from charlm.data.datamodule import CharDataModule
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from charlm.data.datamodule import CharDataModule
 
 __all__ = ["CharDataModule"]
+
+
+def __getattr__(name: str) -> Any:
+    """What is of Lightning's is imported where it is asked for: a text is read without."""
+    if name in __all__:
+        from charlm.data.datamodule import CharDataModule
+
+        return CharDataModule
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

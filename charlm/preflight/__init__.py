@@ -2,6 +2,16 @@
 
 from charlm.preflight.command import check_command, check_launcher, is_sweep, options
 from charlm.preflight.folder import held, own_folder
-from charlm.preflight.settings import check_settings
+from charlm.preflight.runs import RUN_DIR, check_runs, resolved
 
-__all__ = ["check_command", "check_launcher", "check_settings", "held", "is_sweep", "options", "own_folder"]
+__all__ = [
+    "RUN_DIR",
+    "check_command",
+    "check_launcher",
+    "check_runs",
+    "held",
+    "is_sweep",
+    "options",
+    "own_folder",
+    "resolved",
+]

@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from hydra import compose, initialize_config_dir
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
@@ -21,17 +20,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from charlm import config
-from charlm.checkpoint import newest
+from charlm import config, forkserver, terminal
 from charlm.composition import composed, without_hydra
-from charlm.errors import InputError
+from charlm.data.corpus import load_corpus
+from charlm.errors import CorpusUnavailable, InputError
 from charlm.ledger import NAME as LEDGER
 from charlm.ledger import Search, goes_on, read
 from charlm.preflight.complaints import choices, known_settings, told_in_one_line
 from charlm.preflight.folder import check_folder, held, own_folder
-from charlm.preflight.settings import check_settings, check_text
+from charlm.preflight.runs import check_runs, resolved
 from charlm.resume import changes, finished, quoted, rerun, resumed, unquoted
 from charlm.run import NAME as RECORD
 from charlm.run import claim, is_first, read_record
@@ -48,12 +47,16 @@ LAUNCHERS: dict[str, tuple[str | None, str | None]] = {
 def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     """Compose every run that a command line asks for and check it.
 
+    What it takes PyTorch and Lightning to check of a sweep, its launcher asks for: see `check_runs`.
+
     Returns:
         The command line to run: the same, or with another corpus where the one asked for cannot be had.
 
     Raises:
         InputError: for the first thing that cannot work.
     """
+    if not is_sweep(argv):  # which does without the seconds that this import takes
+        from charlm.preflight.settings import check_settings, check_text
     # Hydra would shorten errors in its own way; charlm tells a person's mistake in one line, and a defect in full.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     args = parse(argv[1:])
@@ -82,9 +85,9 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
         with told_in_one_line(overrides):
             check_overrides(overrides, args.multirun)
-            whole = cache(lambda given: compose(name, list(given), return_hydra_config=True))
-            jobs, space = expand(overrides, search, whole) if args.multirun else ([overrides], None)
-            cfgs = list(composed([[*job, *search] for job in jobs], whole))
+            make = cache(lambda given: compose(name, list(given), return_hydra_config=True))
+            jobs, space = expand(overrides, search, make) if args.multirun else ([overrides], None)
+            cfgs = list(composed([[*job, *search] for job in jobs], make))
             if args.help or args.hydra_help or args.cfg or args.info or args.shell_completion:
                 return list(argv)
             HydraConfig.instance().set_config(cfgs[0])
@@ -103,24 +106,26 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         begun = mode == "sweep" and (Path(run_dir) / LEDGER).is_file()
         if is_first():
             check_folder(Path(run_dir), f"hydra.{mode}.dir", new=not chosen or begun)
-        elsewhere = args.multirun and not cfgs[0].hydra.launcher._target_.endswith(".LocalLauncher")
+        elsewhere = not cfgs[0].hydra.launcher._target_.endswith(".LocalLauncher")
         cfgs = [without_hydra(cfg) for cfg in cfgs]
         if resumed_sweep:
             for cfg in cfgs:
                 parts = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "run_dir"])
                 config.check_targets(Path(run_dir), OmegaConf.to_container(parts), conf)
-        for cfg in cfgs:  # the settings of every job before the text of any: texts take time, and perhaps the network
-            check_settings(cfg, elsewhere)
-        if len({cfg.data.corpus for cfg in cfgs}) > 1:  # a sweep over corpora means each of them
-            for cfg in cfgs:
-                cfg.data.fallback = None
-        texts = {str([cfg.tokenizer, cfg.evaluate, {**cfg.data, "batch_size": 0}]): cfg for cfg in cfgs}
-        given = {f"data={corpus}" for corpus in map(check_text, texts.values()) if corpus}
-        if given:  # the command that gives the same run again, wherever Tiny Shakespeare is
-            argv = [*(a for a in argv if not a.startswith("data=")), *given]
-            renamed = [*(o for o in jobs[0] if not o.startswith("data=")), *given, *search]
+        if not args.multirun:
+            check_settings(resolved(cfgs[0]))
+        if other := other_corpus(cfgs):  # the command that gives the same run again, wherever Tiny Shakespeare is
+            if args.multirun:  # whose settings were to be checked later
+                forkserver.ask(check_runs, [resolved(cfg) for cfg in cfgs], elsewhere, False)
+            terminal.notice_fallback(cfgs[0].data.corpus, *other)
+            given = f"data={other[0]}"
+            argv = [*(a for a in argv if not a.startswith("data=")), given]
+            renamed = [*(o for o in jobs[0] if not o.startswith("data=")), given, *search]
             HydraConfig.instance().set_config(cfg := compose(name, renamed, return_hydra_config=True))
             run_dir = cfg.hydra[mode].dir
+            cfgs = [without_hydra(cfg)]
+        if not args.multirun:
+            check_text(resolved(cfgs[0]))
     if not is_first():
         return list(argv)
     again = args.multirun and not chosen
@@ -190,6 +195,9 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
     Raises:
         InputError: for a change of what has begun, another text, or parts that charlm does not have.
     """
+    from charlm.checkpoint import newest
+    from charlm.preflight.settings import check_settings, check_text
+
     if args.multirun:
         raise InputError(f"{name}= begins from one run, and makes one: leave -m away")
     if not recorded.is_dir():
@@ -217,9 +225,9 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
         # What a run has that conf/train.yaml by itself would not.
         given = ["++" + o.lstrip("+") for o in given]
     with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
-        check_settings(cfg.copy())
+        check_settings(run := resolved(cfg))
     if name == "rerun":
-        check_text(cfg)
+        check_text(run)
         if is_first():
             check_folder(run_dir, new=not chosen)
     if is_first():
@@ -342,6 +350,21 @@ def check_engine(name: str, multirun: bool) -> None:
     warnings.filterwarnings("ignore", message=r"\s*'hydra/launcher/ray' is validated against ConfigStore schema")
 
 
+def other_corpus(cfgs: Sequence[DictConfig]) -> tuple[str, CorpusUnavailable] | None:
+    """The corpus to train on where the one asked for cannot be had, and why it cannot; None where it can."""
+    data = cfgs[0].data
+    fallback: str | None = data.get("fallback")
+    if fallback is None or len({str(cfg.data.corpus) for cfg in cfgs}) > 1:  # a sweep over corpora means each of them
+        return None
+    try:
+        load_corpus(str(data.corpus), data.path)
+    except CorpusUnavailable as error:
+        return fallback, error
+    except InputError:  # which is told with the rest of what is wrong with a text
+        pass
+    return None
+
+
 def check_launcher(cfg: DictConfig) -> None:
     """Can the jobs of a sweep be run as is asked for?
 
@@ -352,9 +375,6 @@ def check_launcher(cfg: DictConfig) -> None:
     devices = cfg.trainer.devices
     if launcher["_target_"].endswith(".LocalLauncher"):
         config.check_node("hydra.launcher", launcher)
-        named = isinstance(devices, ListConfig) or "," in str(devices)
-        if named and cfg.trainer.accelerator != "cpu" and torch.cuda.device_count():
-            raise InputError(f"trainer.devices={devices} names GPUs, and a sweep gives them out itself: say how many")
         return
     if not isinstance(devices, int) or devices < 1:
         raise InputError(f"trainer.devices={devices} tells too little of what a job needs: give a number, as in 2")

@@ -13,50 +13,41 @@ import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 
-from charlm import config, terminal
+from charlm import config
 from charlm.budget import budget_of, limit_tokens, steps_of
-from charlm.data.corpus import load_corpus
-from charlm.errors import CorpusUnavailable, InputError
-from charlm.preflight.complaints import one_line, told_in_one_line
+from charlm.errors import InputError
+from charlm.preflight.complaints import one_line
 from charlm.trainer import FSDP, precision_for
 
 # Who starts processes on several machines leaves one of these in the environment.
 STARTED_BY = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "NODE_RANK", "GROUP_RANK"}
 
 
-def check_settings(cfg: DictConfig, elsewhere: bool = False) -> None:
-    """Check one composed configuration and, where it is not to train elsewhere, the hardware that it asks for.
+def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
+    """Check one resolved configuration and, where it is not to train elsewhere, the hardware that it asks for.
 
     Raises:
         InputError: for the first thing that cannot work.
     """
-    with told_in_one_line():
-        if OmegaConf.is_interpolation(cfg, "run_dir"):
-            cfg.run_dir = "outputs"  # not known yet
-        if cfg.trainer.get("max_steps") == "auto":
-            cfg.trainer.max_steps = steps_of("auto", cfg.max_tokens, cfg.trainer.max_time)
-        for missing in sorted(OmegaConf.missing_keys(cfg)):
-            raise InputError(f"{missing} is missing: give it a value, {missing}=...")
-        plain: Any = OmegaConf.to_container(cfg, resolve=True)
     config.check(plain)
+    trainer = {**plain["trainer"]}
+    trainer["max_steps"] = steps_of(trainer["max_steps"], plain["max_tokens"], trainer["max_time"])
     if "val" not in plain["evaluate"]:
         raise InputError(f"evaluate={plain['evaluate']} leaves out val, by which runs are compared: add it")
-    ends = (plain["trainer"]["max_time"], plain["max_tokens"], plain["stop_at"])
-    if plain["trainer"]["max_steps"] == -1 and not any(ends):
+    if trainer["max_steps"] == -1 and not any((trainer["max_time"], plain["max_tokens"], plain["stop_at"])):
         raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
     check_places(plain)
     check_average(plain)
     if elsewhere:  # where each job checks this by itself
-        cfg.trainer.update(accelerator="cpu", devices=1, num_nodes=1, strategy="auto", precision="32-true")
+        trainer |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
     else:
-        check_hardware(plain["trainer"])
+        check_hardware(trainer)
         check_shortcuts(plain)
-    cfg.trainer.precision = precision_for(cfg.trainer.precision, cfg.trainer.accelerator)
-    tokens = cfg.data.batch_size * cfg.data.block_size if cfg.max_tokens else 0
-    node = json.dumps(OmegaConf.to_container(cfg.trainer, resolve=True))
-    check_parts(cfg, check_trainer(node, cfg.max_tokens, tokens))
+    trainer["precision"] = precision_for(trainer["precision"], trainer["accelerator"])
+    data, max_tokens = plain["data"], plain["max_tokens"]
+    tokens = data["batch_size"] * data["block_size"] if max_tokens else 0
+    check_parts(plain, check_trainer(json.dumps(trainer), max_tokens, tokens))
 
 
 @cache  # jobs of a sweep seldom differ in it
@@ -80,7 +71,7 @@ def check_trainer(node: str, max_tokens: int | None, tokens_per_batch: int) -> L
     return trainer
 
 
-def check_parts(cfg: DictConfig, trainer: L.Trainer) -> None:
+def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> None:
     """Combinations of settings that only a model or a schedule knows to be impossible: both are made, with nothing in.
 
     Raises:
@@ -88,9 +79,9 @@ def check_parts(cfg: DictConfig, trainer: L.Trainer) -> None:
     """
     try:
         with torch.device("meta"):  # shapes without numbers: at once, and in no memory
-            model = instantiate(cfg.model, vocab_size=2)
-            model(torch.zeros(1, cfg.data.block_size, dtype=torch.long))
-        instantiate(cfg.scheduler)(torch.optim.SGD([torch.zeros(1)]), budget_of(trainer))
+            model = instantiate(plain["model"], vocab_size=2)
+            model(torch.zeros(1, plain["data"]["block_size"], dtype=torch.long))
+        instantiate(plain["scheduler"])(torch.optim.SGD([torch.zeros(1)]), budget_of(trainer))
     except InstantiationException as error:
         if isinstance(error.__cause__, ValueError):
             raise InputError(one_line(error.__cause__)) from error
@@ -98,37 +89,16 @@ def check_parts(cfg: DictConfig, trainer: L.Trainer) -> None:
         raise InputError(one_line(error)) from error
 
 
-def check_text(cfg: DictConfig) -> str | None:
-    """Read the text of one configuration and cut it as training will.
-
-    Returns:
-        The corpus to train on where the one asked for cannot be had and the configuration names another.
+def check_text(plain: dict[str, Any]) -> None:
+    """Read the text of one resolved configuration and cut it as training will.
 
     Raises:
         InputError: for a text that cannot be had or is too short, or a split that there is not.
     """
-    wanted = cfg.data.corpus
-    given = available_corpus(cfg.data.corpus, cfg.data.path, cfg.data.fallback)
-    if given != wanted:
-        cfg.data.corpus, cfg.data.path = given, None
-    data = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
+    data = instantiate(plain["data"], tokenizer=instantiate(plain["tokenizer"]))
     data.setup()
-    for split in cfg.evaluate:
+    for split in plain["evaluate"]:
         data.windows(split)
-    return given if given != wanted else None
-
-
-@cache  # a sweep asks the network once
-def available_corpus(name: str, path: str | None, fallback: str | None) -> str:
-    """The corpus asked for, or the one to train on where that cannot be had."""
-    try:
-        load_corpus(name, path)
-    except CorpusUnavailable as error:
-        if fallback is None:
-            raise
-        terminal.notice_fallback(name, fallback, error)
-        return fallback
-    return name
 
 
 def check_hardware(trainer: dict[str, Any]) -> None:

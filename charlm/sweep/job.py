@@ -6,6 +6,7 @@ a fork server pays for the imports once, and each job is what `python train.py .
 """
 
 import os
+import pickle
 import runpy
 import signal
 import socket
@@ -18,11 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobRuntime, run_job, setup_globals
 from hydra.types import HydraContext
-from omegaconf import DictConfig, read_write
+from omegaconf import DictConfig
 
 from charlm import report
 from charlm.budget import steps_of, within_tokens
@@ -46,7 +46,7 @@ class Job:
     on_gpu: bool = False
     max_steps: int = -1  # which end it, if nothing does before
     cost: int = 1  # of a step: tokens, where it is by them that jobs compare
-    cfg: DictConfig | None = None  # as Hydra composed it, which takes longer than to hand it over
+    cfg: bytes | None = None  # as Hydra composed it, pickled: which takes longer than to hand it over
     launcher: dict[str, Any] = field(default_factory=dict)  # the settings of the engine that runs it
 
     @classmethod
@@ -56,12 +56,13 @@ class Job:
         folder: Path,
         fingerprint: str,
         plain: dict[str, Any],
-        cfg: DictConfig,
+        cfg: bytes,
         launcher: dict[str, Any],
+        gpus: int,
     ) -> "Job":
-        """The job that a configuration describes, which is also given as plain types."""
+        """The job that a configuration describes, which is also given as plain types, on a machine with `gpus`."""
         trainer, data = plain["trainer"], plain["data"]
-        gpus = torch.cuda.device_count() if trainer["accelerator"] in ("auto", "gpu", "cuda") else 0
+        gpus = gpus if trainer["accelerator"] in ("auto", "gpu", "cuda") else 0
         devices = trainer["devices"]
         if isinstance(devices, str) and devices != "auto":
             devices = [int(d) for d in devices.split(",")] if "," in devices else int(devices)
@@ -70,8 +71,6 @@ class Job:
         steps = steps_of(trainer["max_steps"], plain["max_tokens"], trainer["max_time"])
         tokens = data["batch_size"] * data["block_size"] * trainer["accumulate_grad_batches"] * processes
         steps = within_tokens(steps, plain["max_tokens"], tokens)
-        with read_write(cfg.hydra):
-            cfg.hydra.mode, cfg.hydra.run.dir = "RUN", str(folder)
         cost = tokens if plain["max_tokens"] else 1
         return cls(overrides, folder, fingerprint, processes, gpus > 0, steps, cost, cfg, launcher)
 
@@ -141,15 +140,15 @@ class Running:
                 os.kill(self.process.pid, number)
 
 
-def become(
-    sweep: socket.socket, argv: list[str], cfg: DictConfig | None, log: str, threads: int, gpus: list[int]
-) -> None:
+def become(sweep: socket.socket, argv: list[str], cfg: bytes | None, log: str, threads: int, gpus: list[int]) -> None:
     """In the job's process: be `python train.py ...`, with all output in the job's own file.
 
     Args:
         sweep: a line that is cut when the sweep ends.
-        cfg: what Hydra would compose from `argv`, checked already.
+        cfg: what Hydra would compose from `argv`, checked already, and pickled.
     """
+    import torch  # which the sweep itself does without
+
     os.setsid()  # a group of its own: what it starts ends with it, and Ctrl-C is for the sweep
     threading.Thread(target=follow, args=(sweep,), daemon=True).start()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
@@ -161,7 +160,7 @@ def become(
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that it starts
     torch.set_num_threads(threads)
-    be(argv, cfg)
+    be(argv, pickle.loads(cfg) if cfg else None)
 
 
 def has_begun(folder: Path) -> bool:
@@ -177,7 +176,7 @@ def command(script: str, options: Sequence[str], overrides: Sequence[str], folde
 
 
 def be(argv: list[str], cfg: DictConfig | None = None) -> None:
-    """`python train.py ...`, in this process; `cfg` is as in `become`."""
+    """`python train.py ...`, in this process. `cfg`: what Hydra would compose from it, if that is known already."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.argv = argv
     if cfg is None:

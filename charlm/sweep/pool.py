@@ -10,8 +10,6 @@ from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
-import torch
-
 from charlm.sweep.job import Job, Running
 
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -26,12 +24,13 @@ class Pool:
         n_jobs: at a time, whatever they need; "auto" gives each of their processes a core, or a GPU.
         jobs_per_gpu: that may share one, each with one process.
         timeout: minutes after which a job is taken to hang.
+        gpus: how many there are.
     """
 
-    def __init__(self, n_jobs: int | Literal["auto"], jobs_per_gpu: int, timeout: float | None):
+    def __init__(self, n_jobs: int | Literal["auto"], jobs_per_gpu: int, timeout: float | None, gpus: int):
         self.n_jobs, self.timeout = n_jobs, timeout
         self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.gpus = [gpu for _ in range(jobs_per_gpu) for gpu in range(torch.cuda.device_count())]
+        self.gpus = [gpu for _ in range(jobs_per_gpu) for gpu in range(gpus)]
         self.running: list[Running] = []
         self.stopping = False
 

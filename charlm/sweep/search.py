@@ -20,8 +20,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from charlm import ledger, report
-from charlm.callbacks.losses import DIVERGED
-from charlm.errors import InputError
+from charlm.errors import Diverged, InputError
 from charlm.ledger import Ledger
 from charlm.preflight import held
 from charlm.space import Space
@@ -194,7 +193,7 @@ class Search:
         results = report.read_results(job.folder)
         if how == "finished" and results and results["val/loss"] is None:
             return "pruned: its val loss is infinite or not a number"
-        if how.startswith(f"failed: {DIVERGED}"):
+        if how.startswith(f"failed: {Diverged.words}"):
             return how.replace("failed", "pruned", 1).partition(";")[0]
         if report.verdict(how) == "failed":
             try:

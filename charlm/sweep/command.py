@@ -1,0 +1,32 @@
+"""The process of a sweep, from its command to its table."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from omegaconf import DictConfig
+
+from charlm.errors import one_line_errors
+from charlm.preflight import check_command
+from charlm.run import abandon
+
+
+def sweep(argv: Sequence[str], config_dir: Path) -> NoReturn:
+    """`python train.py -m ...`: check what can be checked without PyTorch, and let Hydra's sweeper and launcher go on.
+
+    Whatever ends it before there is a job, or a mistake in one, leaves nothing behind.
+    """
+    with one_line_errors():
+        try:
+            sys.argv = check_command(argv, config_dir)
+            hydra.main(version_base="1.3", config_path=str(config_dir.absolute()), config_name="train")(job)()
+        finally:
+            abandon()
+    sys.exit(0)
+
+
+def job(cfg: DictConfig) -> NoReturn:
+    """What Hydra would have this process do for each."""
+    raise AssertionError("jobs have processes of their own")
