@@ -129,6 +129,8 @@ def choose(cfg: DictConfig, model: nn.Module, data: CharDataModule) -> None:
         cfg.data.path = data.corpus.source  # absolute, so that it is found from any folder
     # What a forward pass multiplies; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
     multiplications = sum(p.numel() for p in model.parameters()) * data.batch_size * data.block_size
+    if model.block_size == 1:  # a table: to look up more at once takes no memory, and a batch costs more than that
+        data.tokens_at_once = 65_536
     if cfg.threads == "auto":
         # Small steps gain nothing from threads, which wait twenty times as long for each other on busy cores.
         cfg.threads = torch.get_num_threads() if multiplications > 1e8 else 1
@@ -175,7 +177,9 @@ def finish(
         "train/tokens_per_second": throughput.tokens_per_second,
         **found,
     }
-    terminal.summary(results, "".join(write(model, data.tokenizer, config["sample_length"], seed=config["seed"])))
+    with torch.inference_mode():
+        sample = "".join(write(model, data.tokenizer, config["sample_length"], seed=config["seed"]))
+    terminal.summary(results, sample)
     terminal.next_commands(run_dir)
     report.write_json(run_dir / report.RESULTS, results)
 

@@ -1,6 +1,7 @@
 """Text from a model, one character at a time."""
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from charlm.errors import InputError
 from charlm.tokenizer import CharTokenizer
 
 
-@torch.inference_mode()
 def generate(
     model: nn.Module,
     idx: Tensor,
@@ -51,17 +51,22 @@ def generate(
     model.eval()
     try:
         for _ in range(length):
-            if decode:
-                logits, state = decode(new, state)  # (B, V)
-            else:
-                logits = model(seen)[:, -1]
-            next_idx = sample(logits.float(), generator, temperature, top_k, top_p)  # (B,)
+            # To enter this mode takes as long as a small model does: who writes without a pause has done so before.
+            with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
+                if decode:
+                    logits, state = decode(new, state)  # (B, V)
+                else:
+                    logits = model(seen)[:, -1]
+                next_idx = sample(logits.float(), generator, temperature, top_k, top_p)  # (B,)
+                new = next_idx[:, None]
+                if most == 1 or (decode and model.block_size is None):  # of what was, nothing is looked at again
+                    seen, state = new, None if most == 1 else state
+                else:
+                    seen = torch.cat((seen, new), dim=1)
+                if seen.shape[1] > most:
+                    seen = new = seen[:, -kept:]
+                    state = None
             yield next_idx
-            new = next_idx[:, None]
-            seen = new if decode and model.block_size is None else torch.cat((seen, new), dim=1)
-            if seen.shape[1] > most:
-                seen = new = seen[:, -kept:]
-                state = None
     finally:
         model.train(was_training)
 

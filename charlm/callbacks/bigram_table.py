@@ -14,6 +14,8 @@ from charlm.callbacks.exhibit import Exhibit
 from charlm.data.datamodule import Pairs
 from charlm.logger import TensorBoard
 
+Image.preinit()  # here, and not once more in each job of a sweep
+
 TAG = "what_follows/bigram_table"  # its own group, which TensorBoard sorts behind train and val
 LETTER = 11  # pixels of one probability, at least: room for one letter on the axes
 SIDE = 480  # pixels of a heat map, at least: room for its titles

@@ -54,7 +54,7 @@ class Exhibit(L.Callback):
             return
         modes = {module: module.training for module in model.modules()}
         model.eval()  # without dropout, which would also take from the randomness of training
-        with torch.no_grad():
+        with torch.inference_mode():
             self.show(trainer, model, boards[0])
         for module, mode in modes.items():
             module.training = mode

@@ -72,6 +72,7 @@ class CharDataModule(L.LightningDataModule):
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.min_context, self.seed = min_context, seed
         self.make_tokenizer = tokenizer
+        self.tokens_at_once = 8_192  # in a batch of an evaluation
         self.splits: dict[str, Tensor] = {}
         self.counted: dict[str, Pairs] = {}
         self.corpus: Corpus
@@ -163,7 +164,7 @@ class CharDataModule(L.LightningDataModule):
             raise InputError(f"there is no split {split!r} in this run: choose one of {', '.join(self.splits)}")
         ids = self.splits[split].to(self.home(torch.device(device)))
         stride = stride or self.block_size - self.min_context + 1
-        return Windows(ids, self.block_size, stride, rank=rank, world_size=world_size, split=split)
+        return Windows(ids, self.block_size, stride, self.tokens_at_once, rank, world_size, split)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Batches are made on the device; only those of a corpus that did not fit travel."""

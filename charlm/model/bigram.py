@@ -26,6 +26,10 @@ class Bigram(nn.Module):
         """idx (B, T) int64 -> logits (B, T, V)."""
         return self.token_embedding_table(idx)
 
+    def decode(self, idx: Tensor, state: None) -> tuple[Tensor, None]:
+        """idx (B, T) int64 -> logits after the last of it (B, V). There is nothing else to remember."""
+        return self.token_embedding_table.weight.index_select(0, idx[:, -1]), None
+
     def nll(self, idx: Tensor, targets: Tensor) -> Tensor:
         """idx, targets (B, T) int64 -> the loss of each target, -log p, in nats (B, T).
 
@@ -33,19 +37,20 @@ class Bigram(nn.Module):
         """
         table = self.token_embedding_table.weight  # (V, V)
         log_p = F.log_softmax(table, dim=-1, dtype=torch.float32).flatten()  # (V*V,)
-        return -log_p.gather(0, (idx * len(table) + targets).flatten()).view_as(idx)
+        return -log_p.gather(0, torch.add(targets, idx, alpha=len(table)).flatten()).view_as(idx)
 
-    @torch.no_grad()
     def backward(self, idx: Tensor, targets: Tensor) -> Tensor:
         """idx, targets (B, T) int64 -> their mean loss, whose gradient is left in the table.
 
-        The gradient is that of autograd through `nll`, to the bit, in a third of its time: it would look for its steps
-        anew with each batch, which takes longer than they do. The loss is a product of what they need anyway.
+        The gradient is that of autograd through `nll`, to the bit, in a quarter of its time: it would look for its
+        steps anew with each batch, which takes longer than they do. The loss is a product of what they need anyway.
         """
-        table = self.token_embedding_table.weight  # (V, V)
-        log_p = F.log_softmax(table, dim=-1, dtype=torch.float32)
-        pairs = (idx * len(table) + targets).view(-1)  # (B*T,)
-        of_log_p = torch.zeros_like(log_p)
-        flat = of_log_p.view(-1).scatter_add_(0, pairs, log_p.new_full(pairs.shape, -1 / len(pairs)))
-        table.grad = torch._log_softmax_backward_data(of_log_p, log_p, -1, torch.float32).to(table.dtype)
-        return flat.dot(log_p.view(-1))
+        weight = self.token_embedding_table.weight
+        table = weight.detach()  # (V, V)
+        n = table.shape[0]
+        log_p = table.log_softmax(-1, dtype=torch.float32)
+        pairs = torch.add(targets, idx, alpha=n).view(-1)  # (B*T,): idx * V + targets
+        of_log_p = log_p.new_zeros(n * n).scatter_add_(0, pairs, log_p.new_full(pairs.shape, -1 / pairs.numel()))
+        of_table = torch._log_softmax_backward_data(of_log_p.view(n, n), log_p, -1, torch.float32)
+        weight.grad = of_table.to(table.dtype)
+        return of_log_p.dot(log_p.view(-1))
