@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -30,6 +31,7 @@ from charlm.evaluate import Score, window_losses
 # What a validation puts on the curves, of the exact figures.
 VALIDATION = ("val/loss", "val/bits_per_char", "val/perplexity")
 MASK = 2**64 - 1
+ALONE = nullcontext()  # there is nobody to wait for
 # Lightning's hooks of a callback that make it look at every pass, and at every batch.
 AROUND_BACKWARD = ("on_before_backward", "on_after_backward")
 AROUND_A_BATCH = ("on_train_batch_start", "on_train_batch_end")
@@ -51,23 +53,23 @@ def forward_backward(model: nn.Module, x: Tensor, y: Tensor, share: int) -> Tens
     if shortcut and share == 1 and not torch.compiler.is_compiling():
         alone: Tensor = shortcut(x, y)
         return alone
-    loss = cross_entropy(model, x, y)
-    (loss / share if share > 1 else loss).backward()
+    with torch.enable_grad():
+        loss = cross_entropy(model, x, y)
+        (loss / share if share > 1 else loss).backward()
     return loss.detach()
 
 
-def seed_of(seed: int, rank: int, step: int) -> int:
-    """What a step draws at random depends on these alone, and so not on what was drawn before: 64 well mixed bits.
+def alone(last: bool) -> AbstractContextManager[None]:
+    """What surrounds a batch of one process that trains by itself."""
+    return ALONE
 
-    The finalizer of SplitMix64 (Steele, Lea and Flood 2014), once for each number.
-    """
-    mixed = 0
-    for number in (seed, rank, step):
-        mixed = (mixed ^ number) + 0x9E3779B97F4A7C15 & MASK
-        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & MASK
-        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & MASK
-        mixed ^= mixed >> 31
-    return mixed
+
+def mix(mixed: int, number: int) -> int:
+    """64 bits that depend on both, well mixed: a step of SplitMix64 (Steele, Lea and Flood 2014)."""
+    mixed = (mixed ^ number) + 0x9E3779B97F4A7C15 & MASK
+    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & MASK
+    return mixed ^ mixed >> 31
 
 
 def generator_of(device: torch.device) -> torch.Generator:
@@ -117,25 +119,30 @@ class LanguageModel(L.LightningModule):
         """One optimizer step on the mean loss of the batches. Returns the loss of the last one."""
         for number, (x, y) in enumerate(batches, start=1):
             with self.synchronized(number == len(batches)):
-                loss = self.forward_backward(self.model, x, y, len(batches))
-        self.clip()
+                loss = self.forward_backward(x, y, len(batches))
+        if self.clips:
+            self.clip()
         self.update()
         for parameter in self.trained:
             parameter.grad = None
         return loss
 
+    @torch.no_grad()  # once for all steps; `forward_backward` has its gradient nevertheless
     def training_step(self, dataloader_iter: Iterator[tuple[Batch, int, int]]) -> Tensor:
         """All steps until something else is due, as a call by Lightning costs more than a step of a small model."""
         trainer: Any = self.trainer
-        first = trainer.global_step
+        first, n_batches = trainer.global_step, range(trainer.accumulate_grad_batches)
         steps = min(self.steps_per_execution, *(every - first % every for every in self.due))
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        newest = trainer.optimizers[0].param_groups[0]
         for step in range(first, first + steps):
-            self.generator.manual_seed(seed_of(self.seed, trainer.global_rank, step))
-            lr = 1 * trainer.optimizers[0].param_groups[0]["lr"]  # a copy, also of a tensor
-            loss = self.run([self.fetch(dataloader_iter) for _ in range(trainer.accumulate_grad_batches)])
+            # What a step draws at random, as for dropout, does not depend on what was drawn before.
+            self.generator.manual_seed(mix(self.mixed, step))
+            lr = 1 * newest["lr"]  # a copy, also of a tensor
+            loss = self.run([self.fetch(dataloader_iter) for _ in n_batches])
             self.losses.append(loss.clone() if self.graph_it else loss)  # a graph's next replay overwrites it
-            for config in trainer.lr_scheduler_configs:
-                config.scheduler.step()
+            for scheduler in schedulers:
+                scheduler.step()
         self.count(steps)
         if trainer.global_step % trainer.log_every_n_steps == 0:
             for logger in trainer.loggers:  # not self.log: it costs as much as several steps of a small model
@@ -147,13 +154,14 @@ class LanguageModel(L.LightningModule):
         strategy, callbacks = self.trainer.strategy, self.trainer.callbacks  # type: ignore[attr-defined]
         self.scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         watched = any(is_overridden(hook, c, L.Callback) for hook in AROUND_BACKWARD for c in callbacks)
+        self.forward_backward: Callable[[Tensor, Tensor, int], Tensor]
         if isinstance(strategy, SingleDeviceStrategy) and not self.scaler and not watched:
-            self.forward_backward = forward_backward
             if self.compile_it:
                 torch._dynamo.config.trace_autograd_ops = True  # backward in the same graph
-                self.forward_backward = torch.compile(forward_backward)
+            shortest = torch.compile(forward_backward) if self.compile_it else forward_backward
+            self.forward_backward, self.synchronized = partial(shortest, self.model), alone
         else:
-            self.forward_backward = self.forward_backward_by_lightning
+            self.forward_backward, self.synchronized = self.forward_backward_by_lightning, self.synchronized_by_strategy
             if self.compile_it:
                 self.model.compile()
         if isinstance(strategy, ModelParallelStrategy):
@@ -171,24 +179,23 @@ class LanguageModel(L.LightningModule):
         if hasattr(self.model, "nll"):
             register_fsdp_forward_method(self.model, "nll")
 
-    def forward_backward_by_lightning(self, model: nn.Module, x: Tensor, y: Tensor, share: int) -> Tensor:
+    def forward_backward_by_lightning(self, x: Tensor, y: Tensor, share: int) -> Tensor:
         """The same for several processes, for scaled gradients and for callbacks that look at single passes."""
-        loss = cross_entropy(model, x, y)
-        self.manual_backward(loss / share if share > 1 else loss)
+        with torch.enable_grad():
+            loss = cross_entropy(self.model, x, y)
+            self.manual_backward(loss / share if share > 1 else loss)
         return loss.detach()
 
-    def synchronized(self, last: bool) -> AbstractContextManager[None]:
+    def synchronized_by_strategy(self, last: bool) -> AbstractContextManager[None]:
         """Processes exchange their gradients with the last batch of a step, and not before."""
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
         strategy = self.trainer.strategy
-        return nullcontext() if last or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
+        return ALONE if last or not isinstance(strategy, ParallelStrategy) else strategy.block_backward_sync()
 
     def clip(self) -> None:
-        """Keep the gradient within trainer.gradient_clip_val, if there is one."""
-        limit = self.trainer.gradient_clip_val
-        if limit is None:
-            return
+        """Keep the gradient within trainer.gradient_clip_val."""
+        limit: Any = self.trainer.gradient_clip_val
         if self.scaler:
             for optimizer in self.trainer.optimizers:
                 self.scaler.unscale_(optimizer)
@@ -197,11 +204,10 @@ class LanguageModel(L.LightningModule):
 
     def update(self) -> None:
         """Let every optimizer take its step."""
-        optimizers = self.trainer.optimizers
         for callback in self.before_update:
-            for optimizer in optimizers:
+            for optimizer in self.updated:
                 callback.on_before_optimizer_step(self.trainer, self, optimizer)
-        for optimizer in optimizers:
+        for optimizer in self.updated:
             if self.scaler:
                 self.scaler.step(optimizer)
             else:
@@ -235,7 +241,9 @@ class LanguageModel(L.LightningModule):
         self.due = [int(every) for every in due if every and 0 < every < math.inf]
         self.generator = generator_of(self.device)
         self.fetched: deque[Batch] = deque()
-        self.trained = list(self.model.parameters())
+        self.mixed = mix(mix(0, self.seed), trainer.global_rank)
+        self.trained, self.updated = list(self.model.parameters()), trainer.optimizers
+        self.clips = trainer.gradient_clip_val is not None
         self.run = CUDAGraph(self.step, trainer.optimizers, self.device) if self.graph_it else self.step
         self.before_update = [c for c in trainer.callbacks if is_overridden("on_before_optimizer_step", c, L.Callback)]
 
@@ -250,11 +258,10 @@ class LanguageModel(L.LightningModule):
         # Every window was scored by one rank and is zero on the others: the sum is exact, whatever the world size.
         window_nll = self.trainer.strategy.reduce(self.window_nll, reduce_op="sum")
         score = Score.of(window_nll, self.windows.counts())
-        figures = score.figures("val")
-        # Lightning takes "step" as that of the others, which would else be one behind.
-        told = {name: figures[name] for name in VALIDATION} | {"step": self.global_step}
-        dtype = torch.float32 if self.device.type == "mps" else torch.float64  # Apple's GPUs have no doubles
-        self.log_dict({name: torch.tensor(value, dtype=dtype) for name, value in told.items()})
+        told = {name: value for name, value in score.figures("val").items() if name in VALIDATION}
+        for logger in self.trainer.loggers:  # not self.log, as in `training_step`
+            logger.log_metrics(told, self.global_step)
+        self.trainer.callback_metrics.update({n: torch.tensor(v, dtype=torch.float64) for n, v in told.items()})
         self.validated_at = self.global_step
 
     def configure_optimizers(self) -> Any:

@@ -46,20 +46,20 @@ class AdamW(torch.optim.AdamW):
 
     def step(self, closure: Any = None) -> Any:
         """Update every parameter: bit for bit what PyTorch's own does."""
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return self.step(closure)
         gradients: list[list[Any]] = [[p.grad for p in parameters] for _, parameters, *_ in self.kept]
         unusual = closure is not None or hasattr(self, "grad_scale") or any(g is None for gs in gradients for g in gs)
         if not self.kept or unusual:
             loss = super().step(closure)
             self.keep()
             return loss
-        with torch.no_grad():
-            for (group, parameters, averages, squares, steps), grads in zip(self.kept, gradients, strict=True):
-                torch._foreach_add_(steps, 1)
-                beta1, beta2 = group["betas"]
-                settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-                torch._fused_adamw_(
-                    parameters, grads, averages, squares, [], steps, beta1=beta1, beta2=beta2, **settings
-                )
+        for (group, parameters, averages, squares, steps), grads in zip(self.kept, gradients, strict=True):
+            torch._foreach_add_(steps, 1)
+            beta1, beta2 = group["betas"]
+            settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
+            torch._fused_adamw_(parameters, grads, averages, squares, [], steps, beta1=beta1, beta2=beta2, **settings)
         return None
 
     # PyTorch would put its profiler's label and hooks around each step, which take as long as the kernel of a bigram.
