@@ -1,5 +1,6 @@
 """The process of a sweep, from its command to its table."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 from charlm.errors import one_line_errors
 from charlm.preflight import check_command
 from charlm.run import abandon
+from charlm.sweep.pool import terminable
 
 
 def sweep(argv: Sequence[str], config_dir: Path) -> NoReturn:
@@ -18,7 +20,7 @@ def sweep(argv: Sequence[str], config_dir: Path) -> NoReturn:
 
     Whatever ends it before there is a job, or a mistake in one, leaves nothing behind.
     """
-    with one_line_errors():
+    with one_line_errors(), terminable(signal.SIGTERM):
         try:
             sys.argv = check_command(argv, config_dir)
             hydra.main(version_base="1.3", config_path=str(config_dir.absolute()), config_name="train")(job)()
