@@ -79,21 +79,22 @@ def claim(folder: Path) -> bool:
     if folder in claimed:
         return True
     made = [place for place in (folder, *folder.parents) if not place.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK)
+    claimed[folder] = lock, made  # ahead of the first trace, so that none is left
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(blocking=False)
     except Timeout:
+        del claimed[folder]
         return False
-    claimed[folder] = lock, made
     return True
 
 
 def abandon() -> None:
     """Remove the folders that were made to be claimed, and into which nothing has come."""
     for folder, (_, made) in claimed.items():
-        if folder in made and [*folder.iterdir()] == [folder / LOCK]:
-            (folder / LOCK).unlink()
+        if folder in made and folder.is_dir() and {*folder.iterdir()} <= {folder / LOCK}:
+            (folder / LOCK).unlink(missing_ok=True)
             for place in made:
                 with contextlib.suppress(OSError):  # another process may have come to use it
                     place.rmdir()
