@@ -43,10 +43,10 @@ def start() -> bool:
     return False
 
 
-def follow(sweep: int) -> None:
+def follow(parent: int) -> None:
     """End with the sweep, however that ends, as long as nothing else waits for it."""
     while not imported.wait(SECONDS_BETWEEN_LOOKS):
-        if os.getppid() != sweep:
+        if os.getppid() != parent:
             os._exit(0)
 
 
