@@ -20,6 +20,7 @@ from torch import Tensor
 from torch._weights_only_unpickler import Unpickler
 from torch.storage import TypedStorage, UntypedStorage
 
+from charlm.disk import open_regular
 from charlm.errors import InputError
 
 LABEL = b"sha256:"
@@ -131,8 +132,10 @@ def stored_hash(path: Path) -> str | None:
 def opened(path: Path) -> Iterator[IO[bytes]]:
     """A file to read; whatever is wrong with it becomes one line with its name."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             yield file
+    except InputError:
+        raise
     except Refused as reason:
         raise InputError(f"{path} {reason}") from None
     except OSError as error:

@@ -17,8 +17,8 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from charlm import archive
 from charlm.config import STRICT, check_node
-from charlm.disk import PARTIAL, write_atomically
-from charlm.errors import InputError, warn
+from charlm.disk import PARTIAL, check_kind, write_atomically
+from charlm.errors import InputError, printable, warn
 from charlm.tokenizer import TOKENIZERS, CharTokenizer
 
 # The layout of `record`; raised when an older reader could not understand it.
@@ -76,15 +76,16 @@ def generations(run_or_file: str | Path) -> list[Path]:
     """
     place = Path(run_or_file).expanduser()
     if os.path.isdir(place):  # os.path, unlike pathlib, says no where a name is too long to be one
+        check_kind(place / "checkpoints", folder=True)
         for folder in (place / "checkpoints", place):
-            if found := [folder / name for name in (NAME, PREVIOUS) if (folder / name).is_file()]:
+            if found := [folder / name for name in (NAME, PREVIOUS) if os.path.lexists(folder / name)]:
                 return found
         raise InputError(
             f"{place} holds no checkpoint: give a run folder, one with checkpoints/{NAME} in it, or a file"
         )
     if not os.path.exists(place):
         raise InputError(f"{place} does not exist: give a run folder (they are under outputs/) or a checkpoint file")
-    return [place]
+    return [Path(os.path.realpath(place)) if place.is_symlink() else place]  # a link that was typed is meant
 
 
 def newest(run_or_file: str | Path, reader: Callable[[Path], dict[str, Any]] | None = None) -> Newest:
@@ -135,9 +136,9 @@ def load(run_or_file: str | Path, device: str | torch.device = "cpu") -> Checkpo
 
 
 def one_line(error: Exception) -> str:
-    """What an error says, which may quote the file: nothing that a terminal would take for a command."""
+    """Return the first line of an error, which may quote the file."""
     said = str(error).splitlines()[:1] or [""]
-    return "".join(c if c.isprintable() else "?" for c in said[0])[:300] or type(error).__name__
+    return printable(said[0], 300) or type(error).__name__
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from charlm import __version__
-from charlm.errors import InputError, one_line_errors
+from charlm.errors import COMMANDS, InputError, one_line_errors, printable
 
 # torch and Lightning are imported by the commands that need them, so that --help and mistakes answer at once.
 
@@ -29,6 +29,7 @@ Examples:
 RUN = click.argument("run", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, and nothing else.")
 COUNT = click.IntRange(min=1)
+LAYOUT = "\n\t"  # the control characters that a text is shown with
 
 
 class Finite(click.FloatRange):
@@ -42,6 +43,12 @@ class Finite(click.FloatRange):
 
 
 PROBABILITY = Finite(0, 1, min_open=True)
+
+
+def print_json(content: Any, indent: int | None = 2) -> None:
+    """Print JSON for programs, which a terminal shows as well: what would command it is written as \\u001b is."""
+    text = json.dumps(content, indent=indent, ensure_ascii=False)
+    print(COMMANDS.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text))
 
 
 def check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
@@ -104,18 +111,18 @@ def generate(
     stream = write(loaded.model, loaded.tokenizer, length, prompt, num_samples=num_samples, **sampling)
     if num_samples == 1 and not as_json:
         first = next(stream)  # a mistake in the prompt is found here, before anything is printed
-        sys.stdout.write((prompt or "") + first)
+        sys.stdout.write(printable((prompt or "") + first, keep=LAYOUT))
         for character in stream:
-            sys.stdout.write(character)
+            sys.stdout.write(printable(character, keep=LAYOUT))
             sys.stdout.flush()
         print()
         return
     texts = [(prompt or "") + "".join(characters) for characters in zip(*stream, strict=True)]
     if as_json:
-        print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, "samples": texts}, ensure_ascii=False))
+        print_json({"checkpoint": str(loaded.path), "step": loaded.step, "samples": texts}, indent=None)
         return
     for number, text in enumerate(texts, start=1):
-        print(f"--- sample {number} of {num_samples} ---\n{text}")
+        print(f"--- sample {number} of {num_samples} ---\n{printable(text, keep=LAYOUT)}")
 
 
 @charlm.command()
@@ -129,11 +136,16 @@ def generate(
 def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str, as_json: bool) -> None:
     """Measure the exact loss over whole splits: every character predicted once."""
     from charlm import checkpoint, report, terminal
+    from charlm.config import check_node
     from charlm.data import CharDataModule
     from charlm.evaluate import figures
 
     loaded = checkpoint.load(run, device)
     settings = {k: v for k, v in loaded.config["data"].items() if not k.startswith("_")}
+    try:
+        check_node("data", settings | {"_target_": "charlm.data.CharDataModule"})
+    except InputError as error:
+        raise InputError(f"{loaded.path} is not used: {error}") from error
     data = CharDataModule(**settings, tokenizer=lambda text: loaded.tokenizer)
     data.setup()
     if data.corpus.sha256 != loaded.corpus["sha256"]:
@@ -144,7 +156,7 @@ def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str
     told = {"checkpoint": str(loaded.path), "step": loaded.step, "corpus": data.corpus.name, "min_context": context}
     found = told | found
     if as_json:
-        print(json.dumps(report.plain(found), indent=2))
+        print_json(report.plain(found))
     else:
         terminal.console.print(terminal.figures(found, f"{report.name_of(loaded.config['model'])} at {loaded.step:,}"))
 
@@ -166,7 +178,7 @@ def checkpoint(run: Path, export: Path | None, force: bool, as_json: bool) -> No
         checkpoint.export(checkpoint.load(path), export)
         found["exported"] = str(export)
     if as_json:
-        print(json.dumps(report.plain(found), indent=2))
+        print_json(report.plain(found))
     else:
         terminal.console.print(terminal.checkpoint(found))
 
@@ -185,7 +197,7 @@ def reproduce(run: Path, as_json: bool) -> None:
     with terminal.tracked("training it again") as progress:
         found = reproduce(run, progress)
     if as_json:
-        print(json.dumps(report.plain(found), indent=2))
+        print_json(report.plain(found))
     else:
         terminal.console.print(terminal.comparison(found))
     sys.exit(0 if found["equal"] else 1)
@@ -218,7 +230,7 @@ def report(places: tuple[Path, ...], html: Path | None, png: Path | None, as_jso
 
     study = read_study(places)
     if as_json:
-        print(json.dumps(report.plain(study.found()), indent=2))
+        print_json(report.plain(study.found()))
     else:
         terminal.console.print(text(study, terminal.console))
         html = html or (places[0] if len(places) == 1 else Path()) / "report.html"

@@ -8,11 +8,8 @@ import difflib
 import importlib.util
 import inspect
 import pkgutil
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
-from itertools import repeat
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -21,7 +18,6 @@ from pydantic import ConfigDict, PydanticUserError, StringConstraints, TypeAdapt
 
 from charlm.errors import InputError
 
-FOLLOWS = re.compile(r"\$\{[\w.]+\}")  # another setting; anything else between braces may be a call
 HYDRA_KEYS = {"_target_": str, "_partial_": bool, "_args_": list, "_recursive_": bool, "_convert_": str}
 Positive = Annotated[int, Ge(1)]
 # L.seed_everything takes 32 bits.
@@ -31,14 +27,14 @@ ROOT = {
     "resume": str | None,
     "rerun": str | None,
     "seed": Seed,
-    "threads": Positive | Literal["auto"],
+    "threads": Annotated[int, Ge(1), Le(1024)] | Literal["auto"],
     "steps_per_execution": Positive | Literal["auto"],
     "compile": bool,
     "cuda_graph": bool,
     "max_tokens": Positive | None,
     "stop_at": Positive | None,
     "evaluate": list[str],
-    "sample_length": Annotated[int, Ge(0)],
+    "sample_length": Annotated[int, Ge(0), Le(1_000_000)],
     "run_dir": str,
 }
 GROUPS = {"data", "tokenizer", "model", "optimizer", "scheduler", "trainer", "callbacks", "logger"}
@@ -57,7 +53,7 @@ RANGES = {
     "lightning.Trainer": {
         "max_steps": Annotated[
             int | Literal["auto"],
-            Predicate(lambda steps: steps in ("auto", -1) or steps >= 1),
+            Predicate(lambda steps: steps in ("auto", -1) or (isinstance(steps, int) and steps >= 1)),
             doc("a whole number of at least 1, -1 for no end, or auto"),
         ],
         "val_check_interval": Positive,
@@ -199,33 +195,6 @@ def allowed(hint: Any) -> str:
 
 def vars_of(limit: Any) -> list[Any]:
     return [getattr(limit, name) for name in limit.__dataclass_fields__]
-
-
-def check_targets(source: Path, config: Any, config_dirs: Iterable[Path]) -> None:
-    """A configuration that was recorded may be a stranger's: it must name no code but what conf/ names.
-
-    Raises:
-        InputError: for the first part that no file of conf/ names, or for a value that would be looked up elsewhere.
-    """
-    known = {
-        target
-        for folder in config_dirs
-        for file in folder.rglob("*.yaml")
-        for target in re.findall(r"^\s*_target_:\s*(\S+)", file.read_text(encoding="utf-8"), re.MULTILINE)
-    }
-    for key, value in everything(config):
-        if key == "_target_" and (not isinstance(value, str) or value not in known):
-            raise InputError(f"{source} names {value!r} as a part of it, which no file of conf/ does: not run")
-        if isinstance(value, str) and "${" in FOLLOWS.sub("", value):
-            raise InputError(f"{source} has {value!r} as {key}, which is to be looked up elsewhere: not run")
-
-
-def everything(node: Any, key: Any = None) -> Iterator[tuple[Any, Any]]:
-    """All keys and values of a configuration, at any depth."""
-    yield key, node
-    if isinstance(node, dict | list):
-        for name, child in node.items() if isinstance(node, dict) else zip(repeat(key), node, strict=False):
-            yield from everything(child, name)
 
 
 def resolve(path: str, target: str) -> Any:

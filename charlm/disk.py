@@ -1,13 +1,120 @@
-"""Files that are whole or not there, whatever ends the process that writes them."""
+"""Files that are whole or absent whatever ends their writer, and files of other people, opened with care."""
 
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import IO
 
+from charlm.errors import InputError
+
 PARTIAL = ".partial-"  # what files are called until they are whole
+# No link is followed, and no FIFO waited for. Windows has neither flag.
+CAREFULLY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+KINDS = {
+    stat.S_IFLNK: "a symbolic link",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFDIR: "a folder",
+}
+WANDB = "wandb"  # a folder of Weights & Biases, which keeps links of its own there; charlm opens none of its files
+
+
+def open_regular(path: Path, within: Path | None = None) -> IO[bytes]:
+    """Open a file to read it: a regular one, and not by a link.
+
+    Args:
+        within: a folder above it, which must hold it in fact, so that no folder between the two is a link.
+
+    Raises:
+        InputError: if it is a link, a FIFO, a device or a folder, or lies outside of `within`.
+        OSError: if it is missing or cannot be read.
+    """
+    check_kind(path)
+    if within and os.path.realpath(path) != os.path.join(os.path.realpath(within), path.relative_to(within)):
+        raise InputError(f"{path} is reached by a symbolic link: {WHY_REGULAR}")
+    descriptor = os.open(path, os.O_RDONLY | CAREFULLY)
+    file = os.fdopen(descriptor, "rb")
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it was replaced since it was checked
+        file.close()
+        raise InputError(f"{path} is not a regular file: {WHY_REGULAR}")
+    return file
+
+
+def read_regular(path: Path, largest: int, within: Path | None = None) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        InputError: as `open_regular`, or if it has more than `largest` bytes.
+        OSError: if it is missing or cannot be read.
+    """
+    with open_regular(path, within) as file:
+        content = file.read(largest + 1)
+    if len(content) > largest:
+        raise InputError(f"{path} is larger than {largest:,} bytes: charlm writes no such file")
+    return content
+
+
+def is_regular(path: Path) -> bool:
+    """Return whether there is a regular file, and not just a link to one."""
+    try:
+        return stat.S_ISREG(os.lstat(path).st_mode)
+    except OSError:
+        return False
+
+
+WHY_REGULAR = "charlm opens only regular files in a run folder; put the file itself there, or remove it"
+
+
+def check_kind(path: Path, folder: bool = False) -> None:
+    """Check that a path, if there is anything, is a regular file, or a folder where that is allowed.
+
+    Raises:
+        InputError: if it is a link, a FIFO, a device, or a folder where a file is expected.
+    """
+    try:
+        kind = stat.S_IFMT(os.lstat(path).st_mode)
+    except OSError:
+        return
+    if kind != stat.S_IFREG and not (folder and kind == stat.S_IFDIR):
+        raise InputError(f"{path} is {KINDS.get(kind, 'not a file')}: {WHY_REGULAR}")
+
+
+def check_tree(folder: Path) -> None:
+    """Check that a folder holds only regular files and folders, at any depth, so that writing there stays there.
+
+    Raises:
+        InputError: for the first link, FIFO or device.
+    """
+    for path in contents(folder):
+        check_kind(path, folder=True)
+
+
+def contents(folder: Path) -> Iterator[Path]:
+    """Yield all that is in a folder, at any depth; no link is followed."""
+    for place, folders, files in os.walk(folder):
+        yield from (Path(place, name) for name in sorted([*folders, *files]))
+        folders[:] = sorted(name for name in folders if name != WANDB)
+
+
+def unshare(folder: Path) -> None:
+    """Replace hard links in a folder by copies, since charlm goes on writing at the end of files.
+
+    The other name may be outside of the folder. Checkpoints stay: these are replaced and never written into.
+    """
+    for path in contents(folder):
+        if path.suffix != ".ckpt" and is_regular(path) and path.stat().st_nlink > 1:
+            write_atomically(path, partial(copy_into, path))
+
+
+def copy_into(path: Path, file: IO[bytes]) -> None:
+    with path.open("rb") as source:
+        shutil.copyfileobj(source, file)
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], previous: Path | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +13,37 @@ DISK_TROUBLE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EFBIG,
     errno.EIO, errno.ESTALE
 }  # fmt: skip
+
+
+# Control characters, line and paragraph separators, overrides of the direction of writing, and lone surrogates: a
+# terminal would obey these instead of showing them.
+COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+LONGEST_LINE = 2000
+
+
+def printable(text: str, longest: int | None = None, keep: str = "") -> str:
+    """Return text that is safe to print, wherever it comes from: no character in it commands a terminal.
+
+    Args:
+        longest: how many characters to return at most; longer text ends with an ellipsis.
+        keep: characters to leave as they are, such as the newlines of a text of several lines.
+    """
+
+    def picture(found: re.Match[str]) -> str:
+        code = ord(found[0])
+        if found[0] in keep:
+            return found[0]
+        # Unicode has pictures of control characters.
+        return chr(0x2400 + code) if code < 0x20 else "\u2421" if code == 0x7F else "\ufffd"
+
+    clean = COMMANDS.sub(picture, text)
+    return clean if longest is None or len(clean) <= longest else f"{clean[: longest - 1]}…"
+
+
+def one_line(error: BaseException) -> str:
+    """Return a library's message with its lines joined, without those that are only for its developers."""
+    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
+    return "; ".join(line for line in lines if line and not line.startswith(("full_key", "object_type", "See https")))
 
 
 class InputError(ValueError):
@@ -90,4 +122,4 @@ def stop(line: str, code: int) -> NoReturn:
 def warn(line: str) -> None:
     """Tell something that a person should know, behind what was printed so far."""
     sys.stdout.flush()
-    print(f"charlm: {line}", file=sys.stderr)
+    print(f"charlm: {printable(line, LONGEST_LINE)}", file=sys.stderr)

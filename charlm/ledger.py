@@ -1,11 +1,14 @@
 """What a sweep has to do, and what has become of it: sweep.json in its folder."""
 
+import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Literal
 
 from typing_extensions import TypedDict
 
 from charlm.errors import InputError
+from charlm.recorded import check_key, check_overrides
 from charlm.report import read_json, write_json
 
 NAME = "sweep.json"
@@ -14,6 +17,7 @@ FORMAT = 1
 LARGEST = 2**26  # bytes of a sweep.json that is read
 
 
+State = Literal["waiting", "running", "done", "pruned", "failed"]
 ENDED = {"done", "pruned"}  # states with nothing left to do
 
 
@@ -22,7 +26,7 @@ class Entry(TypedDict):
 
     overrides: list[str]
     fingerprint: str
-    state: str
+    state: State
     reason: str | None
 
 
@@ -43,7 +47,7 @@ class Content(TypedDict):
 
     format: int
     command: list[str]  # the settings that were given, without those of Hydra
-    launcher: str  # where its jobs ran last: local, slurm or ray
+    launcher: Literal["local", "slurm", "ray"]  # where its jobs ran last
     min_context: int | None  # that all jobs are evaluated with; None: what each one's settings say
     search: Search | None  # None: a grid
     jobs: dict[str, Entry]  # by the names of their folders
@@ -66,7 +70,7 @@ class Ledger:
             "search": None,
             "jobs": {},
         }
-        self.is_new = not self.file.exists()
+        self.is_new = not os.path.lexists(self.file)
         if not self.is_new:
             self.content = read(self.file)
 
@@ -127,10 +131,10 @@ class Ledger:
             name = f"{wanted}_{number}"
         return name
 
-    def add(self, name: str, overrides: list[str], fingerprint: str, state: str) -> None:
+    def add(self, name: str, overrides: list[str], fingerprint: str, state: State) -> None:
         self.jobs[name] = {"overrides": overrides, "fingerprint": fingerprint, "state": state, "reason": None}
 
-    def set(self, name: str, state: str, reason: str | None = None) -> None:
+    def set(self, name: str, state: State, reason: str | None = None) -> None:
         self.jobs[name]["state"], self.jobs[name]["reason"] = state, reason
         self.write()
 
@@ -159,13 +163,15 @@ def read(file: Path) -> Content:
     """What a sweep.json holds.
 
     Raises:
-        InputError: if it is damaged or of another version.
+        InputError: if it is damaged or of another version, or records what charlm would not.
+        FileNotFoundError: if there is none.
     """
-    found = read_json(file, Content, "the ledger of a sweep", LARGEST, FORMAT)
-    # Whoever wrote it says what is trained, and not where from, how it is launched and where it is written.
-    searched = found["search"]["space"] if found["search"] else {}
-    if any(o.startswith(("hydra", "-", "resume=", "rerun=")) for o in [*found["command"], *searched]):
-        raise InputError(f"{file} has a command that charlm does not record: not run")
-    if any(name in ("", "..") or name != Path(name).name for name in found["jobs"]):
-        raise InputError(f"{file} has a job outside of its folder: not run")
+    found = read_json(file, Content, LARGEST, FORMAT)
+    space = found["search"]["space"] if found["search"] else {}
+    check_overrides(file, [*found["command"], *(f"{key}={words}" for key, words in space.items())])
+    for name, entry in found["jobs"].items():
+        if name in ("", ".", "..") or name != Path(name).name:
+            raise InputError(f"{file} has a job outside of its folder: not run")
+        for override in entry["overrides"]:
+            check_key(file, override)
     return found

@@ -8,21 +8,41 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
+from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 from rich import box
-from rich.markup import escape
 from rich.table import Table
+from typing_extensions import TypedDict
 
-from charlm.disk import write_atomically
-from charlm.errors import InputError
+from charlm.disk import read_regular, write_atomically
+from charlm.errors import InputError, printable
 
 T = TypeVar("T")
 
 LOSSES = "losses.f32"  # of all steps: numpy.fromfile(file, "<f4")
 VALIDATIONS = "validations.csv"  # step, seconds of training, val/loss; a line for each validation
 RESULTS = "results.json"  # written last, so that its presence means a finished run
+LARGEST = 2**24  # bytes of a file that is read
+
+Results = TypedDict(
+    "Results",
+    {
+        "status": Literal["finished"],
+        "steps": Annotated[int, Ge(0)],
+        "stopped_by": str,
+        "min_context": Annotated[int, Ge(1)],
+        "references": dict[str, dict[str, float | None]],
+        "train/tokens": Annotated[int, Ge(0)],
+        "train/seconds": float | None,
+        "val/loss": float | None,
+        "val/loss_se": float | None,
+        "val/bits_per_char": float | None,
+        "val/perplexity": float | None,
+    },
+)
+Results.__doc__ = """What every results.json holds, beside figures such as train/loss. None stands for NaN and infinity."""
 
 
 def as_json(content: Any) -> bytes:
@@ -35,38 +55,61 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write(as_json(content)))
 
 
-def read_json(file: Path, kind: type[T], what: str, largest: int, format: int) -> T:
+def read_json(file: Path, kind: type[T], largest: int, format: int | None = None) -> T:
     """A file that `write_json` wrote, held against `kind`; perhaps a stranger's, so that nothing in it is trusted.
 
     Raises:
-        InputError: if it is too large, damaged or of another version.
+        InputError: if it is no regular file, too large, damaged or of another version.
         FileNotFoundError: if there is none.
     """
     try:
-        if file.stat().st_size > largest:
-            raise InputError(f"{file} is too large to be {what}")
-        content: Any = TypeAdapter(kind).validate_python(json.loads(file.read_bytes()), strict=True)
+        content: Any = json.loads(read_regular(file, largest), parse_constant=refuse_constant)
+        TypeAdapter(kind).validate_python(content, strict=True)
     except (ValidationError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{file} is damaged, or of another version") from None
-    if content["format"] != format:
+    if format is not None and content["format"] != format:
         raise InputError(f"{file} has format {content['format']}, and this charlm reads format {format}")
     found: T = content
     return found
 
 
-def read_results(run_dir: Path) -> dict[str, Any] | None:
-    """The final figures of a run, or None if it did not get that far."""
-    path = run_dir / RESULTS
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+def refuse_constant(name: str) -> NoReturn:
+    """NaN and Infinity are no JSON, though Python reads them; `as_json` writes null instead."""
+    raise ValueError(name)
+
+
+def read_results(run_dir: Path) -> Results | None:
+    """The final figures of a run, or None if it did not get that far.
+
+    Raises:
+        InputError: for a results.json that charlm has not written like that.
+    """
+    try:
+        found = read_json(run_dir / RESULTS, Results, LARGEST)
+    except FileNotFoundError:
+        return None
+    for name, value in found.items():
+        figure = isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))
+        if not figure and name != "references":
+            raise InputError(f"{run_dir / RESULTS} is damaged: {printable(name, 100)} is not a figure")
+    return found
+
+
+def whole_results(run_dir: Path) -> Results | None:
+    """The final figures of a run, or None if it did not get that far, or if they are damaged: as if it had not."""
+    try:
+        return read_results(run_dir)
+    except (InputError, OSError):
+        return None
 
 
 def read_validations(run_dir: Path) -> list[tuple[int, float, float]]:
     """Step, seconds of training and val loss of each validation, in order, as far as they can be read."""
     try:
-        lines = (run_dir / VALIDATIONS).read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
+        lines = read_regular(run_dir / VALIDATIONS, LARGEST).decode(errors="replace").split("\n")
+    except (InputError, OSError):
         return []
     found = []
     for line in lines[1:-1]:  # between the head and what is not yet a whole line
@@ -123,7 +166,7 @@ def table(rows: list[dict[str, Any]], settings: list[str], title: str, without: 
         shown.add_column(column, justify="right", no_wrap=True)
     for row, figures in zip(rows, found, strict=True):
         style = {"finished": None, "pruned": "dim"}.get(verdict(row["status"]), "bold red")
-        told = (escape(short(row[setting])) for setting in settings)  # callbacks=[default] is no markup
+        told = (short(row[setting]) for setting in settings)
         shown.add_row(*told, *(figures[column] for column in columns), style=style)
     return shown
 

@@ -12,7 +12,9 @@ import numpy as np
 import torch
 
 from charlm import checkpoint
+from charlm.disk import open_regular
 from charlm.errors import InputError
+from charlm.recorded import check_run
 from charlm.report import LOSSES, read_results
 from charlm.resume import CONSTANT, quoted
 from charlm.run import differences, read_record
@@ -40,36 +42,56 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None]) -> dict[str, An
     Raises:
         InputError: if there is no such run, if it has saved no step, or if it cannot be trained here.
     """
+    if not TRAIN.is_file():
+        raise InputError(f"{TRAIN} is not there: install charlm from a clone of it, pip install -e .")
     record, state, results = read_record(run_dir), checkpoint.found(run_dir).content, read_results(run_dir)
+    check_run(run_dir, record["config"], [TRAIN.with_name("conf")])
     step = state["global_step"]
     constant = record["config"]["scheduler"]["_target_"] == CONSTANT
     if step == 0:
         raise InputError(f"{run_dir} has saved no step that could be compared")
-    if not TRAIN.is_file():
-        raise InputError(f"{TRAIN} is not there: install charlm from a clone of it, pip install -e .")
+    before = read_losses(run_dir, step)
     with tempfile.TemporaryDirectory(prefix="charlm-") as folder:
         again = Path(folder, "run")
         command = [sys.executable, str(TRAIN), f"rerun={quoted(run_dir.absolute())}", f"hydra.run.dir={again}"]
         if results is None or results["stopped_by"] == "time":
             command += [f"stop_at={step}", *(["trainer.max_time=null"] if constant else [])]
         train(command, again / LOSSES, step, report)
-        losses = [np.fromfile(place / LOSSES, "<f4")[:step] for place in (run_dir, again)]
+        losses = [before, read_losses(again, step)]
         other, other_results = checkpoint.newest(again).content, read_results(again)
         differs = [name for part in TRAINED for name in unlike(state.get(part), other.get(part), part)]
         if results and other_results:
             differs += [name for name in unlike(results, other_results, "results") if exact(name)]
         surroundings = differences(record, read_record(again))
-    steps = min(len(one) for one in losses)
-    unequal = np.flatnonzero(losses[0][:steps].view("<u4") != losses[1][:steps].view("<u4")).tolist()
+    unequal = np.flatnonzero(losses[0].view("<u4") != losses[1].view("<u4")).tolist()
     return {
         "equal": not unequal and not differs,
-        "steps": steps,
+        "steps": step,
         "first_step": unequal[0] + 1 if unequal else None,
         "losses": [float(one[unequal[0]]) for one in losses] if unequal else None,
         "differs": differs,
         "surroundings": surroundings,
         "clock": record["config"]["trainer"]["max_time"] is not None and not constant,
     }
+
+
+def read_losses(run_dir: Path, steps: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
+    """Return the loss of each of the first `steps` steps of a run, (steps,).
+
+    Raises:
+        InputError: if they are not all there, so that there is nothing to compare.
+    """
+    path = run_dir / LOSSES
+    try:
+        with open_regular(path) as file:
+            losses = np.frombuffer(file.read(4 * steps), "<f4")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
+    if len(losses) < steps:
+        raise InputError(
+            f"{path} holds {len(losses):,} losses, and the checkpoint is of step {steps:,}: cannot compare"
+        )
+    return losses
 
 
 def train(command: list[str], losses: Path, steps: int, report: Callable[[int, int], None]) -> None:

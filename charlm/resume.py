@@ -1,18 +1,21 @@
 """Beginning from a run: going on with it, in its folder and from its newest state, or again with its settings."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from charlm.config import leaves, unknown_key
 from charlm.data.corpus import load_corpus
-from charlm.disk import PARTIAL
-from charlm.errors import InputError
-from charlm.report import RESULTS, read_results
+from charlm.disk import PARTIAL, contents, is_regular
+from charlm.errors import InputError, one_line
+from charlm.report import RESULTS, whole_results
 from charlm.run import previous, read_record
 
 if TYPE_CHECKING:  # what does not read a state does without torch
@@ -30,7 +33,7 @@ def changes(overrides: Sequence[str]) -> dict[str, Any]:
         InputError: for what is not a setting with a value.
     """
     given = {}
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
+    for override in parsed(overrides):
         line, key = override.input_line, override.key_or_group
         if override.is_delete() or override.is_add() or override.is_sweep_override():
             raise InputError(f"{line} is not possible beside resume or rerun: give settings as NAME=VALUE")
@@ -123,25 +126,27 @@ def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> DictConfig:
 
 
 def moved(node: Any, old: str, new: str) -> Any:
-    """A configuration whose places are under another run folder."""
+    """A configuration whose places are under another run folder: `old` and what is below it become `new`."""
     if isinstance(node, dict):
         return {key: moved(value, old, new) for key, value in node.items()}
     if isinstance(node, list):
         return [moved(value, old, new) for value in node]
-    return new + node.removeprefix(old) if isinstance(node, str) and node.startswith(old) else node
+    inside = isinstance(node, str) and (node == old or node.startswith(f"{old}{os.sep}"))
+    return new + node.removeprefix(old) if inside and old else node
 
 
 def tidy(run_dir: Path) -> None:
     """Remove what a kill left half-written, and the results of a run that goes on behind its end."""
-    for leftover in run_dir.rglob(f"{PARTIAL}*"):
-        leftover.unlink()
+    for leftover in contents(run_dir):
+        if leftover.name.startswith(PARTIAL) and is_regular(leftover):
+            leftover.unlink()
     (run_dir / RESULTS).unlink(missing_ok=True)
 
 
 def finished(run_dir: Path, content: Mapping[str, Any], cfg: DictConfig) -> bool:
     """Has the run come to the end that `cfg` sets it?"""
     record = previous(run_dir)
-    if read_results(run_dir) is None or record is None or record["status"] != "finished":
+    if whole_results(run_dir) is None or record is None or record["status"] != "finished":
         return False
     recorded = OmegaConf.create(content["charlm"]["config"])
     return all(OmegaConf.select(recorded, key) == OmegaConf.select(cfg, key) for key in BUDGET)
@@ -157,8 +162,24 @@ def quoted(path: Path) -> str:
 
 
 def unquoted(text: str) -> str:
-    """A path as it was typed: as it is, with all the = and , that names of sweeps have, or quoted for Hydra."""
+    """A path as it was typed: as it is, with all the = and , that names of sweeps have, or quoted for Hydra.
+
+    Raises:
+        InputError: for a quote that is not closed.
+    """
     if text[0] not in "'\"":
         return text
-    [override] = OverridesParser.create().parse_overrides([f"path={text}"])
+    [override] = parsed([f"path={text}"])
     return str(override.value())
+
+
+def parsed(overrides: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra's grammar takes them apart.
+
+    Raises:
+        InputError: for one that is not as the grammar wants it.
+    """
+    try:
+        return OverridesParser.create().parse_overrides(list(overrides))
+    except HydraException as error:
+        raise InputError(one_line(error)) from error

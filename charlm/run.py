@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
-from charlm.config import FOLLOWS
-from charlm.disk import write_atomically
+from charlm.disk import check_kind, write_atomically
 from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted, warn
+from charlm.recorded import all_references, check_record
 from charlm.report import as_json, read_json
 
 if TYPE_CHECKING:  # what trains nothing does without the seconds that it takes, and so without those of torch
@@ -74,11 +74,16 @@ def is_first() -> bool:
 
 
 def claim(folder: Path) -> bool:
-    """Make `folder`, and make it this process's own until it ends. False: it is another's."""
+    """Make `folder`, and make it this process's own until it ends. False: it is another's.
+
+    Raises:
+        InputError: if its lock is a link or no file.
+    """
     folder = folder.absolute()
     if folder in claimed:
         return True
     made = [place for place in (folder, *folder.parents) if not place.exists()]
+    check_kind(folder / LOCK)  # which would be emptied
     lock = FileLock(folder / LOCK)
     claimed[folder] = lock, made  # ahead of the first trace, so that none is left
     folder.mkdir(parents=True, exist_ok=True)
@@ -234,7 +239,8 @@ def how(error: BaseException | None) -> tuple[str, str | None]:
 
 def follows(node: dict[str, Any]) -> dict[str, str]:
     """The settings that are given as others are, by their dotted names."""
-    return {name: leaf for name, leaf in flat(node).items() if isinstance(leaf, str) and FOLLOWS.search(leaf)}
+    texts = ((name, leaf) for name, leaf in flat(node).items() if isinstance(leaf, str))
+    return {name: leaf for name, leaf in texts if "${" in leaf and all_references(leaf)}
 
 
 def now() -> str:
@@ -245,19 +251,22 @@ def read_record(folder: Path) -> Record:
     """What run.json tells, held against `Record`.
 
     Raises:
-        InputError: if there is none, or none that can be read.
+        InputError: if there is none, or none that can be read, or if it records settings that would be looked up
+            outside of it.
     """
     try:
-        return read_json(folder / NAME, Record, "the record of a run", LARGEST, FORMAT)
+        record = read_json(folder / NAME, Record, LARGEST, FORMAT)
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {NAME}: give a run folder, as python train.py made it") from None
+    check_record(folder / NAME, record["config"], record["follows"])
+    return record
 
 
 def previous(folder: Path) -> Record | None:
-    """The record of the process that trained in `folder` before, if there was one and it can be read."""
+    """The record of the process that trained in `folder` before, if there was one and it can be read and trusted."""
     try:
         return read_record(folder)
-    except InputError:
+    except (InputError, OSError):
         return None
 
 

@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
 from rich.progress import Progress
+from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from charlm.errors import InputError
+from charlm.errors import InputError, printable
 from charlm.report import LOSSES, name_of, plus_minus, short, table
 
 if TYPE_CHECKING:  # what trains nothing does without the seconds that these imports take
@@ -34,7 +35,22 @@ if TYPE_CHECKING:  # what trains nothing does without the seconds that these imp
 
     from charlm.data import CharDataModule
 
-console = Console(highlight=False, emoji=False)
+
+class SafeConsole(Console):
+    """A console that shows text as it is: no markup, and no character in it commands the terminal."""
+
+    def __init__(self, **settings: Any):
+        super().__init__(highlight=False, emoji=False, markup=False, **settings)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text == "\n":
+                yield segment
+            else:
+                yield segment._replace(text=printable(segment.text, keep="\n"))
+
+
+console = SafeConsole()
 log = logging.getLogger("charlm")
 
 said_before_the_log: list[str] = []
@@ -70,7 +86,7 @@ def logged() -> Iterator[None]:
 def say(thing: RenderableType) -> None:
     """To the terminal and, as plain text, to the run's log."""
     console.print(thing)
-    plain = Console(file=io.StringIO(), width=100, highlight=False, emoji=False)
+    plain = SafeConsole(file=io.StringIO(), width=100)
     plain.print(thing)
     log.info("\n%s", plain.file.getvalue().rstrip())  # type: ignore[attr-defined]
 

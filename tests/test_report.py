@@ -229,11 +229,11 @@ def test_a_run_that_was_repeated_counts_once(make, tmp_path):
     assert any("a run repeats the settings and the seed of a newer one" in note.text for note in study.notes)
 
 
-def ledger(folder: Path, jobs: dict[str, tuple[str, Any]]) -> None:
+def ledger(folder: Path, jobs: dict[str, tuple[Any, Any]]) -> None:
     """A sweep.json, from the state and the reason of each job."""
     made = Ledger(folder)
     for name, (state, reason) in jobs.items():
-        made.add(name, name.split(","), name, state)
+        made.add(name, [f"optimizer.{one}" for one in name.split(",")], name, state)
         made.set(name, state, reason)
 
 

@@ -72,6 +72,7 @@ LAYERS = [
     "errors",
     "disk",
     "config",
+    "recorded",
     "tokenizer",
     "data",
     "model",
@@ -127,7 +128,7 @@ def test_hydra_is_known_to_few():
         if re.search(r"^\s*(from|import) (hydra|omegaconf)", f.read_text(), re.M)
     }
     checks = ("preflight/command", "preflight/settings", "preflight/complaints", "preflight/runs")
-    names = ("composition", *checks, "resume", "space", "terminal", "sweep/command", "sweep/job")
+    names = ("composition", *checks, "recorded", "resume", "space", "terminal", "sweep/command", "sweep/job")
     assert knowing <= {f"charlm/{name}.py" for name in names}
 
 

@@ -25,12 +25,14 @@ from omegaconf import DictConfig, OmegaConf
 from charlm import config, forkserver, terminal
 from charlm.composition import composed, without_hydra
 from charlm.data.corpus import load_corpus
+from charlm.disk import check_tree, unshare
 from charlm.errors import CorpusUnavailable, InputError
 from charlm.ledger import NAME as LEDGER
 from charlm.ledger import Search, goes_on, read
 from charlm.preflight.complaints import choices, known_settings, told_in_one_line
 from charlm.preflight.folder import check_folder, held, own_folder
 from charlm.preflight.runs import check_runs, resolved
+from charlm.recorded import check_config, check_run
 from charlm.resume import changes, finished, quoted, rerun, resumed, unquoted
 from charlm.run import NAME as RECORD
 from charlm.run import claim, is_first, read_record
@@ -110,8 +112,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         cfgs = [without_hydra(cfg) for cfg in cfgs]
         if resumed_sweep:
             for cfg in cfgs:
-                parts = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "run_dir"])
-                config.check_targets(Path(run_dir), OmegaConf.to_container(parts), conf)
+                check_config(Path(run_dir, LEDGER), resolved(cfg), conf)
         if not args.multirun:
             check_settings(resolved(cfgs[0]))
         if other := other_corpus(cfgs):  # the command that gives the same run again, wherever Tiny Shakespeare is
@@ -145,8 +146,12 @@ def is_sweep(argv: Sequence[str]) -> bool:
 
 def begun_sweep(arguments: Sequence[str]) -> Path | None:
     """The folder of the sweep that is to go on, resume=FOLDER, if it is one of a sweep."""
-    named = [Path(unquoted(a.removeprefix("resume="))) for a in arguments if re.match("resume=.", a)]
-    return named[-1] if named and (named[-1] / LEDGER).is_file() else None
+    named = [a.removeprefix("resume=") for a in arguments if re.match("resume=.", a)]
+    try:
+        folder = Path(unquoted(named[-1])) if named else None
+    except InputError:  # which is told once the command is checked
+        return None
+    return folder if folder and os.path.isfile(folder / LEDGER) else None
 
 
 def conf_dirs(config_dir: Path, args: Namespace) -> list[Path]:
@@ -181,8 +186,11 @@ def unfinished(folder: Path, overrides: Sequence[str], searched: Search | None) 
     command = [o for o in overrides if not o.startswith("hydra")]
     for file in sorted(folder.glob(f"*/{LEDGER}"), reverse=True):
         with suppress(InputError):
-            if goes_on(file.parent, command, searched) and claim(file.parent):
-                return file.parent
+            if goes_on(file.parent, command, searched):
+                check_tree(file.parent)
+                if claim(file.parent):
+                    unshare(file.parent)
+                    return file.parent
     return None
 
 
@@ -207,10 +215,11 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
     of_hydra = [o for o in args.overrides if o.startswith("hydra.")]
     chosen = [o for o in of_hydra if o.startswith("hydra.run.dir=")]
     if name == "resume":
+        check_tree(recorded)  # into which all is written
         if (recorded / RECORD).exists() and not held(recorded):
             raise InputError(f"{recorded} ended before it had saved a state: begin it again with rerun={recorded}")
         run_dir, content = recorded, newest(recorded).content
-        check_strange(recorded, content["charlm"]["config"], conf)
+        check_run(recorded, content["charlm"]["config"], conf, changes(given))
         cfg = resumed(recorded, content, changes(given))
         if finished(recorded, content, cfg):
             print(f"{recorded} is at its end: nothing to do. To go further: resume={recorded} trainer.max_steps=N")
@@ -220,12 +229,13 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
     else:
         # Beside the one that is recorded, there is place.
         run_dir = Path(str(changes(chosen)["hydra.run.dir"])) if chosen else recorded
-        check_strange(recorded, read_record(recorded)["config"], conf)
+        check_run(recorded, read_record(recorded)["config"], conf, changes(given))
         cfg = rerun(recorded, changes(given), str(run_dir))
         # What a run has that conf/train.yaml by itself would not.
         given = ["++" + o.lstrip("+") for o in given]
     with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
-        check_settings(run := resolved(cfg))
+        check_config(recorded, run := resolved(cfg), conf, changes(given))  # after its places have moved
+        check_settings(run)
     if name == "rerun":
         check_text(run)
         if is_first():
@@ -234,19 +244,6 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
         run_dir = own_folder(run_dir, new=name == "rerun" and not chosen, begun=name == "resume")
     of_hydra = [o for o in of_hydra if not o.startswith("hydra.run.dir=")]
     return [f"{name}={quoted(recorded)}", *given, *of_hydra, f"hydra.run.dir={quoted(run_dir)}"]
-
-
-def check_strange(recorded: Path, plain: dict[str, Any], conf: list[Path]) -> None:
-    """A configuration that was recorded, perhaps not by charlm: is it one, and of parts that charlm has?
-
-    Raises:
-        InputError: if not.
-    """
-    config.check_targets(recorded, plain, conf)
-    try:
-        config.check(plain)
-    except InputError as error:
-        raise InputError(f"{recorded} is not as charlm records a run: {error}") from error
 
 
 def parse(arguments: Sequence[str]) -> Namespace:

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from charlm import config
-from charlm.errors import InputError
+from charlm.errors import InputError, one_line
 
 
 @contextmanager
@@ -35,6 +35,8 @@ def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
             raise InputError(one_line(error)) from error
         key = unknown[1].split("=")[0].split("@")[0]
         raise InputError(config.unknown_key(key, known_settings(overrides, key))) from error
+    except RecursionError as error:
+        raise InputError("settings refer to one another in a circle: give one of them a value") from error
     except OmegaConfBaseException as error:
         raise InputError(f"{error.full_key}: {one_line(error)}" if error.full_key else one_line(error)) from error
 
@@ -55,9 +57,3 @@ def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
         cfg = compose("train", return_hydra_config=of_hydra)
     plain: Any = OmegaConf.to_container(cfg, resolve=False)
     return list(config.leaves(plain))
-
-
-def one_line(error: BaseException) -> str:
-    """A library's message with its lines joined."""
-    lines = (line.strip().rstrip(".") for line in str(error).splitlines())
-    return "; ".join(line for line in lines if line and not line.startswith(("full_key", "object_type", "See https")))

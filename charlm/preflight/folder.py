@@ -5,6 +5,7 @@ import os
 import tempfile
 from pathlib import Path
 
+from charlm.disk import check_tree, unshare
 from charlm.errors import InputError
 from charlm.run import claim
 
@@ -26,11 +27,13 @@ def own_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False, 
         begun: it holds the run that is to go on.
 
     Raises:
-        InputError: if it is taken.
+        InputError: if it is taken, or holds what is no regular file, so that to write there may write elsewhere.
     """
     for number in itertools.count(1):
         place = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
+        check_tree(place)
         if claim(place) and (begun or not held(place)):
+            unshare(place)
             return place
         if not new:
             raise InputError(f"{folder} is another process's just now: wait for its end, or choose another {setting}")

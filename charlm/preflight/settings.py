@@ -16,8 +16,7 @@ from hydra.utils import instantiate
 
 from charlm import config
 from charlm.budget import budget_of, limit_tokens, steps_of
-from charlm.errors import InputError
-from charlm.preflight.complaints import one_line
+from charlm.errors import InputError, one_line
 from charlm.trainer import FSDP, precision_for
 
 # Who starts processes on several machines leaves one of these in the environment.

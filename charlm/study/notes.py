@@ -5,8 +5,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
+from charlm.errors import printable
 from charlm.run import flat
-from charlm.study.runs import Run, ordered, printable, shown
+from charlm.study.runs import Run, ordered, shown
 
 ALIKE = 1.02  # as many tokens, as a run ends with the step that reaches them, which may go beyond
 MOST_DAMAGED = 10  # that are named

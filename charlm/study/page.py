@@ -4,8 +4,9 @@ from collections.abc import Iterable, Sequence
 from html import escape
 
 from charlm import __version__
+from charlm.errors import printable
 from charlm.study.plots import Panel, curves_panels, maps_panels, settings_panels
-from charlm.study.runs import Run, printable
+from charlm.study.runs import LONGEST, Run
 from charlm.study.study import CRITERION, Row, Study
 
 COLUMNS = {
@@ -45,7 +46,7 @@ document.querySelectorAll('th').forEach(head => head.addEventListener('click', (
 
 def page(study: Study, title: str) -> str:
     """The whole file."""
-    title = escape(printable(title))
+    title = escape(printable(title, LONGEST))
     told = "".join(f"<li{' class=loud' if note.loud else ''}>{escape(note.text)}</li>" for note in study.notes)
     parts = [
         f"<h1>{title}</h1>",

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from charlm import ledger, run
-from charlm.errors import InputError
-from charlm.report import RESULTS, VALIDATIONS, read_results, read_validations
+from charlm.disk import is_regular
+from charlm.errors import InputError, printable
+from charlm.report import RESULTS, read_results, read_validations
 
 Value = str | int | float | bool | None
+LONGEST = 120  # characters of a name or a value that is shown
 SIGN_OF_LIFE = 60.0  # seconds; a run at work writes run.json every ten
-LARGEST = 2**24  # bytes of a file that is read
 FAILED = ("failed", "killed", "stopped")  # the states that want a decision
 STATES = (*FAILED, "finished", "pruned", "running", "waiting")
 # No settings: where a run is and how it was begun; what follows the machine, unless somebody asked for it; and the
@@ -102,7 +103,7 @@ def read_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
             raise InputError(f"{place} is no folder: give folders of runs or of sweeps, such as outputs")
         for folder, files in walk(place):
             for name, found in ((run.NAME, folders), (ledger.NAME, sweeps)):
-                if name in files and (folder / name).is_file():  # and no pipe, which nobody may ever fill
+                if name in files:
                     found.setdefault(os.path.realpath(folder), folder)
     runs, damaged = [], []
     entries: dict[str, ledger.Entry] = {}
@@ -129,14 +130,14 @@ def walk(place: Path) -> Iterator[tuple[Path, Sequence[str]]]:
         yield Path(folder), files
         for name in below:
             one = Path(folder, name)
-            if one.is_symlink() and (one / run.NAME).is_file():
+            if one.is_symlink() and is_regular(one / run.NAME):
                 yield one, [run.NAME]
 
 
 def jobs_of(sweep_dir: Path) -> dict[str, ledger.Entry]:
     """The jobs of a sweep by the names of their folders, none if it is no sweep. As Ledger.jobs, for reading only."""
     file = sweep_dir / ledger.NAME
-    return ledger.read(file)["jobs"] if file.is_file() else {}
+    return ledger.read(file)["jobs"] if os.path.lexists(file) else {}
 
 
 def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
@@ -146,12 +147,10 @@ def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
         InputError, OSError, ValueError, ArithmeticError, RecursionError: where it is damaged, in one way or another.
     """
     record = run.read_record(folder)
-    results: Any = (small(folder / RESULTS) and read_results(folder)) or {}
-    if not isinstance(results, dict):
-        raise InputError(f"{folder / RESULTS} is damaged")
+    results: Any = read_results(folder) or {}
     state, reason = state_of(record, entry, bool(results))
     given = given_in(entry["overrides"] if entry else shlex.split(record["command"])[2:])
-    validations = read_validations(folder) if small(folder / VALIDATIONS) else []
+    validations = read_validations(folder)
     numbers = run.flat(results).items()
     figures = {name: float(leaf) for name, leaf in numbers if isinstance(leaf, int | float) and sane(leaf)}
     if state == "finished" and "val/loss" not in figures:
@@ -159,14 +158,14 @@ def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
             "its val loss is no number" if "val/loss" in results else "val is not among the splits that it evaluates"
         )
     return Run(
-        printable(str(folder)),
+        printable(str(folder), LONGEST),
         state,
         reason and printable(reason, 300),
         record["seed"],
         settings_of(record, given),
         tuple(given),
         figures,
-        printable(str(results.get("stopped_by", ""))),
+        printable(str(results.get("stopped_by", "")), LONGEST),
         [one for one in validations if all(map(sane, one))],
         record,
     )
@@ -178,7 +177,7 @@ def waiting(folder: Path, entry: ledger.Entry) -> Run:
     seed = given.get("seed", "")
     state, reason = entry["state"], because(entry)
     return Run(
-        printable(str(folder)),
+        printable(str(folder), LONGEST),
         state if state in ("failed", "pruned") else "waiting",
         reason and printable(reason, 300),
         int(seed) if seed.isdecimal() else None,
@@ -232,13 +231,13 @@ def settings_of(record: run.Record, given: dict[str, str]) -> dict[str, Value]:
         if name in PLACES | TEXT or (name in CHOSEN and name not in given):
             continue
         if key == "_target_":
-            found[group] = printable(str(leaf).rpartition(".")[2].lower())
+            found[group] = printable(str(leaf).rpartition(".")[2].lower(), LONGEST)
         elif not key.startswith("_") and not (isinstance(leaf, str) and run_dir in leaf) and leaf != {}:
             found[name] = value_of(leaf)
-    found |= {name: printable(given[name]) for name in TYPED if name in given}
+    found |= {name: printable(given[name], LONGEST) for name in TYPED if name in given}
     if record["corpus"]:
-        found["data"] = printable(f"{record['corpus'].get('name')} {str(record['corpus'].get('sha256'))[:6]}")
-    return {printable(name): value for name, value in found.items()}
+        found["data"] = printable(f"{record['corpus'].get('name')} {str(record['corpus'].get('sha256'))[:6]}", LONGEST)
+    return {printable(name, LONGEST): value for name, value in found.items()}
 
 
 def value_of(leaf: Any) -> Value:
@@ -247,7 +246,7 @@ def value_of(leaf: Any) -> Value:
         return leaf
     if isinstance(leaf, int | float) and sane(leaf):
         return leaf
-    return printable(leaf if isinstance(leaf, str) else json.dumps(leaf))
+    return printable(leaf if isinstance(leaf, str) else json.dumps(leaf), LONGEST)
 
 
 def parsed(word: str) -> Value:
@@ -260,7 +259,7 @@ def parsed(word: str) -> Value:
             return value_of(number(word))
         except ValueError:
             continue
-    return printable(word)
+    return printable(word, LONGEST)
 
 
 def shown(value: Value, digits: int = 6) -> str:
@@ -289,17 +288,6 @@ def sane(number: float) -> bool:
     return abs(number) < 1e75 and math.isfinite(number)
 
 
-def small(file: Path) -> bool:
-    """Is it an ordinary file that is not too large to be read?"""
-    return file.is_file() and file.stat().st_size <= LARGEST
-
-
 def told(error: InputError | OSError) -> str:
     """In one line, for a person."""
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
-
-
-def printable(text: str, longest: int = 120) -> str:
-    """One line without control characters, which could change what stands beside it, and of bounded length."""
-    clean = "".join(character if character.isprintable() else "�" for character in text)
-    return clean if len(clean) <= longest else f"{clean[: longest - 1]}…"

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from charlm.errors import InputError
+from charlm.errors import InputError, printable
 from charlm.study.notes import Note, notes
-from charlm.study.runs import FAILED, STATES, Run, Value, ordered, printable, read_runs, shown
+from charlm.study.runs import FAILED, LONGEST, STATES, Run, Value, ordered, read_runs, shown
 
 FIGURES = ("val/loss", "val/bits_per_char", "val/perplexity", "train/seconds", "train/tokens")
 CHOICES = {"model", "optimizer", "scheduler", "tokenizer", "logger", "data", "experiment", "callbacks"}
@@ -180,7 +180,7 @@ def read_study(places: Iterable[Path]) -> Study:
         found = f"no run that can be read ({'; '.join(damaged[:3])})" if damaged else "no run"
         where = ", ".join(map(str, places))
         raise InputError(f"{where} holds {found}: give folders as python train.py makes them, such as outputs/SWEEP")
-    return study_of(runs, damaged, printable(f"{places[0]}{os.sep}") if len(places) == 1 else "")
+    return study_of(runs, damaged, printable(f"{places[0]}{os.sep}", LONGEST) if len(places) == 1 else "")
 
 
 def study_of(runs: Sequence[Run], damaged: Sequence[str] = (), place: str = "") -> Study:

@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 
 from charlm import report
 from charlm.budget import steps_of, within_tokens
+from charlm.disk import is_regular
 from charlm.forkserver import Forked
 from charlm.preflight import options
 from charlm.resume import quoted
@@ -81,7 +82,7 @@ class Job:
     def done(self) -> bool:
         """Are its final figures there?"""
         record = previous(self.folder)
-        return record is not None and record["status"] == "finished" and report.read_results(self.folder) is not None
+        return record is not None and record["status"] == "finished" and report.whole_results(self.folder) is not None
 
     def start(self, threads: int, gpus: Sequence[int]) -> "Running":
         """Begin, or go on where it was ended, in a fresh process."""
@@ -108,7 +109,7 @@ class Job:
 
     def row(self, status: str) -> dict[str, Any]:
         """Its final figures, or only how it ended."""
-        results = report.read_results(self.folder) if status == "finished" else None
+        results = report.whole_results(self.folder) if status == "finished" else None
         if results is None:
             return {"status": status, "val/loss": None}
         return {key: value for key, value in results.items() if not isinstance(value, dict)}
@@ -191,7 +192,7 @@ def be(argv: list[str], cfg: DictConfig | None = None) -> None:
 
 def last_line(log: Path) -> str:
     """Of what a job printed, or nothing."""
-    said = log.read_text(errors="replace").strip().splitlines() if log.is_file() else []
+    said = log.read_text(errors="replace").strip().splitlines() if is_regular(log) else []
     return said[-1] if said else ""
 
 

@@ -6,6 +6,7 @@ repeats itself to the bit, however often it is killed on its way.
 """
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from charlm import ledger, report
+from charlm.disk import read_regular
 from charlm.errors import Diverged, InputError
 from charlm.ledger import Ledger
 from charlm.preflight import held
@@ -32,7 +34,10 @@ from charlm.sweep.pool import STOPPED
 JOURNAL = "optuna.journal"
 JOB = "job"  # the attribute of a trial that names its folder
 LARGEST = 2**28  # bytes of a journal that is read
-ENDED = {TrialState.COMPLETE: "done", TrialState.PRUNED: "pruned"}  # and what the ledger says of it
+ENDED: dict[TrialState, ledger.State] = {
+    TrialState.COMPLETE: "done",
+    TrialState.PRUNED: "pruned",
+}  # and what the ledger says of it
 
 
 @dataclass
@@ -182,7 +187,7 @@ class Search:
             how = self.follow(job) or self.hopeless(job, how)
         trial, verdict = self.followed[job.name].trial, report.verdict(how)
         if verdict == "finished":
-            self.study.tell(trial, (report.read_results(job.folder) or {})["val/loss"])
+            self.study.tell(trial, job.row(how)["val/loss"])
         else:
             self.study.tell(trial, state=TrialState.PRUNED if verdict == "pruned" else TrialState.FAIL)
         self.trials[job.name] = self.study.get_trials(deepcopy=False)[trial.number]
@@ -190,7 +195,7 @@ class Search:
 
     def hopeless(self, job: Job, how: str) -> str:
         """How it ended: what is no one's fault but that of its values counts as the worst there is, not as failed."""
-        results = report.read_results(job.folder)
+        results = report.whole_results(job.folder)
         if how == "finished" and results and results["val/loss"] is None:
             return "pruned: its val loss is infinite or not a number"
         if how.startswith(f"failed: {Diverged.words}"):
@@ -224,23 +229,20 @@ def study(file: Path, asked: ledger.Search) -> optuna.Study:
     some = asked["prune_startup_trials"]
     pruner = MedianPruner(n_startup_trials=some, n_min_trials=max(1, some)) if asked["prune"] else NopPruner()
     try:
-        if file.exists():
-            if file.stat().st_size > LARGEST:
-                raise ValueError("too large")
-            without_torn_end(file)
+        if os.path.lexists(file):
+            without_torn_end(file, read_regular(file, LARGEST))
         storage = JournalStorage(JournalFileBackend(str(file)))
         return optuna.create_study(
             storage=storage, study_name="search", direction="minimize", pruner=pruner, load_if_exists=True
         )
-    except OSError:
+    except (InputError, OSError):
         raise
     except Exception as error:  # Optuna takes a journal to be its own, and fails in any way where it is not
         raise InputError(f"{file} is damaged, or not Optuna's: choose another hydra.sweep.dir") from error
 
 
-def without_torn_end(file: Path) -> None:
+def without_torn_end(file: Path, content: bytes) -> None:
     """Cut off the line that a full disk may have left half-written."""
-    content = file.read_bytes()
     if not content.endswith(b"\n"):
         with file.open("r+b") as journal:
             journal.truncate(content.rfind(b"\n") + 1)

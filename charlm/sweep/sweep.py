@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from charlm import report, terminal
 from charlm.errors import InputError, stop
-from charlm.ledger import TABLE, Ledger
+from charlm.ledger import TABLE, Ledger, State
 from charlm.preflight import held, is_sweep, options
 from charlm.sweep.engine import Engine, Handed
 from charlm.sweep.job import LOG, Job, Running
@@ -88,8 +88,8 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
         def ended(job: Job, how: str) -> None:
             ends[job.name] = how = source.judge(job, how)
             verdict = report.verdict(how)
-            state = {"finished": "done", STOPPED: "waiting"}.get(verdict, verdict)
-            ledger.set(job.name, state, None if how == "finished" else how)
+            states: dict[str, State] = {"finished": "done", STOPPED: "waiting", "pruned": "pruned"}
+            ledger.set(job.name, states.get(verdict, "failed"), None if how == "finished" else how)
             sight.ended(job.name, source.row(job, how))
 
         def look(running: Sequence[Running | Handed]) -> None:
