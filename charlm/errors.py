@@ -11,14 +11,14 @@ from typing import NoReturn
 # Reasons of the file system that a person can do something about; any other OSError is a defect of ours.
 DISK_TROUBLE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EFBIG,
-    errno.EIO, errno.ESTALE
+    errno.EIO, errno.ESTALE, errno.ENAMETOOLONG
 }  # fmt: skip
 
 
 # Control characters, line and paragraph separators, overrides of the direction of writing, and lone surrogates: a
 # terminal would obey these instead of showing them.
 COMMANDS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-LONGEST_LINE = 2000
+LONGEST_PART = 1000  # characters of a message that are shown at its beginning, and at its end
 
 
 def printable(text: str, longest: int | None = None, keep: str = "") -> str:
@@ -122,4 +122,7 @@ def stop(line: str, code: int) -> NoReturn:
 def warn(line: str) -> None:
     """Tell something that a person should know, behind what was printed so far."""
     sys.stdout.flush()
-    print(f"charlm: {printable(line, LONGEST_LINE)}", file=sys.stderr)
+    text = printable(line)
+    if len(text) > 2 * LONGEST_PART:  # of a long value, which mostly is in its middle
+        text = f"{text[:LONGEST_PART]}…{text[-LONGEST_PART:]}"
+    print(f"charlm: {text}", file=sys.stderr)

@@ -143,7 +143,7 @@ def check_part(
         setting = f"{path}.{key}"
         if key == "_target_" or key in part.special:
             continue
-        if not own and key not in allowed:
+        if key.startswith("_") or not (own or key in allowed):
             raise refuse(source, setting, "which no file of conf/ sets there")
         if isinstance(value, dict):
             check_part(source, setting, value, parts, run_dir, given)
@@ -225,16 +225,16 @@ def strings_in(value: Any) -> Iterator[str]:
 
 
 def everything(source: Path, node: Any) -> Iterator[tuple[str, Any]]:
-    """Yield all values of nested settings with their dotted names.
+    """Yield all values of nested dictionaries and lists with their dotted names.
 
     Raises:
-        InputError: if they are nested deeper than any that charlm records.
+        InputError: if they are nested deeper than anything that charlm records.
     """
     left: list[tuple[str, Any, int]] = [("", node, 0)]
     while left:
         place, value, depth = left.pop()
         if depth > DEEPEST:
-            raise InputError(f"{source} is damaged: its settings are nested too deep")
+            raise InputError(f"{source} is damaged: it is nested too deep")
         yield place, value
         if isinstance(value, dict):
             left += [(f"{place}.{key}".lstrip("."), child, depth + 1) for key, child in value.items()]

@@ -14,10 +14,12 @@ from annotated_types import Ge
 from pydantic import TypeAdapter, ValidationError
 from rich import box
 from rich.table import Table
+from rich.text import Text
 from typing_extensions import TypedDict
 
 from charlm.disk import read_regular, write_atomically
 from charlm.errors import InputError, printable
+from charlm.recorded import everything
 
 T = TypeVar("T")
 
@@ -42,7 +44,9 @@ Results = TypedDict(
         "val/perplexity": float | None,
     },
 )
-Results.__doc__ = """What every results.json holds, beside figures such as train/loss. None stands for NaN and infinity."""
+Results.__doc__ = (
+    """What every results.json holds, with figures such as train/loss. None stands for NaN and infinity."""
+)
 
 
 def as_json(content: Any) -> bytes:
@@ -64,6 +68,8 @@ def read_json(file: Path, kind: type[T], largest: int, format: int | None = None
     """
     try:
         content: Any = json.loads(read_regular(file, largest), parse_constant=refuse_constant)
+        for _ in everything(file, content):  # which looks for what is nested too deep
+            pass
         TypeAdapter(kind).validate_python(content, strict=True)
     except (ValidationError, ValueError, RecursionError) as error:
         if isinstance(error, InputError):
@@ -166,7 +172,7 @@ def table(rows: list[dict[str, Any]], settings: list[str], title: str, without: 
         shown.add_column(column, justify="right", no_wrap=True)
     for row, figures in zip(rows, found, strict=True):
         style = {"finished": None, "pruned": "dim"}.get(verdict(row["status"]), "bold red")
-        told = (short(row[setting]) for setting in settings)
+        told = (Text(short(row[setting])) for setting in settings)  # callbacks=[default] is no markup
         shown.add_row(*told, *(figures[column] for column in columns), style=style)
     return shown
 

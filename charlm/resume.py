@@ -169,7 +169,10 @@ def unquoted(text: str) -> str:
     """
     if text[0] not in "'\"":
         return text
-    [override] = parsed([f"path={text}"])
+    try:
+        [override] = parsed([f"path={text}"])
+    except InputError:
+        raise InputError(f"{text} cannot be read as a quoted path: close its quote, or leave quotes out") from None
     return str(override.value())
 
 
@@ -179,7 +182,10 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
     Raises:
         InputError: for one that is not as the grammar wants it.
     """
-    try:
-        return OverridesParser.create().parse_overrides(list(overrides))
-    except HydraException as error:
-        raise InputError(one_line(error)) from error
+    found = []
+    for text in overrides:
+        try:
+            found += OverridesParser.create().parse_overrides([text])
+        except HydraException as error:
+            raise InputError(f"{text} cannot be read as NAME=VALUE: {one_line(error)}") from error
+    return found

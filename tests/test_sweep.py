@@ -73,19 +73,19 @@ def test_eight_jobs_make_eight_runs_and_one_table(sweep, tmp_path, train, text_f
     assert found == losses["block_size=16,batch_size=8,lr=0.1"]
 
 
-def test_a_job_that_fails_costs_only_itself(sweep, tmp_path):
-    """No check can know how much memory there is: this batch has more bytes than an address."""
-    ended = sweep("data.batch_size=10000000000000,8,16")
+def test_a_job_that_fails_costs_only_itself(sweep, tmp_path, faulty):
+    """No check can know that a part has a defect."""
+    ended = sweep(*faulty, "callbacks.fault.kind=raise,none", "trainer.max_steps=120", PYTHONPATH=str(ROOT))
     assert ended.code == 1
-    assert ended.err.startswith("charlm: 1 of 3 jobs failed; each one's terminal.log under s tells why")
+    assert ended.err.startswith("charlm: 1 of 2 jobs failed; each one's terminal.log under s tells why")
     assert ended.err.count("\n") == 1
-    assert "failed: batch_size=10000000000000: " in ended.out
-    failed = tmp_path / "s" / "batch_size=10000000000000"
-    assert "MemoryError" in (failed / "terminal.log").read_text()
-    assert "MemoryError" in (failed / "train.log").read_text()
+    assert "failed: kind=raise: " in ended.out
+    failed = tmp_path / "s" / "kind=raise"
+    assert "RuntimeError: a defect" in (failed / "terminal.log").read_text()
+    assert "RuntimeError: a defect" in (failed / "train.log").read_text()
     assert not (failed / "results.json").exists()
     rows = [*csv.DictReader((tmp_path / "s" / "results.csv").read_text().splitlines())]
-    assert [row["status"][:7] for row in rows] == ["failed:", "finishe", "finishe"]
+    assert [row["status"][:7] for row in rows] == ["failed:", "finishe"]
 
 
 def test_devices_may_be_swept_under_ddp(sweep, train, tmp_path, text_file):

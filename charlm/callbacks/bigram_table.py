@@ -6,7 +6,7 @@ from typing import Annotated
 import lightning as L
 import numpy as np
 import torch
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
@@ -39,7 +39,7 @@ class BigramTable(Exhibit):
 
     frame: Image.Image | None = None
 
-    def __init__(self, most_characters: Annotated[int, Ge(2)] = 80):
+    def __init__(self, most_characters: Annotated[int, Ge(2), Le(1000)] = 80):
         self.most_characters = most_characters
 
     def show(self, trainer: L.Trainer, model: nn.Module, board: TensorBoard) -> None:

@@ -3,7 +3,7 @@
 from typing import Annotated
 
 import lightning as L
-from annotated_types import Ge
+from annotated_types import Ge, Le
 from torch import nn
 
 from charlm.callbacks.exhibit import Exhibit
@@ -21,7 +21,7 @@ class Samples(Exhibit):
         seed: of the sampling, which has a generator of its own: watching a run does not change it.
     """
 
-    def __init__(self, length: Annotated[int, Ge(1)] = 200, seed: Annotated[int, Ge(0)] = 1337):
+    def __init__(self, length: Annotated[int, Ge(1), Le(1_000_000)] = 200, seed: Annotated[int, Ge(0)] = 1337):
         self.length, self.seed = length, seed
 
     def show(self, trainer: L.Trainer, model: nn.Module, board: TensorBoard) -> None:

@@ -274,7 +274,7 @@ class Mixture(nn.Module):
         n_layer: Annotated[int, Ge(0)],
         n_head: Annotated[int, Ge(1)],
         n_embd: Annotated[int, Ge(1)],
-        n_context: Annotated[int, Ge(1)] = 8,
+        n_context: Annotated[int, Ge(1), Le(100)] = 8,
         parts: Annotated[int, Ge(2), Le(1000)] = 8,
         n_networks: Annotated[int, Ge(1)] = 1,
         mlp: Literal["relu2", "swiglu"] = "relu2",

@@ -38,6 +38,7 @@ from charlm.run import NAME as RECORD
 from charlm.run import claim, is_first, read_record
 from charlm.space import Space, asked, recorded
 
+LONGEST_CHOICE = 100  # characters in the name of a file of conf/
 # What runs the jobs of a sweep: the package of Hydra's plugins that it needs, and a program.
 LAUNCHERS: dict[str, tuple[str | None, str | None]] = {
     "local": (None, None),
@@ -208,7 +209,7 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
 
     if args.multirun:
         raise InputError(f"{name}= begins from one run, and makes one: leave -m away")
-    if not recorded.is_dir():
+    if not os.path.isdir(recorded):  # unlike pathlib, it says no where a name is too long to be one
         raise InputError(f"{name}={recorded} is no folder: give one that python train.py made, as outputs/RUN")
     conf = conf_dirs(config_dir, args)
     given = [o for o in args.overrides if not o.startswith(("hydra.", f"{name}="))]
@@ -282,6 +283,8 @@ def check_overrides(overrides: list[str], multirun: bool) -> None:
             if not whole_callback and key in known_settings(overrides, key):
                 raise InputError(f"{line} takes away what a run needs: that is for callbacks, as in ~callbacks.samples")
             continue
+        if key == "hydra":
+            raise InputError(f"{line} is not possible: give one of Hydra's settings, as in hydra.run.dir=outputs/NAME")
         if not key:
             raise InputError(f"{line} names no setting: say which, as in optimizer.lr=1e-3")
         if key == "hydra/launcher":
@@ -289,11 +292,12 @@ def check_overrides(overrides: list[str], multirun: bool) -> None:
         if key == "run_dir":
             raise InputError(f"{line} would split the run over two folders: say hydra.run.dir=...")
         for value in override.sweep_iterator() if override.is_discrete_sweep() else [override.value()]:
+            options = loader.get_group_options(key) if "." not in key else []
+            if not options or (value is None and key not in config.GROUPS):
+                continue
             chosen = value if key == "callbacks" and isinstance(value, list) else [value]
-            if key in config.GROUPS and any(not isinstance(one, str) or one in ("", "base") for one in chosen):
-                raise InputError(
-                    f"{line} is not there: choose one of {', '.join(choices(loader.get_group_options(key)))}"
-                )
+            if any(not isinstance(one, str) or one in ("", "base") or len(one) > LONGEST_CHOICE for one in chosen):
+                raise InputError(f"{line} is not there: choose one of {', '.join(choices(options))}")
 
 
 def expand(

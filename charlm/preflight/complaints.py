@@ -35,6 +35,10 @@ def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
             raise InputError(one_line(error)) from error
         key = unknown[1].split("=")[0].split("@")[0]
         raise InputError(config.unknown_key(key, known_settings(overrides, key))) from error
+    except InputError:
+        raise
+    except ValueError as error:  # Hydra's own, for a value where it wants the name of a file, for example
+        raise InputError(one_line(error)) from error
     except RecursionError as error:
         raise InputError("settings refer to one another in a circle: give one of them a value") from error
     except OmegaConfBaseException as error:

@@ -46,7 +46,10 @@ def check_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False
     Raises:
         InputError: if there is a run in it already, or if it cannot be made.
     """
-    left = held(folder)
+    try:
+        left = held(folder)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be read ({error.strerror}): choose another {setting}") from error
     if left and not new:
         onwards = f" (or say resume={folder})" if left == "run" else ""
         raise InputError(f"{folder} already holds a {left}: choose another {setting}, or move that one away{onwards}")

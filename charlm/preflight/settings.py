@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,12 +15,16 @@ import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from charlm import config
 from charlm.budget import budget_of, limit_tokens, steps_of
+from charlm.data.chunks import BATCHES_PER_DRAW
 from charlm.errors import InputError, one_line
 from charlm.trainer import FSDP, precision_for
 
+MOST_TENSORS = 20_000  # twelve for each layer of a Transformer
 # Who starts processes on several machines leaves one of these in the environment.
 STARTED_BY = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "NODE_RANK", "GROUP_RANK"}
 
@@ -74,18 +80,73 @@ def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> None:
     """Combinations of settings that only a model or a schedule knows to be impossible: both are made, with nothing in.
 
     Raises:
-        InputError: with the words of the ValueError that they raise.
+        InputError: with the words of the ValueError that they raise, or for a model or a batch that is too large.
     """
+    own = plain["model"]["_target_"].startswith("charlm.")
     try:
-        with torch.device("meta"):  # shapes without numbers: at once, and in no memory
+        with torch.device("meta"), limited_tensors():  # shapes without numbers: at once, and in no memory
             model = instantiate(plain["model"], vocab_size=2)
             model(torch.zeros(1, plain["data"]["block_size"], dtype=torch.long))
         instantiate(plain["scheduler"])(torch.optim.SGD([torch.zeros(1)]), budget_of(trainer))
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ValueError):
-            raise InputError(one_line(error.__cause__)) from error
     except ValueError as error:
         raise InputError(one_line(error)) from error
+    except InstantiationException as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, ValueError):
+            raise InputError(one_line(cause)) from error
+        if own:  # another's may need numbers to be made
+            raise InputError(f"model: no model can be made with these settings ({one_line(cause)})") from error
+    except (ArithmeticError, MemoryError, RuntimeError, TypeError) as error:
+        if own:
+            raise InputError(f"model: no model can be made with these settings ({one_line(error)})") from error
+    else:
+        check_memory(plain, model)
+
+
+@contextmanager
+def limited_tensors() -> Iterator[None]:
+    """Let no model have more than MOST_TENSORS parameters, as a setting with many zeros might have it.
+
+    Raises:
+        InputError: at the first that is too many.
+    """
+    left = MOST_TENSORS
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise InputError(
+                f"the model has more than {MOST_TENSORS:,} weight tensors: choose fewer layers or networks"
+            )
+
+    with register_module_parameter_registration_hook(count):
+        yield
+
+
+def check_memory(plain: dict[str, Any], model: nn.Module) -> None:
+    """Do a model and a batch fit into the memory of this machine? Only what surely does not is refused.
+
+    Raises:
+        InputError: with the size that they need, the memory there is, and what to change.
+    """
+    data, on_gpu = plain["data"], plain["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available()
+    parameters = sum(p.numel() for p in model.parameters())
+    chunks, tokens = data["batch_size"], data["batch_size"] * data["block_size"]
+    needs = {
+        # Weights and, where they are trained, gradients and at least one state of the optimizer, in single precision.
+        f"a model of {parameters:,} parameters": (parameters * (4 if on_gpu else 12), "a smaller model"),
+        # The places of 256 batches are drawn together; each token has two ids and the logits of two symbols.
+        f"data.batch_size={chunks} chunks of data.block_size={data['block_size']}": (
+            chunks * 8 * BATCHES_PER_DRAW + (0 if on_gpu else tokens * 24),
+            "a smaller data.batch_size or data.block_size",
+        ),
+    }
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for what, (size, advice) in needs.items():
+        if size > there:
+            sizes = f"at least {size / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}"
+            raise InputError(f"{what} need {sizes}: choose {advice}")
 
 
 def check_text(plain: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import optuna
 from optuna.pruners import MedianPruner, NopPruner
 from optuna.samplers import TPESampler
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from charlm import ledger, report
@@ -231,7 +231,8 @@ def study(file: Path, asked: ledger.Search) -> optuna.Study:
     try:
         if os.path.lexists(file):
             without_torn_end(file, read_regular(file, LARGEST))
-        storage = JournalStorage(JournalFileBackend(str(file)))
+        # Its other lock is a symbolic link, and a folder that is continued must hold none.
+        storage = JournalStorage(JournalFileBackend(str(file), JournalFileOpenLock(str(file))))
         return optuna.create_study(
             storage=storage, study_name="search", direction="minimize", pruner=pruner, load_if_exists=True
         )
