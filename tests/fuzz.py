@@ -219,9 +219,9 @@ class Guard:
                 self.found.append(f"open {path!r} {mode} {flags}")
         elif event in CHANGES:
             paths = [one for one in arguments[:2] if isinstance(one, str | bytes | Path)]
-            self.found += [
-                f"{event} {one!r}" for one in paths if not self.inside(os.path.dirname(os.fsdecode(one)) or ".")
-            ]
+            paths = [one for one in paths if not os.fsdecode(one).startswith(self.free)]
+            away = [one for one in paths if not self.inside(os.path.dirname(os.fsdecode(one)) or ".")]
+            self.found += [f"{event} {one!r}" for one in away]
         elif event in RUNS and not self.usual(event, arguments):
             self.found.append(f"{event} {arguments!r}")
 
