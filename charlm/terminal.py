@@ -25,7 +25,8 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from charlm.errors import InputError, printable
+from charlm.disk import open_regular
+from charlm.errors import InputError, printable, warn
 from charlm.report import LOSSES, name_of, plus_minus, short, table
 
 if TYPE_CHECKING:  # what trains nothing does without the seconds that these imports take
@@ -242,7 +243,7 @@ def summary(results: dict[str, Any], sample: str) -> None:
 def stopped(why: str, step: int, run_dir: Path | None) -> None:
     """A run that was told to stop, and how to go on with it."""
     how = f"go on with: python train.py resume={quote(run_dir)}" if run_dir else "without checkpoints, nothing is left"
-    print(f"charlm: {why} after step {step:,}; {how}", file=sys.stderr)
+    warn(f"{why} after step {step:,}; {how}")
 
 
 def next_commands(run_dir: Path) -> None:
@@ -331,11 +332,11 @@ def sweep_at_work(total: int) -> Iterator[SweepAtWork]:
 def glance(run_dir: Path) -> tuple[int, float | None]:
     """The newest step of a run that may be at work, and its loss, a mean over the last hundred steps."""
     try:
-        with (run_dir / LOSSES).open("rb") as file:
+        with open_regular(run_dir / LOSSES) as file:
             size = file.seek(0, os.SEEK_END) // 4
             file.seek(max(0, 4 * (size - 100)))
             newest = np.frombuffer(file.read(400), "<f4")
-    except OSError:
+    except (InputError, OSError):
         return 0, None
     return size, float(newest.mean()) if len(newest) else None
 

@@ -26,7 +26,7 @@ from charlm import config, forkserver, terminal
 from charlm.composition import composed, without_hydra
 from charlm.data.corpus import load_corpus
 from charlm.disk import check_tree, unshare
-from charlm.errors import CorpusUnavailable, InputError
+from charlm.errors import CorpusUnavailable, InputError, printable
 from charlm.ledger import NAME as LEDGER
 from charlm.ledger import Search, goes_on, read
 from charlm.preflight.complaints import choices, known_settings, told_in_one_line
@@ -133,7 +133,8 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     again = args.multirun and not chosen
     own = unfinished(Path(run_dir).parent, parse(argv[1:]).overrides, searched) if again else None
     if own:
-        print(f"Going on with {own}, which the same command began; for another sweep say hydra.sweep.dir=...")
+        how = "for another sweep say hydra.sweep.dir=..."
+        print(printable(f"Going on with {own}, which the same command began; {how}"))
     else:
         own = own_folder(Path(run_dir), f"hydra.{mode}.dir", new=not chosen, begun=begun)
     return [*(a for a in argv if not a.startswith(f"hydra.{mode}.dir=")), f"hydra.{mode}.dir={quoted(own)}"]
@@ -223,7 +224,8 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
         check_run(recorded, content["charlm"]["config"], conf, changes(given))
         cfg = resumed(recorded, content, changes(given))
         if finished(recorded, content, cfg):
-            print(f"{recorded} is at its end: nothing to do. To go further: resume={recorded} trainer.max_steps=N")
+            more = f"To go further: resume={recorded} trainer.max_steps=N"
+            print(printable(f"{recorded} is at its end: nothing to do. {more}"))
             sys.exit(0)
         of_hydra = [o for o in of_hydra if not o.startswith("hydra.output_subdir=")]
         of_hydra.append("hydra.output_subdir=null")  # what stands there is of the run's beginning
