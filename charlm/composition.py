@@ -29,7 +29,8 @@ def composed(jobs: Sequence[Sequence[str]], compose: Callable[[tuple[str, ...]],
     is_group = cache(lambda key: "." not in key and bool(loader.get_group_options(key)))
 
     def is_value(o: Override) -> bool:
-        return o.type == OverrideType.CHANGE and o.key_or_group != SEARCH and not is_group(o.key_or_group)
+        value = o.type == OverrideType.CHANGE and not o.is_sweep_override()
+        return value and o.key_or_group != SEARCH and not is_group(o.key_or_group)
 
     for job in jobs:
         parsed = parser.parse_overrides(list(job))
