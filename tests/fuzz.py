@@ -29,7 +29,7 @@ import torch
 from charlm import checkpoint
 from charlm.errors import COMMANDS
 from tests.conftest import ROOT
-from tests.hostile import ESCAPE, EVIL, MARKER, OVERRIDES, SECRET, outside_of, write_checkpoint
+from tests.hostile import COMPOSED, ESCAPE, EVIL, MARKER, OVERRIDES, SECRET, outside_of, write_checkpoint
 
 SECONDS = 20
 LATE = 99  # the exit code of a case that was ended by its alarm
@@ -127,7 +127,7 @@ def spoil(file: Path, outside: Path, draw: random.Random) -> None:
     else:
         content = json.loads(file.read_text())
         if isinstance(content.get("command"), list) and draw.random() < 0.5:
-            content["command"].append(draw.choice(OVERRIDES))
+            content["command"].append(draw.choice([*OVERRIDES, *COMPOSED]))
         else:
             for _ in range(draw.choice([1, 1, 2])):
                 mutate(content, draw)

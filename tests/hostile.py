@@ -281,9 +281,6 @@ OVERRIDES = [
     "experiment=[../x]",
     "callbacks=[default,../../outside]",
     "model._args_=[1]",
-    "+callbacks.x._target_=os.mkdir",
-    "+callbacks.x={_target_:os.mkdir,path:code_was_run}",
-    "++model._target_=os.getcwd",
     "data.path=${oc.env:TOKEN}",
     "data.path='${oc.env:TOKEN}'",
     "data.path=$\\{oc.env:TOKEN\\}",
@@ -314,7 +311,12 @@ def searched(key: str, words: str) -> Change:
     return lambda sweep, outside: rewrite(sweep / "sweep.json", lambda content: content.update(search=search))
 
 
-SWEEPS: dict[str, Change] = {f"command {override!r}": command(override) for override in OVERRIDES}
+# Overrides with parts in them, which only their composition shows to be outside of conf/.
+COMPOSED = ["+callbacks.x._target_=os.mkdir", "+callbacks.x={_target_:os.mkdir,path:code_was_run}"]
+COMPOSED += ["++model._target_=os.getcwd", "+callbacks.x={_target_:charlm.logger.CSV,save_dir:outside}"]
+SWEEPS: dict[str, Change] = {
+    f"command {o!r}": command(o) for o in [*OVERRIDES[:1], "model=../../outside/model", *COMPOSED]
+}
 SWEEPS |= {
     f"space {key}": searched(key, words)
     for key, words in (

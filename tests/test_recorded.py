@@ -115,7 +115,9 @@ def command_for(name: str, run: str) -> list[str]:
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_each_command_on_a_strangers_run_reads_it_safely_or_refuses_it_in_one_line(kind, here, trained, tmp_path):
-    for name in (*READERS, *TRAINERS):
+    # Settings are shown by a report, and used by what trains or evaluates.
+    names = ("report", "evaluate", "reproduce") if kind in SETTINGS else READERS
+    for name in (*names, *TRAINERS):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(trained, tmp_path / "run")
         RUNS[kind](tmp_path / "run", tmp_path / "outside")
@@ -150,8 +152,13 @@ def test_each_command_on_a_strangers_sweep_reads_it_safely_or_refuses_it_in_one_
     shutil.copytree(swept, tmp_path / "sweep")
     SWEEPS[kind](tmp_path / "sweep", tmp_path / "outside")
     here("charlm", "report", "sweep")
-    assert here("train.py", "resume=sweep").code == 2
     assert here("train.py", "resume=sweep", "seed=1,2,3").code == 2
+
+
+@pytest.mark.parametrize("override", hostile.OVERRIDES)
+def test_an_override_that_charlm_does_not_record_is_refused(override, tmp_path):
+    with pytest.raises(InputError, match=r": not run$"):
+        check_overrides(tmp_path, [override])
 
 
 def test_a_sweep_in_whose_folder_links_lie_is_not_continued_by_the_same_command(here, swept, tmp_path):
