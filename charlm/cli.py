@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from charlm import __version__
+from charlm import __version__, streams
 from charlm.errors import InputError, one_line_errors
 
 # torch and Lightning are imported by the commands that need them, so that --help and mistakes answer at once.
@@ -108,11 +108,13 @@ def generate(
         for character in stream:
             sys.stdout.write(character)
             sys.stdout.flush()
+            if streams.reader_left:
+                return
         print()
         return
     texts = [(prompt or "") + "".join(characters) for characters in zip(*stream, strict=True)]
     if as_json:
-        print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, "samples": texts}, ensure_ascii=False))
+        print(json.dumps({"checkpoint": str(loaded.path), "step": loaded.step, "samples": texts}))
         return
     for number, text in enumerate(texts, start=1):
         print(f"--- sample {number} of {num_samples} ---\n{text}")
@@ -238,7 +240,7 @@ def report(places: tuple[Path, ...], html: Path | None, png: Path | None, as_jso
 
 def main() -> None:
     """Run the command; a mistake is one line on standard error and exit code 2."""
-    with one_line_errors():
+    with one_line_errors(smaller="close other programs, ask for fewer samples, or use a machine with more memory"):
         try:
             charlm(standalone_mode=False)
         except click.exceptions.NoArgsIsHelpError as nothing_given:
