@@ -111,6 +111,8 @@ def train(cfg: DictConfig, state: Newest | None, run: Run) -> tuple[dict[str, An
         logger.log_hyperparams(hyperparameters(config, data))
     if trainer.is_global_zero:
         terminal.header(config, data, module.model, trainer)
+        for line in data.corpus.cautions():
+            terminal.caution(line)
     # A state from before the first step holds nothing that is not made again.
     path = state.path if state and state.content["global_step"] > 0 else None
     trainer.fit(module, data, ckpt_path=path, weights_only=True)

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from charlm import __version__, streams
-from charlm.errors import InputError, one_line_errors
+from charlm.errors import InputError, one_line_errors, out_of_memory
 
 # torch and Lightning are imported by the commands that need them, so that --help and mistakes answer at once.
 
@@ -51,7 +51,9 @@ def check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=value).item()  # read back, as meta and its like hold no numbers
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
         raise InputError(f"--device {value} is not there on this machine: use --device cpu, or auto") from None
     return value
 

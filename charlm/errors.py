@@ -50,7 +50,11 @@ class OutOfMemory(InputError):
 
 
 class Terminated(SystemExit):
-    """SIGTERM or SIGHUP came, and the program ends where it happens to be; the code is 128 + the signal's number."""
+    """SIGTERM or SIGHUP came, and the program ends where it happens to be, with 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
 
 
 @contextmanager
@@ -92,9 +96,9 @@ def last_words(error: BaseException, smaller: str) -> tuple[str, int] | None:
     if interrupted(error) and getattr(error, "code", None) != 130:
         return "interrupted", 130
     if type(error).__name__ == "SIGTERMException":
-        error = Terminated(128 + signal.SIGTERM)
+        error = Terminated(signal.SIGTERM)
     if isinstance(error, Terminated):
-        return f"stopped by {signal.Signals(error.code - 128).name} before the end", error.code
+        return f"stopped by {error.signal.name} before the end", 128 + error.signal
     if isinstance(error, SystemExit):
         return None
     if trouble := out_of_memory(error, smaller):
@@ -119,7 +123,7 @@ def terminable() -> Iterator[None]:
             one
         ) in ours:  # a closing terminal sends SIGHUP twice, and the second must not interrupt what the first began
             signal.signal(one, signal.SIG_IGN)
-        raise Terminated(128 + number)
+        raise Terminated(number)
 
     for number in ours:
         signal.signal(number, end)
@@ -128,6 +132,17 @@ def terminable() -> Iterator[None]:
     finally:
         for number in ours:
             signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise OutOfMemory for a failed allocation, where only an InputError reaches the user: from another process."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, InputError) and (trouble := out_of_memory(error)):
+            raise trouble from error
+        raise
 
 
 def out_of_memory(error: BaseException, smaller: str = SMALLER) -> OutOfMemory | None:

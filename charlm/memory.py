@@ -6,10 +6,10 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-# PyTorch's allocators raise plain RuntimeErrors, which only their text tells apart.
+# PyTorch's allocators raise plain RuntimeErrors, and NumPy a ValueError: only their text tells them apart.
 REFUSED = re.compile(
     "can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed|std::bad_alloc"
-    "|CUBLAS_STATUS_ALLOC_FAILED"
+    "|CUBLAS_STATUS_ALLOC_FAILED|array is too big"
 )
 CGROUPS = Path("/sys/fs/cgroup")
 
@@ -20,7 +20,7 @@ def refused(error: BaseException) -> bool:
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's, without importing it
         return True
-    return isinstance(error, RuntimeError) and bool(REFUSED.search(str(error)))
+    return isinstance(error, RuntimeError | ValueError) and bool(REFUSED.search(str(error)))
 
 
 def told(error: BaseException) -> str:
@@ -29,9 +29,9 @@ def told(error: BaseException) -> str:
     parts = []
     if found := re.search(r"allocate (\d+) bytes", message):
         parts.append(f"{size(int(found[1]))} requested")
-    elif found := re.search(r"allocate ([\d.]+ [KMGTPE]?i?B|[\d.]+ bytes)", message):
-        parts.append(f"{found[1]} requested")
-    elif "overflowed" in message:
+    elif found := re.search(r"allocate ([\d.]+?)\.?( [KMGTPE]?i?B)", message):
+        parts.append(f"{found[1]}{found[2]} requested")
+    elif re.search("overflowed|array is too big", message):
         parts.append("more than 8 EiB requested")
     if found := re.search(r"total capacity of ([\d.]+ \w+)", message):
         parts.append(f"the GPU has {found[1]}")

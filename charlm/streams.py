@@ -28,7 +28,7 @@ def prepare() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
     codecs.register_error(HANDLER, spelled)
     if sys.stdin is None:
-        sys.stdin = open(0, encoding="utf-8", closefd=False)
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
     if sys.stdout is sys.__stdout__:
         sys.stdout = guarded(sys.stdout, 1)
     if sys.stderr is sys.__stderr__:
@@ -65,7 +65,7 @@ class Unfailing(io.FileIO):
     def write(self, data: Any) -> int:
         try:
             while (written := super().write(data)) is None:  # a pipe that another program made non-blocking is full
-                select.select([], [self], [])  # type: ignore[unreachable]
+                select.select([], [self], [])
             return written
         except OSError as error:
             self.note(error)

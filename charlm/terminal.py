@@ -24,7 +24,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
-from charlm.errors import InputError
+from charlm.errors import InputError, warn
 from charlm.report import LOSSES, name_of, plus_minus, short, table
 
 if TYPE_CHECKING:  # what trains nothing does without the seconds that these imports take
@@ -73,6 +73,12 @@ def say(thing: RenderableType) -> None:
     plain = Console(file=io.StringIO(), width=100, highlight=False, emoji=False)
     plain.print(thing)
     log.info("\n%s", plain.file.getvalue().rstrip())  # type: ignore[attr-defined]
+
+
+def caution(line: str) -> None:
+    """To standard error and to the run's log."""
+    warn(line)
+    log.warning(line)
 
 
 def header(config: dict[str, Any], data: "CharDataModule", model: "nn.Module", trainer: "L.Trainer") -> None:

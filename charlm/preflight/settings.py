@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 
 from charlm import config
 from charlm.budget import budget_of, limit_tokens, steps_of
-from charlm.errors import InputError
+from charlm.errors import InputError, out_of_memory
 from charlm.preflight.complaints import one_line
 from charlm.trainer import FSDP, precision_for
 
@@ -83,14 +83,16 @@ def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> None:
             model(torch.zeros(1, plain["data"]["block_size"], dtype=torch.long))
         instantiate(plain["scheduler"])(torch.optim.SGD([torch.zeros(1)]), budget_of(trainer))
     except InstantiationException as error:
+        if out_of_memory(error):
+            raise
         if isinstance(error.__cause__, ValueError):
             raise InputError(one_line(error.__cause__)) from error
     except ValueError as error:
         raise InputError(one_line(error)) from error
 
 
-def check_text(plain: dict[str, Any]) -> None:
-    """Read the text of one resolved configuration and cut it as training will.
+def check_text(plain: dict[str, Any]) -> list[str]:
+    """Read the text of one resolved configuration and cut it as training will. Returns what is strange about it.
 
     Raises:
         InputError: for a text that cannot be had or is too short, or a split that there is not.
@@ -99,6 +101,7 @@ def check_text(plain: dict[str, Any]) -> None:
     data.setup()
     for split in plain["evaluate"]:
         data.windows(split)
+    return [*data.corpus.cautions()]
 
 
 def check_hardware(trainer: dict[str, Any]) -> None:
