@@ -11,7 +11,7 @@ REFUSED = re.compile(
     "can't allocate memory|not enough memory|out of memory|Storage size calculation overflowed|std::bad_alloc"
     "|CUBLAS_STATUS_ALLOC_FAILED|array is too big"
 )
-CGROUPS = Path("/sys/fs/cgroup")
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def refused(error: BaseException) -> bool:
@@ -58,7 +58,7 @@ def cgroup_limits() -> list[int]:
     """The limits of this process's control groups, as containers and batch systems set them."""
     found = []
     with suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
+        for line in OWN_CGROUPS.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             root, name = (CGROUPS / "memory", "memory.limit_in_bytes") if controllers else (CGROUPS, "memory.max")
             if controllers and "memory" not in controllers.split(","):

@@ -26,8 +26,8 @@ def decode(file: Path, raw: bytes) -> str:
     try:
         return raw.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        where = f"byte 0x{raw[error.start]:02x} at offset {error.start:,}"
-        raise UnicodeError(f"{file} is not UTF-8 ({where}): {remedy(file, raw)}") from error
+        where = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
+        raise UnicodeError(f"{file} is not UTF-8: {where}; {remedy(file, raw)}") from error
 
 
 def remedy(file: Path, raw: bytes) -> str:
@@ -60,7 +60,7 @@ def wide(sample: bytes) -> str | None:
         return None
     little_end_first = count(sample[1::2], CONTROLS) > count(sample[::2], CONTROLS)
     for name in ("UTF-16LE", "UTF-32LE") if little_end_first else ("UTF-16BE", "UTF-32BE"):
-        if (text := decodes(sample, name)) and not any(ord(character) in CONTROLS for character in text):
+        if (text := decodes(sample, name)) and {*text}.isdisjoint(CONTROLS.decode()):
             return name
     return None
 
