@@ -81,7 +81,7 @@ def test_a_job_that_fails_costs_only_itself(sweep, tmp_path):
     assert ended.err.count("\n") == 1
     assert "failed: batch_size=10000000000000: " in ended.out
     failed = tmp_path / "s" / "batch_size=10000000000000"
-    assert "MemoryError" in (failed / "terminal.log").read_text()
+    assert "charlm: out of memory (" in (failed / "terminal.log").read_text()
     assert "MemoryError" in (failed / "train.log").read_text()
     assert not (failed / "results.json").exists()
     rows = [*csv.DictReader((tmp_path / "s" / "results.csv").read_text().splitlines())]
