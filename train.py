@@ -55,11 +55,14 @@ def main(cfg: DictConfig) -> None:
     with one_line_errors(), terminal.logged():
         cfg, state = begun(cfg, HydraConfig.get().overrides.task)
         with Run(plain(cfg), follows(plain(cfg, resolve=False))) as run:
-            train(cfg, state, run)
+            finished = train(cfg, state, run)
+        if finished:  # results.json and run.json are final, whatever happens to the terminal from here on
+            terminal.summary(*finished)
+            terminal.next_commands(Path(cfg.run_dir))
 
 
-def train(cfg: DictConfig, state: Newest | None, run: Run) -> None:
-    """Configuration -> parts -> fit -> evaluate."""
+def train(cfg: DictConfig, state: Newest | None, run: Run) -> tuple[dict[str, Any], str] | None:
+    """Configuration -> parts -> fit -> evaluate. Returns the results and a sample, in the first process only."""
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     data: CharDataModule = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
     data.setup()
@@ -108,12 +111,13 @@ def train(cfg: DictConfig, state: Newest | None, run: Run) -> None:
         logger.log_hyperparams(hyperparameters(config, data))
     if trainer.is_global_zero:
         terminal.header(config, data, module.model, trainer)
+        for line in data.corpus.cautions():
+            terminal.caution(line)
     # A state from before the first step holds nothing that is not made again.
     path = state.path if state and state.content["global_step"] > 0 else None
     trainer.fit(module, data, ckpt_path=path, weights_only=True)
     model = module.whole()
-    if trainer.is_global_zero:
-        finish(config, data, model, trainer, throughput)
+    return finish(config, data, model, trainer, throughput) if trainer.is_global_zero else None
 
 
 def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
@@ -149,8 +153,8 @@ def finish(
     model: nn.Module,
     trainer: L.Trainer,
     throughput: Throughput,
-) -> None:
-    """The exact figures of the trained model: to the dashboard, to results.json and to the person who waits."""
+) -> tuple[dict[str, Any], str]:
+    """Evaluate the trained model exactly, and write the results to the dashboard and to results.json."""
     run_dir, model = Path(config["run_dir"]), model.to(trainer.strategy.root_device)
     with terminal.tracked("evaluating") as progress:
         found = figures(model, data, config["evaluate"], report=progress)
@@ -179,9 +183,8 @@ def finish(
     }
     with torch.inference_mode():
         sample = "".join(write(model, data.tokenizer, config["sample_length"], seed=config["seed"]))
-    terminal.summary(results, sample)
-    terminal.next_commands(run_dir)
     report.write_json(run_dir / report.RESULTS, results)
+    return results, sample
 
 
 if __name__ == "__main__":

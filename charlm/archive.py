@@ -21,7 +21,7 @@ from torch._weights_only_unpickler import Unpickler
 from torch.storage import TypedStorage, UntypedStorage
 
 from charlm.disk import open_regular
-from charlm.errors import InputError
+from charlm.errors import InputError, out_of_memory
 
 LABEL = b"sha256:"
 COMMENT = len(LABEL) + 64  # bytes
@@ -141,6 +141,8 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
     except Exception as error:  # a damaged or foreign file fails in zip, pickle or torch in any way it likes
+        if out_of_memory(error):
+            raise
         raise InputError(f"{path} is not a checkpoint of charlm, or is damaged") from error
 
 

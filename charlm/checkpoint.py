@@ -18,7 +18,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from charlm import archive
 from charlm.config import STRICT, check_node
 from charlm.disk import PARTIAL, check_kind, write_atomically
-from charlm.errors import InputError, printable, warn
+from charlm.errors import InputError, out_of_memory, printable, warn
 from charlm.tokenizer import TOKENIZERS, CharTokenizer
 
 # The layout of `record`; raised when an older reader could not understand it.
@@ -129,6 +129,8 @@ def load(run_or_file: str | Path, device: str | torch.device = "cpu") -> Checkpo
     except InputError as error:
         raise InputError(f"{path} is not used: {one_line(error)}") from error
     except Exception as error:  # a model is built from whatever the file says
+        if out_of_memory(error):
+            raise
         raise InputError(
             f"{path} is damaged or of another version: {one_line(error)}; train again, or use its backup"
         ) from error

@@ -9,8 +9,8 @@ from typing import Any
 
 import click
 
-from charlm import __version__
-from charlm.errors import COMMANDS, InputError, one_line_errors, printable
+from charlm import __version__, streams
+from charlm.errors import COMMANDS, InputError, one_line_errors, out_of_memory, printable
 
 # torch and Lightning are imported by the commands that need them, so that --help and mistakes answer at once.
 
@@ -58,7 +58,9 @@ def check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.zeros(1, device=value).item()  # read back, as meta and its like hold no numbers
-    except (RuntimeError, AssertionError):
+    except (RuntimeError, AssertionError) as error:
+        if out_of_memory(error):
+            raise
         raise InputError(f"--device {value} is not there on this machine: use --device cpu, or auto") from None
     return value
 
@@ -115,6 +117,8 @@ def generate(
         for character in stream:
             sys.stdout.write(printable(character, keep=LAYOUT))
             sys.stdout.flush()
+            if streams.reader_left:
+                return
         print()
         return
     texts = [(prompt or "") + "".join(characters) for characters in zip(*stream, strict=True)]
@@ -250,7 +254,7 @@ def report(places: tuple[Path, ...], html: Path | None, png: Path | None, as_jso
 
 def main() -> None:
     """Run the command; a mistake is one line on standard error and exit code 2."""
-    with one_line_errors():
+    with one_line_errors(smaller="close other programs, ask for fewer samples, or use a machine with more memory"):
         try:
             charlm(standalone_mode=False)
         except click.exceptions.NoArgsIsHelpError as nothing_given:

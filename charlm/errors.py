@@ -1,12 +1,18 @@
 """What a person gave cannot work: raised with one line to read, told where a command begins."""
 
 import errno
-import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import NoReturn
+
+from charlm import memory, streams
+
+SMALLER = "lower data.batch_size, data.block_size or the size of the model"
 
 # Reasons of the file system that a person can do something about; any other OSError is a defect of ours.
 DISK_TROUBLE = {
@@ -69,34 +75,115 @@ class CorpusUnavailable(InputError):
     """A corpus that exists but cannot be had from here, for example without internet."""
 
 
+class OutOfMemory(InputError):
+    """An allocation failed: how much was requested, what the limit is, what to make smaller."""
+
+    code = 1
+
+
+class Terminated(SystemExit):
+    """SIGTERM or SIGHUP came, and the program ends where it happens to be, with 128 + the signal's number."""
+
+    def __init__(self, number: int):
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
+
+
 @contextmanager
-def one_line_errors() -> Iterator[None]:
-    """Tell a person's mistake in one line on standard error, with exit code 2; 1 for trouble with the disk."""
+def one_line_errors(smaller: str = SMALLER) -> Iterator[None]:
+    """The shell around every program: mistakes end it with one line on standard error, and no pipe breaks it.
+
+    Args:
+        smaller: what to change if memory does not suffice.
+
+    Raises:
+        SystemExit: with code 2 for a mistake; 1 for trouble with the disk or with memory; 128 + the signal's number
+            for Ctrl-C, SIGTERM and SIGHUP; 141 if the reader of standard output has left (`| head`).
+    """
+    streams.prepare()
+    try:
+        with terminable():
+            yield
+        end_unread()
+    except BaseException as error:
+        if told := last_words(error, smaller):
+            stop(*told)
+        if isinstance(error, SystemExit) and not error.code:
+            end_unread()
+        raise
+
+
+def end_unread() -> None:
+    """Exit as a program does that SIGPIPE ends, if nobody reads what this one printed."""
+    sys.stdout.flush()
+    if streams.reader_left:
+        sys.exit(128 + streams.SIGPIPE)
+
+
+def last_words(error: BaseException, smaller: str) -> tuple[str, int] | None:
+    """The line and the exit code for an error; None for a defect of ours, and for an end that needs no words."""
+    if isinstance(error, InputError):
+        return str(error), error.code
+    # Lightning ends a run in silence on Ctrl-C, and with exit code 0 on SIGTERM, which would say that it finished.
+    if interrupted(error) and getattr(error, "code", None) != 130:
+        return "interrupted", 130
+    if type(error).__name__ == "SIGTERMException":
+        error = Terminated(signal.SIGTERM)
+    if isinstance(error, Terminated):
+        return f"stopped by {error.signal.name} before the end", 128 + error.signal
+    if isinstance(error, SystemExit):
+        return None
+    if trouble := out_of_memory(error, smaller):
+        return str(trouble), trouble.code
+    if isinstance(error, OSError) and error.errno in DISK_TROUBLE:
+        return f"{error.filename or 'the disk'}: {error.strerror}; choose another folder, or make room", 1
+    return None
+
+
+@contextmanager
+def terminable() -> Iterator[None]:
+    """Raise Terminated on SIGTERM and SIGHUP, so that run.json tells how the run ended and no partial file is left.
+
+    What the parent ignored, as nohup does, stays ignored, and other handlers stay in charge.
+    """
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    ours = [number for number in numbers if in_main_thread and signal.getsignal(number) == signal.SIG_DFL]
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        for (
+            one
+        ) in ours:  # a closing terminal sends SIGHUP twice, and the second must not interrupt what the first began
+            signal.signal(one, signal.SIG_IGN)
+        raise Terminated(number)
+
+    for number in ours:
+        signal.signal(number, end)
     try:
         yield
-    except InputError as error:
-        stop(str(error), error.code)
-    except KeyboardInterrupt:
-        stop("interrupted", 130)
-    except SystemExit as ended:
-        # Lightning ends a run in silence on Ctrl-C, and with exit code 0 on SIGTERM, which would say that it finished.
-        if ended.code != 130 and interrupted(ended):
-            stop("interrupted", 130)
-        if type(ended).__name__ != "SIGTERMException":
-            raise
-        stop("terminated before the end", 143)
-    except BrokenPipeError:
-        # The reader of our output is gone (| head): no more to say. Python's own flush at exit would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except OSError as error:
-        if error.errno not in DISK_TROUBLE:
-            raise
-        stop(f"{error.filename or 'the disk'}: {error.strerror}; choose another folder, or make room", 1)
+    finally:
+        for number in ours:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raise OutOfMemory for a failed allocation, where only an InputError reaches the user: from another process."""
+    try:
+        yield
     except Exception as error:
-        if not interrupted(error):
-            raise
-        stop("interrupted", 130)
+        if not isinstance(error, InputError) and (trouble := out_of_memory(error)):
+            raise trouble from error
+        raise
+
+
+def out_of_memory(error: BaseException, smaller: str = SMALLER) -> OutOfMemory | None:
+    """The failed allocation that an error comes from, in one line; None if it comes from something else."""
+    for cause in chain(error):
+        if memory.refused(cause):
+            told = memory.told(cause)
+            return OutOfMemory(f"out of memory{f' ({told})' * bool(told)}: {smaller}")
+    return None
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
+from charlm import streams
 from charlm.disk import check_kind, write_atomically
-from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted, warn
+from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted, out_of_memory, warn
 from charlm.recorded import all_references, check_record
 from charlm.report import as_json, read_json
 
@@ -222,19 +223,20 @@ def disk_trouble(error: BaseException, folder: Path) -> DiskError | None:
 
 def how(error: BaseException | None) -> tuple[str, str | None]:
     """The status and its reason, after what ended a run."""
-    import torch
-
     if error is None:
         return "finished", None
     if interrupted(error):  # which Lightning makes an exit code of 1
         return "stopped", "SIGINT"
     if isinstance(error, SystemExit):
-        told = {0: "stop_at"} | {128 + number: number.name for number in signal.Signals}
+        told = {0: "stop_at", 128 + streams.SIGPIPE: "SIGPIPE"}
+        told |= {128 + number: number.name for number in signal.Signals}
         return ("stopped", told[error.code]) if error.code in told else ("failed", f"exit code {error.code}")
+    if isinstance(error, InputError):
+        return "failed", str(error)
+    if trouble := out_of_memory(error):
+        return "failed", str(trouble)
     line = str(error).strip().partition("\n")[0]
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in line:
-        return "failed", f"out of memory: {line}" if line else "out of memory"
-    return "failed", line if isinstance(error, InputError) else f"{type(error).__name__}: {line}"
+    return "failed", f"{type(error).__name__}: {line}"
 
 
 def follows(node: dict[str, Any]) -> dict[str, str]:

@@ -92,6 +92,12 @@ def say(thing: RenderableType) -> None:
     log.info("\n%s", plain.file.getvalue().rstrip())  # type: ignore[attr-defined]
 
 
+def caution(line: str) -> None:
+    """To standard error and to the run's log."""
+    warn(line)
+    log.warning(line)
+
+
 def header(config: dict[str, Any], data: "CharDataModule", model: "nn.Module", trainer: "L.Trainer") -> None:
     """Before a run: what is trained, on what, how, and where it is written."""
     from charlm.budget import budget_of

@@ -6,6 +6,7 @@ import runpy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -38,10 +39,14 @@ class Ended:
     err: str
 
 
-def become(argv: list[str], cwd: str, env: dict[str, str], out: str, err: str) -> None:
-    """In the command's own process: take its place."""
-    for name, descriptor in ((out, 1), (err, 2)):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), descriptor)
+def become(argv: list[str], cwd: str, env: dict[str, str], out: str | Connection, err: str) -> None:
+    """In the command's own process: take its place. `out`: a file, or the end of a pipe."""
+    for place, descriptor in ((out, 1), (err, 2)):
+        opened = os.open(place, os.O_WRONLY | os.O_CREAT) if isinstance(place, str) else os.dup(place.fileno())
+        os.dup2(opened, descriptor)
+        os.close(opened)
+    if not isinstance(out, str):
+        out.close()
     os.chdir(cwd)
     os.environ.update(env)
     sys.argv = argv

@@ -3,8 +3,11 @@
 import gzip
 import hashlib
 import json
+import shutil
 import socket
+import subprocess
 import time
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,9 +15,12 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from charlm.data import corpus
 from charlm.data.corpus import load_corpus
+from charlm.data.encoding import decode
 from charlm.errors import CorpusUnavailable, InputError
 
 ROOT = Path(__file__).parent.parent
@@ -71,6 +77,90 @@ def test_every_file_of_a_folder_loses_its_byte_order_mark(tmp_path):
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_bytes(f"\ufeff{name}\n".encode())
     assert load_corpus("text", str(tmp_path)).text == "a.txt\nb.txt\n"
+
+
+LETTERS = st.text(st.characters(max_codepoint=0x24F, exclude_categories=["C"]), min_size=2)
+ALPHABETS = ["abcdefghij", "éàçüñ abc", "жизнь и судьба", "αβγδε ζ", "\U0001f600 ok", "日本語 か\n"]
+TEXTS = st.lists(st.sampled_from([*ALPHABETS, "word", "\n", ", "]) | LETTERS, min_size=3, max_size=20).map(" ".join)
+WIDE = ["UTF-16LE", "UTF-16BE", "UTF-32LE", "UTF-32BE"]
+
+
+@given(text=TEXTS, name=st.sampled_from(WIDE))
+def test_a_wide_encoding_is_named_by_its_byte_order_mark_and_utf8_is_read(text, name):
+    with pytest.raises(UnicodeError, match=f"is {name}.* iconv -f {name} -t UTF-8 'a b.txt' > NEW"):
+        decode(Path("a b.txt"), ("\ufeff" + text).encode(name))
+    for encoding in ("utf-8", "utf-8-sig"):
+        assert decode(Path("a.txt"), text.encode(encoding)) == text
+
+
+@given(
+    text=st.text(st.characters(max_codepoint=0xFF, exclude_categories=["C"]), min_size=4), name=st.sampled_from(WIDE)
+)
+def test_a_wide_encoding_of_latin_letters_is_named_without_a_mark(text, name):
+    with pytest.raises(UnicodeError, match=f"iconv -f {name} "):
+        decode(Path("a.txt"), text.encode(name))
+
+
+@pytest.mark.parametrize("name", WIDE)
+def test_a_wide_encoding_of_other_alphabets_is_named_without_a_mark(name):
+    for text in ("жизнь и судьба\n" * 9, "αβγδε ζ\n" * 9, "שלום עולם\n" * 9):
+        with pytest.raises(UnicodeError, match=f"iconv -f {name} "):
+            decode(Path("a.txt"), text.encode(name))
+
+
+@pytest.mark.parametrize(
+    ("raw", "advice"),
+    [
+        ("Le café où l'on mange déjà\n".encode("latin-1") * 9, "may be LATIN1, .*iconv -f LATIN1 -t UTF-8 a.txt > NEW"),
+        ("“Quoted” text – with dashes\n".encode("cp1252") * 9, "may be WINDOWS-1252, .*iconv -f WINDOWS-1252"),
+        ("жизнь и судьба\n".encode("koi8-r") * 9, "find its encoding, .*iconv -f ENCODING"),
+        ("こんにちは世界\n".encode("shift-jis") * 9, "find its encoding, .*iconv -f ENCODING"),
+        ("déjà vu où\n".encode() * 9 + b"\xe9", "some of its bytes are damaged, .*iconv -c -f UTF-8 -t UTF-8 a.txt"),
+        (zlib.compress(bytes(range(256)) * 20), "binary"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + bytes(range(256)), "binary"),
+        (b"\x7fELF\2\1\1" + bytes(99) + b"\xff\xfe", "binary"),
+    ],
+)
+def test_what_is_not_utf8_is_refused_with_what_to_do(raw, advice):
+    with pytest.raises(UnicodeError, match=f"a.txt is not UTF-8: byte 0x.. at offset \\d+; .*{advice}"):
+        decode(Path("a.txt"), raw)
+
+
+def test_the_conversion_of_a_packed_file_unpacks_it():
+    with pytest.raises(UnicodeError, match=r"gunzip -c a.txt.gz \| iconv -f LATIN1 -t UTF-8 > NEW"):
+        decode(Path("a.txt.gz"), "déjà vu, again and again".encode("latin-1"))
+
+
+@pytest.mark.skipif(not shutil.which("iconv"), reason="needs iconv")
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-be", "utf-32", "latin-1", "cp1252"])
+def test_the_command_that_is_suggested_converts_the_file(tmp_path, monkeypatch, encoding):
+    monkeypatch.chdir(tmp_path)
+    text = "Le café où l'on mange déjà" + " “à toute heure”" * (encoding != "latin-1")
+    Path("it's old.txt").write_bytes(text.encode(encoding))
+    with pytest.raises(InputError) as refusal:
+        load_corpus("text", "it's old.txt")
+    subprocess.run(["sh", "-c", str(refusal.value).rpartition("with ")[2]], check=True)
+    assert load_corpus("text", "NEW").text == text
+
+
+def test_nuls_and_windows_line_ends_are_text_but_pointed_out_once(train, tmp_path, prose):
+    (tmp_path / "odd.txt").write_text(prose[:2000].replace("\n", "\r\n") + "\0", newline="")
+    settings = ["trainer=cpu", "data=text", "data.path=odd.txt", "trainer.max_steps=2", "evaluate=[val]"]
+    ended = train(*settings, "hydra.run.dir=run")
+    assert ended.code == 0
+    nuls, ends = ended.err.splitlines()
+    assert nuls.startswith("charlm: odd.txt contains 1 NUL characters, ")
+    assert nuls.endswith(r"tr -d '\000' < FILE > NEW")
+    assert ends.startswith(f"charlm: odd.txt has {prose[:2000].count(chr(10))} line ends of Windows (\\r\\n), ")
+    assert ends.endswith(r"tr -d '\r' < FILE > NEW")
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert all(log.count(line.removeprefix("charlm: ")) == 1 for line in (nuls, ends))
+    ended = train("-m", *settings, "seed=1,2", "hydra.sweep.dir=sweep")
+    assert (ended.code, ended.err.splitlines()) == (0, [nuls, ends])
+
+
+def test_plain_text_is_not_pointed_out():
+    assert [*corpus.Corpus("a", "one\ntwo\rthree\t\n", "a").cautions()] == []
 
 
 def test_gz_is_unpacked(tmp_path):

@@ -39,6 +39,7 @@ ENDS: dict[str, signal.Signals | None] = {
     "term": signal.SIGTERM,
     "int": signal.SIGINT,
     "usr1": signal.SIGUSR1,
+    "hup": signal.SIGHUP,
     "raise": None,
 }
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
@@ -295,7 +296,7 @@ def test_resuming_a_finished_run_says_so_and_does_nothing(trained, capsys):
 
 def test_a_stopped_run_says_how_to_go_on(start, tmp_path, text_file):
     folder = tmp_path / "run"
-    for end, code in (("int", 130), ("term", 143), ("usr1", 138)):
+    for end, code in (("int", 130), ("term", 143), ("usr1", 138), ("hup", 129)):
         begun = (
             [f"resume={folder}"]
             if folder.exists()
@@ -306,8 +307,25 @@ def test_a_stopped_run_says_how_to_go_on(start, tmp_path, text_file):
     assert b"session_start_info" in events
     assert b"session_end_info" not in events  # it has neither succeeded nor failed
     log = (tmp_path / "log").read_text()
-    for name, step in (("SIGINT", 5), ("SIGTERM", 10), ("SIGUSR1", 15)):
+    for name, step in (("SIGINT", 5), ("SIGTERM", 10), ("SIGUSR1", 15), ("SIGHUP", 20)):
         assert f"charlm: stopped by {name} after step {step}; go on with: python train.py resume=" in log
+
+
+@pytest.mark.parametrize(("end", "code"), [("term", 143), ("hup", 129)])
+def test_a_signal_during_the_final_evaluation_stops_the_run_in_one_line_and_resume_finishes_it(
+    start, tmp_path, text_file, end, code
+):
+    folder = tmp_path / "run"
+    begun = [*SETTINGS, f"data.path={text_file}", f"hydra.run.dir={folder}"]
+    assert start(*begun, place="evaluation", number=1, end=end) == code
+    name = signal.Signals(code - 128).name
+    log = (tmp_path / "log").read_text()
+    assert log.endswith(f"\ncharlm: stopped by {name} before the end\n")
+    assert "Traceback" not in log
+    record = json.loads((folder / "run.json").read_text())
+    assert (record["status"], record["reason"], record["step"]) == ("stopped", name, 40)
+    assert start(f"resume={folder}") == 0
+    assert json.loads((folder / report.RESULTS).read_text())["steps"] == 40
 
 
 def test_ctrl_c_is_told_as_such_whatever_it_became(capsys):

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and a scheduler's warning: finish the step, save, say how to go on, and exit as a stopped process."""
+"""Stop a run on a signal or a closed pipe: finish the step, save, print how to continue, exit as a stopped process."""
 
 import os
 import signal
@@ -10,11 +10,13 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
 
-from charlm import terminal
+from charlm import streams, terminal
 from charlm.callbacks.checkpoint import Checkpoint, validates_now
 
 # The last two are what Slurm is asked to send ahead of the end: sbatch --signal=USR1@60, and submitit for USR2.
-SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGUSR1, signal.SIGUSR2] if os.name == "posix" else [])]
+SIGNALS = [signal.SIGINT, signal.SIGTERM]
+SIGNALS += [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2] if os.name == "posix" else []
+NAMES = {streams.SIGPIPE: "SIGPIPE"} | {number: number.name for number in SIGNALS}
 
 
 class Stop(L.Callback):
@@ -54,9 +56,12 @@ class Stop(L.Callback):
         if not trainer.global_step >= trainer.max_steps > 0:
             self.leave(trainer)
 
-    def leave(self, trainer: L.Trainer) -> None:
+    def leave(self, trainer: L.Trainer, at_end: bool = False) -> None:
         """All processes together, whichever of them was told to."""
         number = self.received
+        # At its end, a run whose reader has left finishes: its figures are what it was for.
+        if not number and streams.reader_left and not at_end:
+            number = streams.SIGPIPE
         if trainer.world_size > 1:
             told = torch.tensor(number, device=trainer.strategy.root_device)
             number = int(trainer.strategy.reduce(told, reduce_op="max"))
@@ -70,13 +75,13 @@ class Stop(L.Callback):
                     callback.save(trainer)
                 paths.append(callback.path)
         if trainer.is_global_zero:
-            why = f"stopped by {signal.Signals(number).name}" if number else "stopped"
+            why = f"stopped by {NAMES[number]}" if number else "stopped"
             terminal.stopped(why, trainer.global_step, paths[0].parent.parent if paths else None)
         raise SystemExit(128 + number if number else 0)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.at = None  # as it is at its end
-        self.leave(trainer)
+        self.leave(trainer, at_end=True)
         self.give_back()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:

@@ -4,12 +4,13 @@ import gzip
 import hashlib
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from glob import glob, has_magic
 from pathlib import Path
 
+from charlm.data.encoding import decode
 from charlm.errors import CorpusUnavailable, InputError
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
@@ -34,6 +35,19 @@ class Corpus:
     def card(self) -> dict[str, str | int]:
         """What a checkpoint and a results file say of the corpus; plain types."""
         return {"name": self.name, "source": self.source, "sha256": self.sha256, "characters": len(self.text)}
+
+    def cautions(self) -> Iterator[str]:
+        """Characters that a model learns though they are seldom meant as text: a line for each kind."""
+        if nuls := self.text.count("\0"):
+            yield (
+                f"{self.name} contains {nuls:,} NUL characters, which the model learns as text: if the file is not "
+                f"meant to have them, remove them with tr -d '\\000' < FILE > NEW"
+            )
+        if ends := self.text.count("\r\n"):
+            yield (
+                f"{self.name} has {ends:,} line ends of Windows (\\r\\n), and the model learns \\r as a character: "
+                f"remove it with dos2unix FILE, or tr -d '\\r' < FILE > NEW"
+            )
 
 
 def tinyshakespeare(path: str | None = None) -> Corpus:
@@ -162,12 +176,9 @@ def read_text(file: Path) -> str:
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     try:
-        return raw.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{file} is not UTF-8: byte 0x{raw[error.start]:02x} at offset {error.start}; "
-            f"convert it first, for example with iconv -f latin1 -t utf-8"
-        ) from error
+        return decode(file, raw)
+    except UnicodeError as error:
+        raise InputError(str(error)) from error
 
 
 CORPORA: dict[str, Callable[[str | None], Corpus]] = {f.__name__: f for f in (tinyshakespeare, pydoc, text)}

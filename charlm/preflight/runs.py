@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from charlm.errors import InputError
+from charlm.errors import InputError, memory_errors, warn
 from charlm.preflight.complaints import told_in_one_line
 
 RUN_DIR = "<run>"  # stands for the folder of a run, which is not known yet
@@ -27,6 +27,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     return found
 
 
+@memory_errors()
 def check_runs(runs: Sequence[dict[str, Any]], elsewhere: bool, texts: bool = True) -> int:
     """Check the settings of every run of a sweep, and then the text of each: texts take time, and perhaps the network.
 
@@ -53,6 +54,7 @@ def check_runs(runs: Sequence[dict[str, Any]], elsewhere: bool, texts: bool = Tr
             raise InputError(f"trainer.devices={devices} names GPUs, and a sweep gives them out itself: say how many")
     if texts:
         different = {str([run["tokenizer"], run["evaluate"], {**run["data"], "batch_size": 0}]): run for run in runs}
-        for run in different.values():
-            check_text(run)
+        cautions = {line: None for run in different.values() for line in check_text(run)}  # once, in this order
+        for line in cautions:
+            warn(line)
     return gpus

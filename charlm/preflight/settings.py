@@ -18,10 +18,10 @@ from hydra.utils import instantiate
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from charlm import config
+from charlm import config, memory
 from charlm.budget import budget_of, limit_tokens, steps_of
 from charlm.data.chunks import BATCHES_PER_DRAW
-from charlm.errors import InputError, one_line
+from charlm.errors import InputError, one_line, out_of_memory
 from charlm.trainer import FSDP, precision_for
 
 MOST_TENSORS = 10_000  # twelve for each layer of a Transformer
@@ -94,6 +94,8 @@ def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> None:
         cause = error.__cause__ or error
         if isinstance(cause, ValueError):
             raise InputError(one_line(cause)) from error
+        if out_of_memory(cause) and not own:
+            raise
         if own:  # another's may need numbers to be made
             raise InputError(f"model: no model can be made with these settings ({one_line(cause)})") from error
     except (ArithmeticError, MemoryError, RuntimeError, TypeError) as error:
@@ -142,15 +144,15 @@ def check_memory(plain: dict[str, Any], model: nn.Module) -> None:
             "a smaller data.batch_size or data.block_size",
         ),
     }
-    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there, words = memory.limit() or (2**63, "")
     for what, (size, advice) in needs.items():
         if size > there:
-            sizes = f"at least {size / 2**30:,.0f} GiB, and this machine has {there / 2**30:,.0f}"
+            sizes = f"at least {memory.size(size)}, and {words} {memory.size(there)}"
             raise InputError(f"{what} need {sizes}: choose {advice}")
 
 
-def check_text(plain: dict[str, Any]) -> None:
-    """Read the text of one resolved configuration and cut it as training will.
+def check_text(plain: dict[str, Any]) -> list[str]:
+    """Read the text of one resolved configuration and cut it as training will. Returns what is strange about it.
 
     Raises:
         InputError: for a text that cannot be had or is too short, or a split that there is not.
@@ -159,6 +161,7 @@ def check_text(plain: dict[str, Any]) -> None:
     data.setup()
     for split in plain["evaluate"]:
         data.windows(split)
+    return [*data.corpus.cautions()]
 
 
 def check_hardware(trainer: dict[str, Any]) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from charlm import report, terminal
+from charlm import report, streams, terminal
 from charlm.errors import InputError, stop
 from charlm.ledger import TABLE, Ledger, State
 from charlm.preflight import held, is_sweep, options
@@ -75,7 +75,7 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
         The final figures of each job, by its name.
 
     Raises:
-        SystemExit: with code 1, after the last job, if any failed; 130 or 143 if the sweep was stopped.
+        SystemExit: with code 1, after the last job, if any failed; 130, 141 or 143 if the sweep was stopped.
     """
     ledger.write()
     (sweep_dir / TABLE).unlink(missing_ok=True)
@@ -95,6 +95,8 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
         def look(running: Sequence[Running | Handed]) -> None:
             source.watch(running)
             sight.look([(one.job.name, one.job.folder, one.job.max_steps, one.since) for one in running])
+            if streams.reader_left:
+                raise SystemExit(128 + streams.SIGPIPE)  # which stops the jobs, as a signal does
 
         try:
             pool.run(source.todo(), source.total, lambda job: ledger.set(job.name, "running"), ended, look)

@@ -1,0 +1,86 @@
+"""Encodings of text files: charlm reads UTF-8, and suggests how to convert what is something else."""
+
+import codecs
+import shlex
+from pathlib import Path
+
+SAMPLE = 2**16  # bytes of a file by which its encoding is judged
+MARKS = {  # UTF-32 first, as its little-endian mark begins with that of UTF-16
+    "UTF-32LE": codecs.BOM_UTF32_LE,
+    "UTF-32BE": codecs.BOM_UTF32_BE,
+    "UTF-16LE": codecs.BOM_UTF16_LE,
+    "UTF-16BE": codecs.BOM_UTF16_BE,
+}
+CONTROLS = bytes({*range(32), 127} - {*b"\t\n\v\f\r"})  # which no text of ASCII, Latin-1 or UTF-8 needs
+HIGH = bytes(range(128, 256))
+
+
+def decode(file: Path, raw: bytes) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark.
+
+    Raises:
+        UnicodeError: if it is something else; the message tells what it seems to be and how to convert it.
+    """
+    if b"\0" in raw[:SAMPLE] and (name := wide(raw[:SAMPLE])):  # such text may be valid UTF-8, full of NULs
+        raise UnicodeError(f"{file} is {name} and not UTF-8: convert it with {conversion(file, name)}")
+    try:
+        return raw.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        where = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
+        raise UnicodeError(f"{file} is not UTF-8: {where}; {remedy(file, raw)}") from error
+
+
+def remedy(file: Path, raw: bytes) -> str:
+    """What to do with a file that is not UTF-8."""
+    sample = raw[:SAMPLE]
+    if name := wide(sample):
+        return f"it is {name}, convert it with {conversion(file, name)}"
+    if count(sample, CONTROLS) > len(sample) / 100:
+        return "it seems to be binary and no text, give a text file"
+    lenient = raw.decode("utf-8", "replace")
+    broken = lenient.count("\ufffd")
+    if sum(character > "\x7f" for character in lenient) > 2 * broken:  # Latin-1 hardly ever looks like UTF-8
+        return f"only some of its bytes are damaged, remove them with {conversion(file, 'UTF-8')}"
+    # Western text has few letters beyond ASCII, so that more of them are another alphabet, or another language's own.
+    if 3 * count(raw, HIGH) < len(raw) - count(raw, b" \n\r\t"):
+        # Windows puts quotes and dashes where Latin-1 has control characters.
+        name = "WINDOWS-1252" if count(raw, HIGH[:32]) else "LATIN1"
+        if decodes(raw, name):
+            return f"it may be {name}, convert it with {conversion(file, name)}"
+    return f"find its encoding, and convert it with {conversion(file, 'ENCODING')}"
+
+
+def wide(sample: bytes) -> str | None:
+    """Is this UTF-16 or UTF-32, by its byte order mark or its zeros? Returns the name that iconv has for it."""
+    for name, mark in MARKS.items():
+        if sample.startswith(mark) and decodes(sample, name):
+            return name
+    # Of most alphabets, half of the bytes of UTF-16 are below 32, and on the same side of each character.
+    if 4 * count(sample, CONTROLS) < len(sample):
+        return None
+    little_end_first = count(sample[1::2], CONTROLS) > count(sample[::2], CONTROLS)
+    for name in ("UTF-16LE", "UTF-32LE") if little_end_first else ("UTF-16BE", "UTF-32BE"):
+        if (text := decodes(sample, name)) and {*text}.isdisjoint(CONTROLS.decode()):
+            return name
+    return None
+
+
+def decodes(raw: bytes, name: str) -> str | None:
+    """The text that bytes are in an encoding, whose last character may be cut off; None if they are none."""
+    try:
+        return codecs.getincrementaldecoder(name)().decode(raw)
+    except UnicodeDecodeError:
+        return None
+
+
+def count(raw: bytes, among: bytes) -> int:
+    """How many bytes of `raw` are among these."""
+    return len(raw) - len(raw.translate(None, delete=among))
+
+
+def conversion(file: Path, name: str) -> str:
+    """The command that converts a file to UTF-8; from UTF-8, without the bytes that are none."""
+    options = f"{'-c ' * (name == 'UTF-8')}-f {name} -t UTF-8"
+    if file.suffix == ".gz":
+        return f"gunzip -c {shlex.quote(str(file))} | iconv {options} > NEW"
+    return f"iconv {options} {shlex.quote(str(file))} > NEW"

@@ -1,0 +1,89 @@
+"""Standard output and error that never fail: closed, full, vanished or of a narrow encoding, they cost no run."""
+
+import codecs
+import errno
+import io
+import os
+import select
+import sys
+from typing import Any
+
+SIGPIPE = 13  # by number, as Windows has no such signal; a shell reports 128 + 13 for a program that wrote to no reader
+HANDLER = "charlm"  # the name of `spelled` as an error handler of codecs
+ASCII = {"±": "+-", "≈": "~", "…": "...", "×": "x", "·": ".", "−": "-", "–": "-", "—": "-", "‘": "'", "’": "'"}
+ASCII |= {"“": '"', "”": '"', "│": "|", "┃": "|", "║": "|"}
+
+reader_left = False  # has the program that reads our standard output ended, as in `| head`?
+
+
+def prepare() -> None:
+    """Make standard output and error safe to write to, at the start of a program.
+
+    A stream that a notebook or a test has put in place of the real one stays as it is, so a second call does nothing.
+    """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed by `>&-`: the next file would get this number, and what is printed
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    codecs.register_error(HANDLER, spelled)
+    if sys.stdin is None:
+        sys.stdin = io.TextIOWrapper(io.BufferedReader(io.FileIO(0, closefd=False)), encoding="utf-8")
+    if sys.stdout is sys.__stdout__:
+        sys.stdout = guarded(sys.stdout, 1)
+    if sys.stderr is sys.__stderr__:
+        sys.stderr = guarded(sys.stderr, 2)
+
+
+def guarded(stream: Any, descriptor: int) -> Any:
+    """A text stream like `stream`, which Python has opened on a descriptor or, where that was closed, not at all."""
+    if os.name == "nt" and stream:  # a console of Windows takes text, and no bytes
+        stream.reconfigure(errors=HANDLER)
+        return stream
+    raw = Unfailing(descriptor, "w", closefd=False)
+    if not stream:
+        return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors=HANDLER)
+    try:
+        stream.flush()
+    except OSError as error:
+        raw.note(error)
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding,
+        errors=HANDLER,
+        line_buffering=stream.line_buffering,
+        write_through=stream.write_through,
+    )
+
+
+class Unfailing(io.FileIO):
+    """A descriptor that drops what it cannot write.
+
+    All layers above it, Python's own flush at exit included, then need no care of their own.
+    """
+
+    def write(self, data: Any) -> int:
+        try:
+            while (written := super().write(data)) is None:  # a pipe that another program made non-blocking is full
+                select.select([], [self], [])
+            return written
+        except OSError as error:
+            self.note(error)
+            return memoryview(data).nbytes
+
+    def note(self, error: OSError) -> None:
+        """Keep in mind that nobody reads standard output any more. A full disk or a lost terminal is no such wish."""
+        global reader_left
+        reader_left |= error.errno == errno.EPIPE and self.fileno() == 1
+
+
+def spelled(error: UnicodeError) -> tuple[str, int]:
+    """Spell characters that an encoding lacks in ASCII, as an error handler of codecs."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(map(ascii_for, error.object[error.start : error.end])), error.end
+
+
+def ascii_for(character: str) -> str:
+    drawn = "\u2500" <= character <= "\u259f"  # lines and blocks, of which tables and bars are made
+    return ASCII.get(character, "-" if drawn else "?")
