@@ -13,7 +13,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from charlm import forkserver, report, terminal
+from charlm import report, terminal
 from charlm.errors import one_line_errors
 from charlm.preflight import check_command, is_sweep
 
@@ -22,11 +22,8 @@ CONF = Path(__file__).with_name("conf")
 if __name__ == "__main__" and is_sweep(sys.argv):
     from charlm.sweep.command import sweep
 
-    if forkserver.start():
-        gc.enable()
-        gc.freeze()
-        sweep(sys.argv, CONF)
-    # From here on this is the process that its jobs are forked from.
+    gc.enable()
+    sweep(sys.argv, CONF)  # which does without the imports below
 
 import lightning as L
 import torch
@@ -188,8 +185,6 @@ def finish(
 
 
 if __name__ == "__main__":
-    if is_sweep(sys.argv):
-        forkserver.serve()
     with one_line_errors():
         sys.argv = check_command(sys.argv, CONF)
         main()

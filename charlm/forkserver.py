@@ -1,158 +1,226 @@
-"""The process that the jobs of a sweep are forked from: it pays for their imports once, while the sweep goes on.
+"""The process that the jobs of a sweep are forked from: multiprocessing's fork server, which imports once for all jobs.
 
-A sweep's own process needs neither PyTorch nor Lightning. It forks the server off when it has begun nothing yet, and
-composes its jobs while that imports what jobs are made of: what a sweep has by the time that its jobs start, such as
-threads, handlers of signals, CUDA and the state of Hydra, no job finds.
+A sweep's own process needs neither PyTorch nor Lightning. It starts the server first, and composes its jobs while the
+server imports what jobs are made of. What a sweep has by the time that its jobs start, such as threads, handlers of
+signals, CUDA and the state of Hydra, no job finds.
+
+Jobs end with the server and with the sweep. A server that multiprocessing would start again after its death counts as
+dead: every process that is forked says which server it came from.
 """
 
 import os
-import pickle
-import socket
-import tempfile
+import signal
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from multiprocessing import get_context
-from multiprocessing.connection import wait
+from multiprocessing import forkserver, get_context, parent_process, resource_tracker
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any
 
 from charlm.errors import InputError
-from charlm.run import surroundings
 
-ENDED = "the process that jobs are forked from was ended: the same command goes on"
-SECONDS_BETWEEN_LOOKS = 0.5  # for a sweep that ends while its server still imports
+PRELOAD = "charlm.sweep.preload"  # the module that the server imports
+ROOT = Path(__file__).parent.parent
+SECONDS_BETWEEN_LOOKS = 0.5  # of a job at whether its sweep and its server are there
+SECONDS_FOR_A_CODE = 2.0  # in which the server reports how a process ended
+PATIENCE = 40.0  # seconds that a job leaves its sweep to stop it, after the server died; longer than the sweep takes
+GRACE = 5.0  # seconds to save in, for a job whose sweep is gone
+# Signals for the sweep: it stops its jobs by itself. Windows has no SIGHUP.
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
-server: socket.socket | None = None  # in the sweep's process: where the server is reached
-sweep: socket.socket | None = None  # in the server: where it is told what to do
-imported = threading.Event()
-watch: threading.Thread
-
-
-def start() -> bool:
-    """Fork the server off this process, as it is now. False: this is the server, which imports, and then `serve`s."""
-    global server, sweep, watch
-    server, sweep = socket.socketpair()
-    parent = os.getpid()
-    if os.fork():
-        sweep.close()
-        return True
-    server.close()
-    os.setsid()  # Ctrl-C is for the sweep
-    watch = threading.Thread(target=follow, args=(parent,), daemon=True)
-    watch.start()
-    return False
+context = get_context("forkserver")
+server: "Server | None" = None
 
 
-def follow(parent: int) -> None:
-    """End with the sweep, however that ends, as long as nothing else waits for it."""
-    while not imported.wait(SECONDS_BETWEEN_LOOKS):
-        if os.getppid() != parent:
-            os._exit(0)
+class ServerDied(InputError):
+    """The fork server was killed, or ran out of memory."""
+
+    code = 1
+
+    def __init__(self) -> None:
+        super().__init__("the fork server died, so all jobs were stopped: run the same command again to continue")
 
 
-def serve() -> None:
-    """Fork a process for each line that the sweep sends, until there is no sweep any more."""
-    assert sweep is not None
-    surroundings()  # of all jobs, as they run the code that is loaded here
-    imported.set()
-    watch.join()  # what is forked has no threads
-    running: dict[Any, tuple[Any, socket.socket]] = {}  # by what tells of the end
-    while True:
-        for ready in wait([sweep, *running]):
-            if ready in running:
-                ended, line = running.pop(ready)
-                ended.join()
-                tell(line, ended.exitcode)
-                line.close()
-                continue
-            _, descriptors, *_ = socket.recv_fds(sweep, 1, 2)
-            if not descriptors:
-                os._exit(0)
-            line = socket.socket(fileno=descriptors[0])
-            with open(descriptors[1], "rb") as file:
-                target, arguments = pickle.load(file)
-            process: Any = get_context("fork").Process(target=target, args=(line, *arguments))
-            process.start()
-            tell(line, process.pid)
-            running[process.sentinel] = process, line
-
-
-def send(target: Callable[..., None], *arguments: Any) -> socket.socket:
-    """Have the server call `target` in a process of its own. Returns a line, whose other end is its first argument.
-
-    The server need not listen yet.
-    """
-    assert server is not None, "forkserver.start() comes first"
-    line, theirs = socket.socketpair()
-    with theirs, tempfile.TemporaryFile() as file:
-        pickle.dump((target, arguments), file)
-        file.seek(0)
-        try:
-            socket.send_fds(server, [b"+"], [theirs.fileno(), file.fileno()])
-        except OSError:
-            raise InputError(ENDED) from None
-    return line
-
-
-class Forked:
-    """A process that the server has forked, as the sweep's process sees it.
-
-    Args:
-        target: called there with the other end of a line, which is cut when the sweep ends, and with `arguments`.
+class Server:
+    """The fork server, from its start to its end, and a child of it that only its death ends early.
 
     Raises:
-        InputError: if the server is no more.
+        ServerDied: from all methods that need it, if it is dead.
     """
 
-    def __init__(self, target: Callable[..., None], *arguments: Any):
-        self.line = send(target, *arguments)
-        pid = told(self.line)
-        if pid is None:
-            raise InputError(ENDED)
-        self.pid, self.alive = pid, True
-        self.exitcode: int | None = None  # also for one that has outlived the server
+    def __init__(self) -> None:
+        context.set_forkserver_preload([PRELOAD])
+        resource_tracker.ensure_running()  # or the server would start it, which unblocks signals
+        paths = os.environ.get("PYTHONPATH")
+        # The server looks for modules as any fresh Python does, and must find this charlm, not one that is installed.
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([paths] if paths else [])])
+        # It inherits this mask, so that Ctrl-C and the like reach the sweep alone. A child unblocks them first of all.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            forkserver.ensure_running()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if paths is None:
+                del os.environ["PYTHONPATH"]
+            else:
+                os.environ["PYTHONPATH"] = paths
+        self.guard: Child | None = None
+        self.start = threading.Thread(target=self.start_guard, daemon=True)  # it waits for the end of the imports
+        self.start.start()
+
+    def start_guard(self) -> None:
+        with suppress(ServerDied):
+            self.guard = Child(None, idle)
+
+    def ready(self) -> "Child":
+        """Wait until all is imported. Returns the guard, whose parent is the server."""
+        self.start.join()
+        if self.guard is None or self.died():
+            raise ServerDied
+        return self.guard
+
+    def died(self) -> bool:
+        return self.guard is not None and bool(wait([self.guard.process.sentinel], 0))
+
+    def stop(self) -> None:
+        """End the server, also where it is stopped itself. While it still imports, it ends with this process."""
+        if self.guard is not None and not self.died():
+            os.kill(self.guard.parent, signal.SIGKILL)
+
+
+class Child:
+    """A process that is forked from the server, as the sweep sees it.
+
+    Args:
+        server: None for the guard.
+        target: called in that process with one end of a pipe, whose other end is `connection`, and with `arguments`.
+
+    Raises:
+        ServerDied: if the server is dead, or was started again.
+    """
+
+    def __init__(self, server: Server | None, target: Callable[..., None], *arguments: Any, daemon: bool = True):
+        guard = server.ready() if server else None
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=begin, args=(theirs, target, arguments), daemon=daemon)
+        try:
+            self.process.start()
+            theirs.close()  # from now on the process alone has it: what ends there shows here
+            self.parent: int = self.connection.recv()
+        except (EOFError, OSError):
+            raise ServerDied from None
+        finally:
+            theirs.close()
+        if guard and self.parent != guard.parent:
+            os.kill(self.pid, signal.SIGKILL)
+            raise ServerDied
+        self.server, self.alive = server, True
+        self.exitcode: int | None = None  # None also if the server cannot tell it
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
 
     def is_alive(self) -> bool:
-        if self.alive and wait([self.line], 0):
-            self.alive, self.exitcode = False, told(self.line)
+        """Return whether the process runs, also if its server is stopped or dead."""
+        dead = self.server is None or self.server.died()
+        if self.alive and wait([self.connection, *([] if dead else [self.process.sentinel])], 0):
+            self.alive = False
+            if not dead:
+                self.process.join(SECONDS_FOR_A_CODE)
+                self.exitcode = self.process.exitcode
         return self.alive
 
 
-def ask(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns where all is imported, in a process of its own.
+def start() -> Server:
+    """Start the server, if there is none yet."""
+    global server
+    server = server or Server()
+    return server
+
+
+def stop() -> None:
+    """End the server, if there is one."""
+    if server:
+        server.stop()
+
+
+def wait_for(children: Sequence[Child], seconds: float) -> None:
+    """Wait until one of the processes ends, or so long.
 
     Raises:
-        InputError: that it raised, or if it has no answer.
+        ServerDied: as soon as the server is dead.
     """
-    with send(answer, function, *arguments) as line, line.makefile("rb") as file:
-        if len(file.read(4)) < 4:  # the number of its process
-            raise InputError(ENDED)
-        try:
-            returned, error = pickle.load(file)
-        except (EOFError, pickle.UnpicklingError):
-            raise InputError(f"{function.__name__} has no answer: its process failed or was ended") from None
+    guard = start().ready()
+    wait([guard.process.sentinel, *(child.connection for child in children)], seconds)
+    if start().died():
+        raise ServerDied
+
+
+def ask(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Return what a function returns where all is imported, in a process of its own.
+
+    Raises:
+        InputError: that the function raises, or if its process dies.
+        ServerDied: if the server does.
+    """
+    child = Child(start(), answer, function, *arguments)
+    guard = start().ready()
+    while not child.connection.poll():
+        wait([child.connection, guard.process.sentinel])
+        if start().died():
+            raise ServerDied
+    try:
+        returned, error = child.connection.recv()
+    except (EOFError, OSError):
+        raise InputError(f"{function.__name__} has no answer: its process failed or was killed") from None
     if error:
         raise error
     return returned
 
 
-def answer(line: socket.socket, function: Callable[..., Any], *arguments: Any) -> None:
-    """In the process of a question."""
-    returned, raised = None, None
+# In processes that the server has forked
+
+
+def begin(connection: Connection, target: Callable[..., None], arguments: Sequence[Any]) -> None:
+    """Be a process of its own, which ends with the server and with the sweep."""
+    for number in SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.setsid()  # a group of its own: what it starts ends with it, and Ctrl-C is for the sweep
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
+    connection.send(os.getppid())
+    target(connection, *arguments)
+
+
+def follow(server: int) -> None:
+    """End this process and what it started, once the sweep or the server is gone."""
+    sweep = parent_process()
+    assert sweep is not None
+    while os.getppid() == server and sweep.is_alive():
+        sweep.join(SECONDS_BETWEEN_LOOKS)
+    os.killpg(0, signal.SIGTERM)
+    until = time.monotonic() + PATIENCE
+    while sweep.is_alive() and time.monotonic() < until:
+        sweep.join(SECONDS_BETWEEN_LOOKS)
+    time.sleep(GRACE)
+    os.killpg(0, signal.SIGKILL)
+
+
+def idle(connection: Connection) -> None:
+    """Wait for the end of the sweep."""
+    with suppress(EOFError, OSError):
+        connection.recv()
+
+
+def answer(connection: Connection, function: Callable[..., Any], *arguments: Any) -> None:
+    """Send what a function returns, or the mistake that it finds."""
+    returned, mistake = None, None
     try:
         returned = function(*arguments)
     except InputError as error:
-        raised = error
-    with line.makefile("wb") as file:
-        pickle.dump((returned, raised), file)
-
-
-def tell(line: socket.socket, number: int) -> None:
-    with suppress(BrokenPipeError):  # where nobody listens any more
-        line.send(number.to_bytes(4, "big", signed=True))
-
-
-def told(line: socket.socket) -> int | None:
-    """A number, or None if nobody is there to tell one."""
-    said = line.recv(4)
-    return int.from_bytes(said, "big", signed=True) if said else None
+        mistake = error
+    connection.send((returned, mistake))

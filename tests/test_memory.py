@@ -67,7 +67,7 @@ def huge(tmp_path: Path) -> Path:
 def test_a_run_without_enough_memory_ends_with_one_line_and_keeps_the_traceback_in_its_log(
     limited, tmp_path, text_file
 ):
-    settings = [*TINY, f"data.path={text_file}", "hydra.run.dir=run", "data.batch_size=1_000_000_000"]
+    settings = [*TINY, f"data.path={text_file}", "hydra.run.dir=run", "data.batch_size=1_100_000"]
     told = one_line(limited(str(ROOT / "train.py"), *settings))
     assert "iB requested, ulimit -v allows " in told
     assert "lower data.batch_size, data.block_size or the size of the model" in told

@@ -30,6 +30,7 @@ from charlm.ledger import Ledger
 from charlm.preflight import check_runs, resolved, settings
 from charlm.sweep import Job, Pool, names
 from tests.conftest import ROOT
+from tests.test_forkserver import WAITS, below, gone, server_of, until
 from tests.test_resume import same
 
 GRID = ["data.block_size=4,16", "data.batch_size=8,32", "optimizer.lr=1e-3,1e-1"]
@@ -341,52 +342,21 @@ def test_a_sweep_that_was_killed_ahead_of_its_first_job_begins_again(sweep, tmp_
 def test_a_sweep_that_is_ended_ahead_of_its_first_job_leaves_no_process_and_no_folder(tmp_path, text_file, number):
     command = [sys.executable, str(ROOT / "train.py"), "-m", "data=text", f"data.path={text_file}", "seed=1,2"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        until = time.monotonic() + 60
-        # Its folder is made while the process that jobs are forked from still imports; what is killed then leaves it.
-        begun = "*sweep/.lock" if number != signal.SIGKILL else "prose.txt"
-        while len(at_work(tmp_path)) < 2 or not [*tmp_path.rglob(begun)]:
-            assert time.monotonic() < until
-            time.sleep(0.01)
+        until(lambda: server_of(process.pid), "the process that jobs are forked from")
+        if number != signal.SIGKILL:  # which would leave the folder, made while that process still imports
+            until(lambda: [*(tmp_path / "outputs").glob("*sweep/.lock")], "the folder")
+        everything = below(process.pid)
         process.send_signal(number)
-        process.wait(10)
-        until = time.monotonic() + 10
-        while at_work(tmp_path):
-            assert time.monotonic() < until, "a process is left"
+        process.wait(WAITS)
+        until(lambda: gone(everything), "the end of all processes")
         told = process.stderr.read() if process.stderr else ""
     assert {file.name for file in tmp_path.iterdir()} == {text_file.name}
-    expected = {signal.SIGINT: (130, "charlm: interrupted\n"), signal.SIGTERM: (143, ""), signal.SIGKILL: (-9, "")}
+    expected = {
+        signal.SIGINT: (130, "charlm: interrupted\n"),
+        signal.SIGTERM: (143, "charlm: stopped by SIGTERM before the end\n"),
+        signal.SIGKILL: (-9, ""),
+    }
     assert (process.returncode, told) == expected[number]
-
-
-def answers(question: str) -> tuple[int, str, str]:
-    """What a process says that asks its fork server."""
-    code = f"""
-import os, sys
-from charlm import config, errors, forkserver
-if not forkserver.start():
-    forkserver.serve()
-with errors.one_line_errors():
-    print({question})
-"""
-    ended = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
-    return ended.returncode, ended.stdout, ended.stderr
-
-
-def test_a_question_to_the_fork_server_has_the_answer_or_the_mistake_or_says_that_there_is_none():
-    assert answers("forkserver.ask(os.path.join, 'a', 'b'), forkserver.ask(os.getppid) != os.getpid()") == (
-        0,
-        "a/b True\n",
-        "",
-    )
-    code, out, err = answers("forkserver.ask(config.check, {'lrr': 1})")
-    assert (code, out) == (2, "")
-    assert err.startswith("charlm: there is no setting lrr: ")
-    no_answer = "charlm: _exit has no answer: its process failed or was ended\n"
-    assert answers("forkserver.ask(os._exit, 3)") == (2, "", no_answer)
-    gone = "charlm: the process that jobs are forked from was ended: the same command goes on\n"
-    assert answers("os.kill(forkserver.ask(os.getppid), 9) or forkserver.ask(os.getpid)") == (2, "", gone)
 
 
 @pytest.mark.slow

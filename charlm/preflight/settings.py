@@ -94,11 +94,13 @@ def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> None:
         cause = error.__cause__ or error
         if isinstance(cause, ValueError):
             raise InputError(one_line(cause)) from error
-        if out_of_memory(cause) and not own:
-            raise
+        if trouble := out_of_memory(cause):
+            raise trouble from error
         if own:  # another's may need numbers to be made
             raise InputError(f"model: no model can be made with these settings ({one_line(cause)})") from error
     except (ArithmeticError, MemoryError, RuntimeError, TypeError) as error:
+        if trouble := out_of_memory(error):
+            raise trouble from error
         if own:
             raise InputError(f"model: no model can be made with these settings ({one_line(error)})") from error
     else:

@@ -1,6 +1,5 @@
 """The process of a sweep, from its command to its table."""
 
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +8,10 @@ from typing import NoReturn
 import hydra
 from omegaconf import DictConfig
 
+from charlm import forkserver
 from charlm.errors import one_line_errors
 from charlm.preflight import check_command
 from charlm.run import abandon
-from charlm.sweep.pool import terminable
 
 
 def sweep(argv: Sequence[str], config_dir: Path) -> NoReturn:
@@ -20,12 +19,14 @@ def sweep(argv: Sequence[str], config_dir: Path) -> NoReturn:
 
     Whatever ends it before there is a job, or a mistake in one, leaves nothing behind.
     """
-    with one_line_errors(), terminable(signal.SIGTERM):
+    with one_line_errors():
+        forkserver.start()
         try:
             sys.argv = check_command(argv, config_dir)
             hydra.main(version_base="1.3", config_path=str(config_dir.absolute()), config_name="train")(job)()
         finally:
             abandon()
+            forkserver.stop()
     sys.exit(0)
 
 

@@ -9,13 +9,12 @@ import os
 import pickle
 import runpy
 import signal
-import socket
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,12 @@ from omegaconf import DictConfig
 from charlm import report
 from charlm.budget import steps_of, within_tokens
 from charlm.disk import is_regular
-from charlm.forkserver import Forked
+from charlm.forkserver import Child, start
 from charlm.preflight import options
 from charlm.resume import quoted
 from charlm.run import previous
 
 LOG = "terminal.log"  # all that a job prints
-GRACE = 5.0  # seconds to save in, for a job whose sweep has gone
 
 
 @dataclass(frozen=True)
@@ -90,7 +88,7 @@ class Job:
         argv = command(sys.argv[0], options(sys.argv), self.overrides, self.folder)
         # What has begun is held against its own record first, as any resume= is.
         cfg = None if has_begun(self.folder) else self.cfg
-        process = Forked(become, argv, cfg, str(self.folder / LOG), threads, list(gpus))
+        process = Child(start(), become, argv, cfg, str(self.folder / LOG), threads, list(gpus), daemon=False)
         return Running(self, process, time.monotonic(), list(gpus))
 
     def how(self, code: int | None) -> str:
@@ -120,7 +118,7 @@ class Running:
     """A job at work."""
 
     job: Job
-    process: Forked
+    process: Child
     since: float
     gpus: list[int]
     verdict: str | None = None  # where it is the sweep that ends it
@@ -134,24 +132,19 @@ class Running:
 
     def signal(self, number: signal.Signals) -> None:
         """To it and to the processes that it started."""
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self.process.pid, number)
-        except ProcessLookupError:
-            if self.process.is_alive():  # and has not made its group yet
-                os.kill(self.process.pid, number)
 
 
-def become(sweep: socket.socket, argv: list[str], cfg: bytes | None, log: str, threads: int, gpus: list[int]) -> None:
+def become(connection: Connection, argv: list[str], cfg: bytes | None, log: str, threads: int, gpus: list[int]) -> None:
     """In the job's process: be `python train.py ...`, with all output in the job's own file.
 
     Args:
-        sweep: a line that is cut when the sweep ends.
+        connection: open as long as the job runs.
         cfg: what Hydra would compose from `argv`, checked already, and pickled.
     """
     import torch  # which the sweep itself does without
 
-    os.setsid()  # a group of its own: what it starts ends with it, and Ctrl-C is for the sweep
-    threading.Thread(target=follow, args=(sweep,), daemon=True).start()
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -194,12 +187,3 @@ def last_line(log: Path) -> str:
     """Of what a job printed, or nothing."""
     said = log.read_text(errors="replace").strip().splitlines() if is_regular(log) else []
     return said[-1] if said else ""
-
-
-def follow(sweep: socket.socket) -> None:
-    """However the sweep ends, its jobs end too: the system closes the other end of this line."""
-    with suppress(OSError):
-        sweep.recv(1)
-    os.killpg(0, signal.SIGTERM)
-    time.sleep(GRACE)
-    os.killpg(0, signal.SIGKILL)

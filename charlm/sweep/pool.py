@@ -10,6 +10,7 @@ from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
+from charlm.forkserver import wait_for
 from charlm.sweep.job import Job, Running
 
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -49,27 +50,27 @@ class Pool:
             total: how many these will be.
 
         Raises:
-            KeyboardInterrupt, SystemExit: after all that ran were stopped, by Ctrl-C or SIGTERM.
+            KeyboardInterrupt, SystemExit: after all that ran were stopped, by Ctrl-C, SIGTERM or SIGHUP.
+            ServerDied: likewise, if the server that forks them died.
         """
         waiting: Job | None = None
-        with terminable(signal.SIGTERM):
-            try:
-                while True:
-                    while self.has_room() and (waiting := waiting or next(jobs, None)) and self.fits(waiting):
-                        begun(waiting)
-                        gpus = self.take(waiting.processes) if waiting.on_gpu else []
-                        threads = max(1, self.cores // (self.at_once(waiting, total) * waiting.processes))
-                        self.running.append(waiting.start(threads, gpus))
-                        waiting = None
-                    if not self.running:
-                        return
-                    wait([one.process.line for one in self.running], SECONDS_BETWEEN_LOOKS)
-                    self.hurry()
-                    self.reap(ended)
-                    look(self.running)
-            except BaseException:
-                self.stop(ended)
-                raise
+        try:
+            while True:
+                while self.has_room() and (waiting := waiting or next(jobs, None)) and self.fits(waiting):
+                    begun(waiting)
+                    gpus = self.take(waiting.processes) if waiting.on_gpu else []
+                    threads = max(1, self.cores // (self.at_once(waiting, total) * waiting.processes))
+                    self.running.append(waiting.start(threads, gpus))
+                    waiting = None
+                if not self.running:
+                    return
+                wait_for([one.process for one in self.running], SECONDS_BETWEEN_LOOKS)
+                self.hurry()
+                self.reap(ended)
+                look(self.running)
+        except BaseException:
+            self.stop(ended)
+            raise
 
     def at_once(self, job: Job, total: int) -> int:
         """How many of `total` jobs like this one run at a time."""
@@ -126,7 +127,7 @@ class Pool:
             try:
                 if time.monotonic() > until and number == signal.SIGTERM:
                     raise KeyboardInterrupt
-                wait([one.process.line for one in self.running], SECONDS_BETWEEN_LOOKS)
+                wait([one.process.connection for one in self.running], SECONDS_BETWEEN_LOOKS)
             except (KeyboardInterrupt, SystemExit):
                 number = signal.SIGKILL
                 for one in self.running:

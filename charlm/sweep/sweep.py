@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from charlm import report, streams, terminal
 from charlm.errors import InputError, stop
+from charlm.forkserver import ServerDied
 from charlm.ledger import TABLE, Ledger, State
 from charlm.preflight import held, is_sweep, options
 from charlm.sweep.engine import Engine, Handed
@@ -75,7 +76,7 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
         The final figures of each job, by its name.
 
     Raises:
-        SystemExit: with code 1, after the last job, if any failed; 130, 141 or 143 if the sweep was stopped.
+        SystemExit: with code 1, after the last job, if any failed; 129, 130, 141 or 143 if the sweep was stopped.
     """
     ledger.write()
     (sweep_dir / TABLE).unlink(missing_ok=True)
@@ -83,6 +84,7 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
     if ends and left:
         terminal.going_on(sweep_dir, len(ends), left)
     stopped: int | None = None
+    why = ""
     with terminal.sweep_at_work(left) as sight:
 
         def ended(job: Job, how: str) -> None:
@@ -104,6 +106,8 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
             stopped = 130
         except SystemExit as told:
             stopped = int(told.code or 0)
+        except ServerDied as died:
+            stopped, why = died.code, f"{died}; "
     rows = {name: source.row(job, ends.get(name, "waiting")) for name, job in source.jobs.items()}
     ranked = report.ranked([*rows.values()])
     report.write_csv(sweep_dir / TABLE, ranked)
@@ -116,7 +120,7 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
     again = f"the rest: python train.py resume={terminal.quote(sweep_dir)}{elsewhere}"
     done = sum(report.verdict(row["status"]) in ("finished", "pruned") for row in ranked)
     if stopped:
-        stop(f"stopped with {done} of {source.total} jobs done; {again}", stopped)
+        stop(f"{why}stopped with {done} of {source.total} jobs done; {again}", stopped)
     if done < source.total:
         why = f"each one's {LOG} under {terminal.quote(sweep_dir)} tells why"
         stop(f"{source.total - done} of {source.total} jobs failed; {why}; {again}", 1)

@@ -1,0 +1,39 @@
+"""Imports for all jobs of a sweep: multiprocessing imports this module once, in the process of its fork server."""
+
+import gc
+import os
+import threading
+from importlib import import_module
+
+NAMES = [
+    "lightning",
+    "charlm.callbacks",
+    "charlm.data.datamodule",
+    "charlm.evaluate",
+    "charlm.generate",
+    "charlm.logger",
+]
+NAMES += ["charlm.module", "charlm.preflight.settings", "charlm.sweep.job", "charlm.trainer", "charlm.model.bigram"]
+NAMES += ["charlm.optimizer.adamw", "charlm.scheduler"]
+SECONDS_BETWEEN_LOOKS = 0.2
+
+imported = threading.Event()
+
+
+def watch(sweep: int) -> None:
+    """End at once if the sweep ends first, since the server itself looks only after its imports."""
+    while not imported.wait(SECONDS_BETWEEN_LOOKS):
+        if os.getppid() != sweep:
+            os._exit(0)
+
+
+watcher = threading.Thread(target=watch, args=(os.getppid(),), daemon=True)
+watcher.start()
+gc.disable()  # imports make a million objects and no garbage
+for name in NAMES:
+    import_module(name)
+import_module("charlm.run").surroundings()  # the same for all jobs, as they run the code that is loaded here
+gc.freeze()  # what is forked leaves these objects where they are, in memory that all jobs share
+gc.enable()
+imported.set()
+watcher.join()  # what is forked has no threads
