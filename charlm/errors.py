@@ -119,9 +119,8 @@ def terminable() -> Iterator[None]:
     ours = [number for number in numbers if in_main_thread and signal.getsignal(number) == signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        for (
-            one
-        ) in ours:  # a closing terminal sends SIGHUP twice, and the second must not interrupt what the first began
+        # A closing terminal sends SIGHUP twice, and the second must not interrupt the end that the first began.
+        for one in ours:
             signal.signal(one, signal.SIG_IGN)
         raise Terminated(number)
 

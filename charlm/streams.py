@@ -40,15 +40,17 @@ def guarded(stream: Any, descriptor: int) -> Any:
     if os.name == "nt" and stream:  # a console of Windows takes text, and no bytes
         stream.reconfigure(errors=HANDLER)
         return stream
-    raw = Unfailing(descriptor, "w", closefd=False)
-    if not stream:
+    if not stream:  # whose descriptor may be another file's by now
+        raw = Unfailing(os.open(os.devnull, os.O_WRONLY), "w", closefd=False)
         return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors=HANDLER)
+    raw = Unfailing(descriptor, "w", closefd=False)
     try:
         stream.flush()
     except OSError as error:
         raw.note(error)
+    binary: Any = raw if stream.write_through else io.BufferedWriter(raw)  # as `python -u` is without a buffer
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        binary,
         encoding=stream.encoding,
         errors=HANDLER,
         line_buffering=stream.line_buffering,
