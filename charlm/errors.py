@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from charlm import memory, streams
 
-SMALLER = "lower data.batch_size, data.block_size or the size of the model"
+SMALLER = "lower data.batch_size, data.block_size or the size of the model, or train on less text"
 
 # Reasons of the file system that a person can do something about; any other OSError is a defect of ours.
 DISK_TROUBLE = {
@@ -82,7 +82,7 @@ class OutOfMemory(InputError):
 
 
 class Terminated(SystemExit):
-    """SIGTERM or SIGHUP came, and the program ends where it happens to be, with 128 + the signal's number."""
+    """SIGTERM or SIGHUP outside of training; the exit code is 128 + the signal's number."""
 
     def __init__(self, number: int):
         super().__init__(128 + number)
@@ -106,22 +106,22 @@ def one_line_errors(smaller: str = SMALLER) -> Iterator[None]:
             yield
         end_unread()
     except BaseException as error:
-        if told := last_words(error, smaller):
-            stop(*told)
+        if ending := ending_for(error, smaller):
+            stop(*ending)
         if isinstance(error, SystemExit) and not error.code:
             end_unread()
         raise
 
 
 def end_unread() -> None:
-    """Exit as a program does that SIGPIPE ends, if nobody reads what this one printed."""
+    """Exit like a program that SIGPIPE ended, if the reader of standard output has left."""
     sys.stdout.flush()
     if streams.reader_left:
         sys.exit(128 + streams.SIGPIPE)
 
 
-def last_words(error: BaseException, smaller: str) -> tuple[str, int] | None:
-    """The line and the exit code for an error; None for a defect of ours, and for an end that needs no words."""
+def ending_for(error: BaseException, smaller: str) -> tuple[str, int] | None:
+    """Return the line and the exit code for an error; None for a defect, and for an end that needs no line."""
     if isinstance(error, InputError):
         return str(error), error.code
     # Lightning ends a run in silence on Ctrl-C, and with exit code 0 on SIGTERM, which would say that it finished.
@@ -151,9 +151,8 @@ def terminable() -> Iterator[None]:
     ours = [number for number in numbers if in_main_thread and signal.getsignal(number) == signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
-        for (
-            one
-        ) in ours:  # a closing terminal sends SIGHUP twice, and the second must not interrupt what the first began
+        # A closing terminal sends SIGHUP twice, and the second must not interrupt the end that the first began.
+        for one in ours:
             signal.signal(one, signal.SIG_IGN)
         raise Terminated(number)
 
@@ -178,11 +177,11 @@ def memory_errors() -> Iterator[None]:
 
 
 def out_of_memory(error: BaseException, smaller: str = SMALLER) -> OutOfMemory | None:
-    """The failed allocation that an error comes from, in one line; None if it comes from something else."""
+    """Return the failed allocation behind an error as an OutOfMemory; None if something else is behind it."""
     for cause in chain(error):
         if memory.refused(cause):
-            told = memory.told(cause)
-            return OutOfMemory(f"out of memory{f' ({told})' * bool(told)}: {smaller}")
+            sizes = memory.describe(cause)
+            return OutOfMemory(f"out of memory{f' ({sizes})' * bool(sizes)}: {smaller}")
     return None
 
 

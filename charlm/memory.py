@@ -15,7 +15,7 @@ CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def refused(error: BaseException) -> bool:
-    """Is this error a failed allocation?"""
+    """Return whether an error is a failed allocation."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # PyTorch's, without importing it
@@ -23,8 +23,8 @@ def refused(error: BaseException) -> bool:
     return isinstance(error, RuntimeError | ValueError) and bool(REFUSED.search(str(error)))
 
 
-def told(error: BaseException) -> str:
-    """What was requested, if the error tells, and the limit: "7.3 TiB requested, this machine has 62.8 GiB"."""
+def describe(error: BaseException) -> str:
+    """Name the requested size, if it is known, and the limit: "7.3 TiB requested, this machine has 62.8 GiB"."""
     message = str(error)
     parts = []
     if found := re.search(r"allocate (\d+) bytes", message):
@@ -41,7 +41,7 @@ def told(error: BaseException) -> str:
 
 
 def limit() -> tuple[int, str] | None:
-    """The bytes that this process may use and the words for what sets this limit; None if the system does not tell."""
+    """Return the bytes that this process may use, and the words for what limits them; None if that is unknown."""
     found = []
     with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
         found.append((os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine has"))
@@ -55,7 +55,7 @@ def limit() -> tuple[int, str] | None:
 
 
 def cgroup_limits() -> list[int]:
-    """The limits of this process's control groups, as containers and batch systems set them."""
+    """Return the limits of this process's control groups, which containers and batch systems set."""
     found = []
     with suppress(OSError):
         for line in OWN_CGROUPS.read_text().splitlines():
@@ -71,7 +71,7 @@ def cgroup_limits() -> list[int]:
 
 
 def size(number: int) -> str:
-    """Bytes as one reads them."""
+    """Format a number of bytes."""
     value, units = float(number), ["bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"]
     while value >= 1024 and len(units) > 1:
         value, units = value / 1024, units[1:]

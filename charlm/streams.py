@@ -36,19 +36,21 @@ def prepare() -> None:
 
 
 def guarded(stream: Any, descriptor: int) -> Any:
-    """A text stream like `stream`, which Python has opened on a descriptor or, where that was closed, not at all."""
+    """Return a text stream like `stream`, which is None where the descriptor was closed when Python started."""
     if os.name == "nt" and stream:  # a console of Windows takes text, and no bytes
         stream.reconfigure(errors=HANDLER)
         return stream
-    raw = Unfailing(descriptor, "w", closefd=False)
-    if not stream:
+    if not stream:  # whose descriptor may be another file's by now
+        raw = Unfailing(os.open(os.devnull, os.O_WRONLY), "w", closefd=False)
         return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors=HANDLER)
+    raw = Unfailing(descriptor, "w", closefd=False)
     try:
         stream.flush()
     except OSError as error:
         raw.note(error)
+    binary: Any = raw if stream.write_through else io.BufferedWriter(raw)  # as `python -u` is without a buffer
     return io.TextIOWrapper(
-        io.BufferedWriter(raw),
+        binary,
         encoding=stream.encoding,
         errors=HANDLER,
         line_buffering=stream.line_buffering,
@@ -59,7 +61,7 @@ def guarded(stream: Any, descriptor: int) -> Any:
 class Unfailing(io.FileIO):
     """A descriptor that drops what it cannot write.
 
-    All layers above it, Python's own flush at exit included, then need no care of their own.
+    No layer above it then sees an error, not even Python's own flush at exit.
     """
 
     def write(self, data: Any) -> int:
@@ -72,7 +74,7 @@ class Unfailing(io.FileIO):
             return memoryview(data).nbytes
 
     def note(self, error: OSError) -> None:
-        """Keep in mind that nobody reads standard output any more. A full disk or a lost terminal is no such wish."""
+        """Remember that the reader of standard output has left. A full disk or a lost terminal does not count."""
         global reader_left
         reader_left |= error.errno == errno.EPIPE and self.fileno() == 1
 

@@ -93,7 +93,7 @@ def say(thing: RenderableType) -> None:
 
 
 def caution(line: str) -> None:
-    """To standard error and to the run's log."""
+    """Print a warning on standard error and write it to the run's log."""
     warn(line)
     log.warning(line)
 

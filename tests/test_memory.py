@@ -49,7 +49,7 @@ def limited(tmp_path: Path) -> Callable[..., Ended]:
 
 
 def one_line(ended: Ended) -> str:
-    """What a command has told, which is one line about memory."""
+    """Return the only line on standard error, which is about memory."""
     assert ended.code == 1, ended.err
     assert ended.err.startswith("charlm: out of memory")
     assert ended.err.count("\n") == 1
@@ -68,11 +68,11 @@ def test_a_run_without_enough_memory_ends_with_one_line_and_keeps_the_traceback_
     limited, tmp_path, text_file
 ):
     settings = [*TINY, f"data.path={text_file}", "hydra.run.dir=run", "data.batch_size=1_100_000"]
-    told = one_line(limited(str(ROOT / "train.py"), *settings))
-    assert "iB requested, ulimit -v allows " in told
-    assert "lower data.batch_size, data.block_size or the size of the model" in told
+    line = one_line(limited(str(ROOT / "train.py"), *settings))
+    assert "iB requested, ulimit -v allows " in line
+    assert "lower data.batch_size, data.block_size or the size of the model" in line
     record = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (record["status"], f"charlm: {record['reason']}\n") == ("failed", told)
+    assert (record["status"], f"charlm: {record['reason']}\n") == ("failed", line)
     assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
 
 
@@ -91,8 +91,8 @@ def test_a_model_with_more_weights_than_addresses_is_refused(train, text_file, s
 
 
 def test_commands_without_enough_memory_end_with_one_line(limited, trained, tmp_path):
-    told = one_line(limited("charlm", "generate", str(trained), "--num-samples", "1_000_000_000"))
-    assert "ask for fewer samples" in told
+    line = one_line(limited("charlm", "generate", str(trained), "--num-samples", "1_000_000_000"))
+    assert "ask for fewer samples" in line
     text = Path(json.loads((trained / "run.json").read_text())["corpus"]["source"])
     before = text.read_bytes()
     try:
@@ -123,16 +123,16 @@ def test_every_failed_allocation_is_told_with_what_was_requested(error, requeste
     with pytest.raises(SystemExit) as ended, one_line_errors():
         raise KeyError("what a library made of it") from error
     assert ended.value.code == 1
-    told = capsys.readouterr().err
-    assert told.startswith("charlm: out of memory")
-    assert told.count("\n") == 1
-    assert (f"({requested} requested" in told) if requested else ("requested" not in told)
-    assert run.how(error) == ("failed", told.removeprefix("charlm: ").strip())
+    line = capsys.readouterr().err
+    assert line.startswith("charlm: out of memory")
+    assert line.count("\n") == 1
+    assert (f"({requested} requested" in line) if requested else ("requested" not in line)
+    assert run.how(error) == ("failed", line.removeprefix("charlm: ").strip())
 
 
 def test_the_memory_of_the_gpu_is_its_limit():
     message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.10 GiB of which"
-    assert memory.told(torch.OutOfMemoryError(message)) == "2.00 GiB requested, the GPU has 79.10 GiB"
+    assert memory.describe(torch.OutOfMemoryError(message)) == "2.00 GiB requested, the GPU has 79.10 GiB"
 
 
 def test_what_libraries_raise_is_what_is_recognised():

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +90,7 @@ def test_a_terminal_that_vanishes_does_not_end_a_run(tmp_path, text_file):
     main, terminal = os.openpty()
     argv = [TRAIN, *TINY, *TALKATIVE, f"data.path={text_file}", "hydra.run.dir=run"]
     with started(argv, tmp_path, os.ttyname(terminal)) as process:
-        os.read(main, 1)
+        wait([main, process.sentinel], 60)
         os.close(terminal)
         os.close(main)
         assert end_of(process) == 0
@@ -180,9 +180,9 @@ def test_a_command_that_nobody_reads_ends_like_one_that_sigpipe_ends(trained, tm
     assert (tmp_path / "err").read_text() == ""
 
 
-def test_a_run_trains_and_reports_where_the_encoding_is_ascii(tmp_path, text_file):
+def test_a_run_trains_and_reports_where_the_encoding_is_ascii_and_output_has_no_buffer(tmp_path, text_file):
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "120"}
-    argv = [sys.executable, TRAIN, *TINY, f"data.path={text_file}", "hydra.run.dir=run"]
+    argv = [sys.executable, "-u", TRAIN, *TINY, f"data.path={text_file}", "hydra.run.dir=run"]
     ended = subprocess.run(argv, cwd=tmp_path, env=os.environ | ascii_only, capture_output=True, check=False)
     assert (ended.returncode, ended.stderr) == (0, b"")
     assert b" +- " in ended.stdout.replace(b"\n", b"")

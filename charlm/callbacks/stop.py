@@ -59,7 +59,7 @@ class Stop(L.Callback):
     def leave(self, trainer: L.Trainer, at_end: bool = False) -> None:
         """All processes together, whichever of them was told to."""
         number = self.received
-        # At its end, a run whose reader has left finishes: its figures are what it was for.
+        # After its last step a run needs no reader to finish: results.json is worth more than the exit.
         if not number and streams.reader_left and not at_end:
             number = streams.SIGPIPE
         if trainer.world_size > 1:

@@ -37,7 +37,7 @@ class Corpus:
         return {"name": self.name, "source": self.source, "sha256": self.sha256, "characters": len(self.text)}
 
     def cautions(self) -> Iterator[str]:
-        """Characters that a model learns though they are seldom meant as text: a line for each kind."""
+        """Warn of characters that the model learns but that are seldom meant as text, in a line for each kind."""
         if nuls := self.text.count("\0"):
             yield (
                 f"{self.name} contains {nuls:,} NUL characters, which the model learns as text: if the file is not "

@@ -16,10 +16,10 @@ HIGH = bytes(range(128, 256))
 
 
 def decode(file: Path, raw: bytes) -> str:
-    """The text of a UTF-8 file, with or without a byte order mark.
+    """Decode a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        UnicodeError: if it is something else; the message tells what it seems to be and how to convert it.
+        UnicodeError: if it is something else; the message names what it seems to be and how to convert it.
     """
     if b"\0" in raw[:SAMPLE] and (name := wide(raw[:SAMPLE])):  # such text may be valid UTF-8, full of NULs
         raise UnicodeError(f"{file} is {name} and not UTF-8: convert it with {conversion(file, name)}")
@@ -31,7 +31,7 @@ def decode(file: Path, raw: bytes) -> str:
 
 
 def remedy(file: Path, raw: bytes) -> str:
-    """What to do with a file that is not UTF-8."""
+    """Suggest what to do with a file that is not UTF-8."""
     sample = raw[:SAMPLE]
     if name := wide(sample):
         return f"it is {name}, convert it with {conversion(file, name)}"
@@ -41,7 +41,7 @@ def remedy(file: Path, raw: bytes) -> str:
     broken = lenient.count("\ufffd")
     if sum(character > "\x7f" for character in lenient) > 2 * broken:  # Latin-1 hardly ever looks like UTF-8
         return f"only some of its bytes are damaged, remove them with {conversion(file, 'UTF-8')}"
-    # Western text has few letters beyond ASCII, so that more of them are another alphabet, or another language's own.
+    # Western text is mostly ASCII; where it is not, Latin-1 would turn another alphabet into garbage.
     if 3 * count(raw, HIGH) < len(raw) - count(raw, b" \n\r\t"):
         # Windows puts quotes and dashes where Latin-1 has control characters.
         name = "WINDOWS-1252" if count(raw, HIGH[:32]) else "LATIN1"
@@ -51,7 +51,7 @@ def remedy(file: Path, raw: bytes) -> str:
 
 
 def wide(sample: bytes) -> str | None:
-    """Is this UTF-16 or UTF-32, by its byte order mark or its zeros? Returns the name that iconv has for it."""
+    """Recognise UTF-16 and UTF-32 by a byte order mark or by their zeros, and return the name that iconv has for it."""
     for name, mark in MARKS.items():
         if sample.startswith(mark) and decodes(sample, name):
             return name
@@ -66,7 +66,7 @@ def wide(sample: bytes) -> str | None:
 
 
 def decodes(raw: bytes, name: str) -> str | None:
-    """The text that bytes are in an encoding, whose last character may be cut off; None if they are none."""
+    """Decode bytes whose last character may be cut off; None if they are not of this encoding."""
     try:
         return codecs.getincrementaldecoder(name)().decode(raw)
     except UnicodeDecodeError:
@@ -74,12 +74,12 @@ def decodes(raw: bytes, name: str) -> str | None:
 
 
 def count(raw: bytes, among: bytes) -> int:
-    """How many bytes of `raw` are among these."""
+    """Count the bytes of `raw` that are among these."""
     return len(raw) - len(raw.translate(None, delete=among))
 
 
 def conversion(file: Path, name: str) -> str:
-    """The command that converts a file to UTF-8; from UTF-8, without the bytes that are none."""
+    """Return the command that converts a file to UTF-8; from UTF-8 itself, it drops invalid bytes."""
     options = f"{'-c ' * (name == 'UTF-8')}-f {name} -t UTF-8"
     if file.suffix == ".gz":
         return f"gunzip -c {shlex.quote(str(file))} | iconv {options} > NEW"

@@ -154,7 +154,7 @@ def check_memory(plain: dict[str, Any], model: nn.Module) -> None:
 
 
 def check_text(plain: dict[str, Any]) -> list[str]:
-    """Read the text of one resolved configuration and cut it as training will. Returns what is strange about it.
+    """Read the text of one resolved configuration and cut it as training will. Return warnings about it.
 
     Raises:
         InputError: for a text that cannot be had or is too short, or a split that there is not.
