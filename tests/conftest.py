@@ -1,10 +1,12 @@
 """Commands as real processes, and small texts to train on."""
 
+import logging
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,9 @@ settings.load_profile("unhurried")
 
 # Tests run beside one another: a thread each, also for the commands that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
+
+# A shell that starts pytest in the background has it ignore Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 
@@ -76,18 +81,18 @@ def run_command(argv: list[str], cwd: Path, env: dict[str, str], timeout: float)
 Command = Callable[..., Ended]
 
 
+def no_corpus(tmp_path: Path) -> dict[str, str]:
+    """Return the environment of a machine without corpora and GPUs."""
+    cache = str(tmp_path / "cache")
+    return {"CHARLM_DATA": "", "XDG_CACHE_HOME": cache, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Command:
-    """`python train.py ...` in a folder of the test's own, on a machine where no corpus lies about."""
+    """`python train.py ...` in a folder of the test's own, on a machine without corpora and GPUs."""
 
     def run(*overrides: str, timeout: float = 120, **env: str) -> Ended:
-        alone = {
-            "CHARLM_DATA": "",
-            "XDG_CACHE_HOME": str(tmp_path / "cache"),
-            "CUDA_VISIBLE_DEVICES": "",
-            "COLUMNS": "120",
-        }
-        return run_command([str(ROOT / "train.py"), *overrides], tmp_path, alone | env, timeout)
+        return run_command([str(ROOT / "train.py"), *overrides], tmp_path, no_corpus(tmp_path) | env, timeout)
 
     return run
 
@@ -98,6 +103,76 @@ def charlm(tmp_path: Path) -> Command:
 
     def run(*arguments: str, timeout: float = 120, **env: str) -> Ended:
         return run_command(["charlm", *arguments], tmp_path, {"COLUMNS": "120"} | env, timeout)
+
+    return run
+
+
+@pytest.fixture
+def in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Ended]]:
+    """Call the function behind a command in the test's own process and folder, and restore what it changes."""
+    import lightning as L  # noqa: F401 - imports matplotlib, which looks for fonts and fills the user's cache
+    import torch
+    from hydra.core.hydra_config import HydraConfig
+
+    from charlm import run as runs
+    from charlm.data.corpus import load_corpus
+    from charlm.errors import one_line_errors
+
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    monkeypatch.setattr(runs, "claimed", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+
+    def run(function: Callable[[], object], argv: list[str], **env: str) -> Ended:
+        for name, value in {"HYDRA_FULL_ERROR": "1", **env}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", argv)
+        load_corpus.cache_clear()  # its key is a path, and each test has other files
+        capfd.readouterr()
+        code: int | str | None = 0
+        try:
+            with one_line_errors():
+                function()
+        except SystemExit as ended:
+            code = ended.code
+        assert code is None or isinstance(code, int)
+        return Ended(code or 0, *capfd.readouterr())
+
+    yield run
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def check(in_process: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The checks of `python train.py ...` without a process, for commands that end there."""
+    from charlm import forkserver
+    from charlm.preflight import check_command, is_sweep
+    from charlm.sweep.command import sweep
+
+    # A sweep runs its last checks in another process, and Hydra configures the logging of this one.
+    monkeypatch.setattr(forkserver, "ask", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr("hydra._internal.hydra.configure_log", lambda *_: None)
+
+    def run(*overrides: str, timeout: float = 0, **env: str) -> Ended:
+        argv = ["train.py", *overrides]
+        begin = sweep if is_sweep(argv) else check_command
+        return in_process(lambda: begin(argv, ROOT / "conf"), argv, **no_corpus(tmp_path), **env)
+
+    return run
+
+
+@pytest.fixture
+def call(in_process: Callable[..., Ended]) -> Command:
+    """`charlm ...` without a process, for commands that change nothing in theirs."""
+    from charlm.cli import main
+
+    def run(*arguments: str, timeout: float = 0, **env: str) -> Ended:
+        return in_process(main, ["charlm", *arguments], **env)
 
     return run
 
