@@ -1,11 +1,13 @@
 """Commands as real processes, and small texts to train on."""
 
+import itertools
 import logging
 import multiprocessing
 import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,8 @@ settings.load_profile("unhurried")
 
 # Tests run beside one another: a thread each, also for the commands that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The width of the terminal, here and in all commands.
+os.environ["COLUMNS"] = "120"
 
 # A shell that starts pytest in the background has it ignore Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -59,23 +63,57 @@ def become(argv: list[str], cwd: str, env: dict[str, str], out: str, err: str) -
         runpy.run_path(argv[0], run_name="__main__")
 
 
+class Process:
+    """A command at work in a process of its own, with its output in files."""
+
+    number = itertools.count()
+
+    def __init__(self, argv: list[str], cwd: Path, env: dict[str, str]):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        logs = cwd / ".command" / str(next(self.number))
+        logs.mkdir(parents=True)
+        self.command, self.out, self.err = " ".join(argv), logs / "out", logs / "err"
+        self.process = context.Process(target=become, args=(argv, str(cwd), env, str(self.out), str(self.err)))
+        self.process.start()
+        assert self.process.pid
+        self.pid = self.process.pid
+
+    def printed(self, file: Path) -> str:
+        return file.read_text() if file.exists() else ""
+
+    def line(self, start: str, timeout: float = 120) -> str:
+        """Wait for a whole line of standard output that begins with `start`."""
+        until = time.monotonic() + timeout
+        while True:
+            at_work = self.process.is_alive()
+            for line in self.printed(self.out).splitlines(keepends=True):
+                if line.startswith(start) and line.endswith("\n"):
+                    return line
+            if not at_work or time.monotonic() > until:
+                pytest.fail(f"no line {start!r} from {self.command}:\n{self.printed(self.out)}\n{self.printed(self.err)}")
+            time.sleep(0.02)
+
+    def end(self, timeout: float = 120) -> Ended:
+        """Wait for its end."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.kill()
+            told = f"{self.printed(self.out)}\n{self.printed(self.err)}"
+            pytest.fail(f"{self.command} did not end within {timeout} s:\n{told}")
+        assert self.process.exitcode is not None
+        return Ended(self.process.exitcode, self.printed(self.out), self.printed(self.err))
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
 def run_command(argv: list[str], cwd: Path, env: dict[str, str], timeout: float) -> Ended:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    logs = cwd / ".command"
-    logs.mkdir(exist_ok=True)
-    out, err = logs / "out", logs / "err"
-    for log in (out, err):
-        log.unlink(missing_ok=True)
-    process = context.Process(target=become, args=(argv, str(cwd), env, str(out), str(err)))
-    process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        pytest.fail(f"{' '.join(argv)} did not end within {timeout} s:\n{out.read_text()}\n{err.read_text()}")
-    assert process.exitcode is not None
-    return Ended(process.exitcode, out.read_text(), err.read_text())
+    return Process(argv, cwd, env).end(timeout)
 
 
 Command = Callable[..., Ended]
@@ -84,7 +122,7 @@ Command = Callable[..., Ended]
 def no_corpus(tmp_path: Path) -> dict[str, str]:
     """Return the environment of a machine without corpora and GPUs."""
     cache = str(tmp_path / "cache")
-    return {"CHARLM_DATA": "", "XDG_CACHE_HOME": cache, "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
+    return {"CHARLM_DATA": "", "XDG_CACHE_HOME": cache, "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture
@@ -102,7 +140,7 @@ def charlm(tmp_path: Path) -> Command:
     """`charlm ...` in the test's own folder."""
 
     def run(*arguments: str, timeout: float = 120, **env: str) -> Ended:
-        return run_command(["charlm", *arguments], tmp_path, {"COLUMNS": "120"} | env, timeout)
+        return run_command(["charlm", *arguments], tmp_path, env, timeout)
 
     return run
 
@@ -167,9 +205,33 @@ def check(in_process: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.fixture
-def call(in_process: Callable[..., Ended]) -> Command:
-    """`charlm ...` without a process, for commands that change nothing in theirs."""
+def begin(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """`python train.py ...`, of which the test does not wait for the end."""
+    begun: list[Process] = []
+
+    def run(*overrides: str, **env: str) -> Process:
+        begun.append(Process([str(ROOT / "train.py"), *overrides], tmp_path, no_corpus(tmp_path) | env))
+        return begun[-1]
+
+    yield run
+    for process in begun:
+        process.kill()
+
+
+@pytest.fixture
+def call(in_process: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`charlm ...` without a process of its own, for commands that change nothing in theirs."""
+    from charlm import reproduce
     from charlm.cli import main
+    from charlm.errors import InputError
+
+    def train(command: list[str], *_: object) -> None:
+        """Stand in for the function that starts a new Python, whose imports take longer than a small run."""
+        ended = run_command(command[1:], tmp_path, {}, 120)
+        if ended.code:
+            raise InputError(ended.err)
+
+    monkeypatch.setattr(reproduce, "train", train)
 
     def run(*arguments: str, timeout: float = 0, **env: str) -> Ended:
         return in_process(main, ["charlm", *arguments], **env)

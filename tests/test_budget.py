@@ -36,7 +36,7 @@ def columns(folder: Path) -> dict[str, dict[int, float]]:
     return {name: {int(row["step"]): float(row[name]) for row in rows if row[name]} for name in rows[0]}
 
 
-def test_time_ends_a_run_with_its_schedule_at_the_end_and_with_exact_figures(run, charlm):
+def test_time_ends_a_run_with_its_schedule_at_the_end_and_with_exact_figures(run, call):
     budget = ["trainer.max_time=00:00:00:03", "trainer.max_steps=-1", "scheduler=linear", "scheduler.warmup_steps=10"]
     pace = ["trainer.log_every_n_steps=5", "callbacks.progress.seconds_between_lines=0.3"]
     ended, found, curves = run(*budget, *pace)
@@ -54,7 +54,7 @@ def test_time_ends_a_run_with_its_schedule_at_the_end_and_with_exact_figures(run
     assert falling[-1] < 0.0005
     assert max(curves["val/loss"]) == found["steps"]  # a validation, and no second telling of it
     assert curves["val/loss"][found["steps"]] == found["val/loss"]
-    again = json.loads(charlm("evaluate", "a", "--split", "val", "--json").out)
+    again = json.loads(call("evaluate", "a", "--split", "val", "--json").out)
     assert again["val/loss"] == found["val/loss"]
 
 

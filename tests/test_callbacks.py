@@ -136,7 +136,7 @@ def test_an_average_may_begin_in_a_resumed_run(fit, tmp_path):
     assert torch.allclose(torch.cat([a.flatten() for a in average.average]).double(), expected, atol=1e-6)
 
 
-def test_figures_and_checkpoint_of_a_run_are_those_of_the_average(train, charlm, tmp_path, text_file):
+def test_figures_and_checkpoint_of_a_run_are_those_of_the_average(train, call, tmp_path, text_file):
     common = ["data=text", f"data.path={text_file}", "trainer=cpu", "trainer.max_steps=60", "logger=csv"]
     common += ["trainer.val_check_interval=30"]
     for name, callbacks in {"plain": "callbacks=default", "ema": "callbacks=[default,ema]"}.items():
@@ -144,9 +144,9 @@ def test_figures_and_checkpoint_of_a_run_are_those_of_the_average(train, charlm,
         assert (ended.code, ended.err) == (0, "")
     found = json.loads((tmp_path / "ema" / "results.json").read_text())
     assert found["val/loss"] != json.loads((tmp_path / "plain" / "results.json").read_text())["val/loss"]
-    assert json.loads(charlm("evaluate", "ema", "--split", "val", "--json").out)["val/loss"] == found["val/loss"]
+    assert json.loads(call("evaluate", "ema", "--split", "val", "--json").out)["val/loss"] == found["val/loss"]
     assert columns(tmp_path / "ema")["val/loss"][60] == pytest.approx(found["val/loss"], rel=1e-12)
-    assert charlm("generate", "ema", "--length", "20").code == 0
+    assert call("generate", "ema", "--length", "20").code == 0
     plain, ema = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("plain", "ema")
     )
@@ -164,7 +164,7 @@ def flatten(node: Any) -> list[Tensor]:
     return [tensor for child in children for tensor in flatten(child)]
 
 
-def test_two_processes_average_follow_the_clock_together_and_count_tokens_together(charlm, tmp_path, text_file):
+def test_two_processes_average_follow_the_clock_together_and_count_tokens_together(call, tmp_path, text_file):
     command = [sys.executable, str(ROOT / "train.py"), "data=text", f"data.path={text_file}", "hydra.run.dir=a"]
     command += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "callbacks=[default,ema,best]"]
     command += [f"max_tokens={30 * 2 * 256 - 1}", "trainer.max_time=00:01:00:00", "trainer.max_steps=-1"]
@@ -174,7 +174,7 @@ def test_two_processes_average_follow_the_clock_together_and_count_tokens_togeth
     found = json.loads((tmp_path / "a" / "results.json").read_text())
     assert (found["steps"], found["stopped_by"]) == (30, "tokens")
     for file in ("last.ckpt", "best.ckpt"):
-        again = json.loads(charlm("evaluate", f"a/checkpoints/{file}", "--split", "val", "--json").out)
+        again = json.loads(call("evaluate", f"a/checkpoints/{file}", "--split", "val", "--json").out)
         assert again["val/loss"] == found["val/loss"]
     assert torch.load(tmp_path / "a" / "checkpoints" / "last.ckpt", weights_only=True)["ema"]["updates"] == 3
 
@@ -189,7 +189,7 @@ def test_an_early_end_is_an_end(train, tmp_path, text_file):
     assert columns(tmp_path / "a")["val/loss"][15] == found["val/loss"]
 
 
-def test_the_best_state_is_that_of_the_lowest_validation(train, charlm, tmp_path, text_file):
+def test_the_best_state_is_that_of_the_lowest_validation(train, call, tmp_path, text_file):
     common = ["data=text", f"data.path={text_file}", "trainer=cpu", "trainer.val_check_interval=20", "logger=csv"]
     wild = ["optimizer.lr=1", "data.batch_size=1", "trainer.max_steps=400", "callbacks=[default,best]"]
     ended = train(*common, *wild, "hydra.run.dir=a")
@@ -198,10 +198,10 @@ def test_the_best_state_is_that_of_the_lowest_validation(train, charlm, tmp_path
     curve = columns(tmp_path / "a")["val/loss"]
     best = min(curve, key=lambda step: curve[step])
     assert best < 400
-    told = json.loads(charlm("evaluate", "a/checkpoints/best.ckpt", "--split", "val", "--json").out)
+    told = json.loads(call("evaluate", "a/checkpoints/best.ckpt", "--split", "val", "--json").out)
     assert told["step"] == best
     assert told["val/loss"] == pytest.approx(curve[best], rel=1e-12)
-    assert charlm("generate", "a/checkpoints/best.ckpt", "--length", "20").code == 0
+    assert call("generate", "a/checkpoints/best.ckpt", "--length", "20").code == 0
     kept = checkpoint.read(tmp_path / "a" / "checkpoints" / "best.ckpt")["callbacks"]["Best"]
     assert kept == {"loss": curve[best], "step": best}
 

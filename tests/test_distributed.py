@@ -44,12 +44,12 @@ def test_two_processes_draw_other_chunks(prose):
 
 
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-def test_two_processes_report_what_one_process_would(two_processes, charlm, trainer):
+def test_two_processes_report_what_one_process_would(two_processes, call, trainer):
     settings = ["trainer.max_steps=30", "trainer.val_check_interval=30", "logger=csv", "data.batch_size=16"]
     folder = two_processes("a", f"trainer={trainer}", *settings)
     found = json.loads((folder / "results.json").read_text())
     assert found["train/tokens"] == 30 * 2 * 16 * 8
-    again = json.loads(charlm("evaluate", str(folder), "--json", "--split", "val").out)
+    again = json.loads(call("evaluate", str(folder), "--json", "--split", "val").out)
     assert again["val/loss"] == found["val/loss"]
     # The validation during training was shared between both, on the same weights as the final one.
     header, *rows = (folder / "metrics.csv").read_text().splitlines()

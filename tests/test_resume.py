@@ -349,7 +349,7 @@ def test_two_processes_stop_together_and_go_on(train, tmp_path, text_file):
 @pytest.mark.parametrize(
     "name", ["block_size=8,lr=0.01", "a b", "it's", 'a "quoted" one', "back\\slash", "back\\'", "end\\", "[x]"]
 )
-def test_a_folder_may_have_any_name(trained, tmp_path, train, charlm, name):
+def test_a_folder_may_have_any_name(trained, tmp_path, train, call, name):
     folder = tmp_path / name
     shutil.copytree(trained, folder)
     for path in (name, f"./{name}"):
@@ -359,4 +359,4 @@ def test_a_folder_may_have_any_name(trained, tmp_path, train, charlm, name):
     assert train(f"rerun={name}", "trainer.max_steps=3").code == 0
     assert (tmp_path / f"{name}_2" / "results.json").exists()
     assert train(f"resume={name}", "trainer.max_steps=25").code == 0
-    assert charlm("reproduce", name).code == 0
+    assert call("reproduce", name).code == 0

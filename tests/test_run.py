@@ -343,34 +343,34 @@ def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
     (folder / "run.json").write_text(json.dumps(found))
 
 
-def test_another_run_is_told_from_its_first_step_on_with_what_was_otherwise(copied, charlm):
+def test_another_run_is_told_from_its_first_step_on_with_what_was_otherwise(copied, call):
     losses = np.fromfile(copied / "losses.f32", "<f4")
     losses[6:] = np.nextafter(losses[6:], np.float32(9))
     losses.tofile(copied / "losses.f32")
     rewrite(copied, lambda found: found["surroundings"]["packages"].update(torch="1.0"))
-    found = json.loads(charlm("reproduce", str(copied), "--json").out)
+    found = json.loads(call("reproduce", str(copied), "--json").out)
     assert not found["equal"]
     assert found["first_step"] == 7
     assert found["surroundings"] == {"packages.torch": ["1.0", torch.__version__]}
-    ended = charlm("reproduce", str(copied))
+    ended = call("reproduce", str(copied))
     assert ended.code == 1
     assert "Losses differ from step 7 on" in ended.out
     assert re.search(r"packages.torch +1.0 +" + re.escape(torch.__version__), ended.out)
 
 
-def test_other_weights_are_told_though_the_losses_are_the_same(copied, charlm):
+def test_other_weights_are_told_though_the_losses_are_the_same(copied, call):
     path = copied / "checkpoints" / "last.ckpt"
     content = checkpoint.read(path)
     name, weight = next(iter(content["state_dict"].items()))
     weight.flatten()[0] += 1
     checkpoint.write(content, path)
-    ended = charlm("reproduce", str(copied))
+    ended = call("reproduce", str(copied))
     assert ended.code == 1
     assert f"state_dict.{name}" in ended.out
     assert "surroundings are as they were" in ended.out
 
 
-def test_a_run_that_was_stopped_and_resumed_can_be_reproduced_at_each_state(train, charlm, tmp_path, text_file):
+def test_a_run_that_was_stopped_and_resumed_can_be_reproduced_at_each_state(train, call, tmp_path, text_file):
     """With a schedule that follows the whole budget."""
     common = [*SMALL, "data=text", f"data.path={text_file}", "scheduler=warmup_cosine", "scheduler.warmup_steps=5"]
     assert train(*common, "stop_at=25", "hydra.run.dir=run").code == 0
@@ -378,7 +378,7 @@ def test_a_run_that_was_stopped_and_resumed_can_be_reproduced_at_each_state(trai
     for resumed, steps in ((False, 25), (True, 60)):
         if resumed:
             assert train("resume=run").code == 0
-        ended = charlm("reproduce", "run", "--json")
+        ended = call("reproduce", "run", "--json")
         assert ended.code == 0, ended.out + ended.err
         assert json.loads(ended.out)["steps"] == steps
         before = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
@@ -429,9 +429,9 @@ def test_a_strangers_checkpoint_runs_no_code_where_it_is_resumed(copied):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 100_000, '{"format": 1}', "\xff"])
-def test_a_damaged_record_is_told_in_one_line(copied, charlm, content):
+def test_a_damaged_record_is_told_in_one_line(copied, call, content):
     (copied / "run.json").write_text(content)
-    ended = charlm("reproduce", str(copied))
+    ended = call("reproduce", str(copied))
     assert (ended.code, ended.err) == (2, f"charlm: {copied}/run.json is damaged, or of another version\n")
 
 

@@ -94,7 +94,7 @@ def test_progress_through_a_pipe_is_plain_lines(train, text_file):
     assert "\x1b" not in ended.out
 
 
-def test_a_run_may_keep_a_test_split(run, charlm, prose):
+def test_a_run_may_keep_a_test_split(run, call, prose):
     folder = run("a", "data.test_fraction=0.2", "evaluate=[val,test]")
     found = results(folder)
     assert found["val/targets"] == pytest.approx(0.1 * len(prose), abs=3)
@@ -109,16 +109,16 @@ def test_accumulation_and_clipping_train(run):
     assert results(more)["steps"] == 60
 
 
-def test_evaluating_a_checkpoint_gives_the_figures_of_the_run_to_the_digit(run, charlm, tmp_path):
+def test_evaluating_a_checkpoint_gives_the_figures_of_the_run_to_the_digit(run, call, tmp_path):
     folder = run("a")
-    ended = charlm("evaluate", str(folder), "--json")
+    ended = call("evaluate", str(folder), "--json")
     assert ended.code == 0, ended.err
     again, first = json.loads(ended.out), results(folder)
     shared = [key for key in again if key.startswith(("train/", "val/"))]
     assert "val/perplexity_se" in shared
     assert {key: again[key] for key in shared} == {key: first[key] for key in shared}
     assert again["references"] == first["references"]
-    one = json.loads(charlm("evaluate", str(folder / "checkpoints" / "last.ckpt"), "--split", "val", "--json").out)
+    one = json.loads(call("evaluate", str(folder / "checkpoints" / "last.ckpt"), "--split", "val", "--json").out)
     assert one["val/loss"] == first["val/loss"]
     assert "train/loss" not in one
 
