@@ -35,7 +35,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # The fork server pays for these imports once, so that each command costs a fresh process but not its start-up.
-PRELOAD = ["lightning", "charlm.callbacks", "charlm.cli", "charlm.evaluate", "charlm.logger", "charlm.preflight"]
+PRELOAD = [
+    *("pytest", "hypothesis", "tensorboard.backend.event_processing.event_accumulator"),  # which its functions import
+    *("lightning", "charlm.callbacks", "charlm.cli", "charlm.evaluate", "charlm.logger", "charlm.preflight.settings"),
+]
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,7 @@ class Process:
                 if line.startswith(start) and line.endswith("\n"):
                     return line
             if not at_work or time.monotonic() > until:
-                pytest.fail(f"no line {start!r} from {self.command}:\n{self.printed(self.out)}\n{self.printed(self.err)}")
+                pytest.fail(f"no line {start!r} from {self}")
             time.sleep(0.02)
 
     def end(self, timeout: float = 120) -> Ended:
@@ -99,10 +102,12 @@ class Process:
         self.process.join(timeout)
         if self.process.is_alive():
             self.kill()
-            told = f"{self.printed(self.out)}\n{self.printed(self.err)}"
-            pytest.fail(f"{self.command} did not end within {timeout} s:\n{told}")
+            pytest.fail(f"no end within {timeout} s of {self}")
         assert self.process.exitcode is not None
         return Ended(self.process.exitcode, self.printed(self.out), self.printed(self.err))
+
+    def __str__(self) -> str:
+        return f"{self.command}\n{self.printed(self.out)}\n{self.printed(self.err)}"
 
     def send_signal(self, number: signal.Signals) -> None:
         os.kill(self.pid, number)
