@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -22,7 +20,6 @@ from charlm.model.bigram import Bigram
 from charlm.module import LanguageModel
 from charlm.optimizer.adamw import adamw
 from charlm.scheduler import constant
-from tests.conftest import ROOT
 from tests.test_budget import columns
 
 SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}
@@ -164,13 +161,13 @@ def flatten(node: Any) -> list[Tensor]:
     return [tensor for child in children for tensor in flatten(child)]
 
 
-def test_two_processes_average_follow_the_clock_together_and_count_tokens_together(call, tmp_path, text_file):
-    command = [sys.executable, str(ROOT / "train.py"), "data=text", f"data.path={text_file}", "hydra.run.dir=a"]
+def test_two_processes_average_follow_the_clock_together_and_count_tokens_together(train, call, tmp_path, text_file):
+    command = ["data=text", f"data.path={text_file}", "hydra.run.dir=a"]
     command += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "callbacks=[default,ema,best]"]
     command += [f"max_tokens={30 * 2 * 256 - 1}", "trainer.max_time=00:01:00:00", "trainer.max_steps=-1"]
     command += ["scheduler=linear", "scheduler.warmup_steps=5", "trainer.val_check_interval=15"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
-    assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr + ended.stdout
+    ended = train(*command, timeout=200)
+    assert (ended.code, ended.err) == (0, ""), ended.err + ended.out
     found = json.loads((tmp_path / "a" / "results.json").read_text())
     assert (found["steps"], found["stopped_by"]) == (30, "tokens")
     for file in ("last.ckpt", "best.ckpt"):

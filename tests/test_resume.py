@@ -361,6 +361,7 @@ def test_two_processes_stop_together_and_go_on(train, tmp_path, text_file):
 
 
 NAMES = ["block_size=8,lr=0.01", "a b", "it's", 'a "quoted" one', "back\\slash", "back\\'", "end\\", "[x]"]
+ALL_OF_THEM = "a \"b\" 'c' [x],lr=0.1\\"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -380,9 +381,7 @@ def test_a_folder_may_have_any_name(trained, tmp_path, call, check, name):
     assert call("evaluate", name, "--split", "val").code == 0
 
 
-@pytest.mark.parametrize(
-    "name", ["a \"b\" 'c' [x],lr=0.1\\", *(pytest.param(n, marks=pytest.mark.slow) for n in NAMES)]
-)
+@pytest.mark.parametrize("name", [ALL_OF_THEM, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)])
 def test_runs_in_folders_of_any_name_are_begun_again_made_longer_and_reproduced(trained, tmp_path, train, call, name):
     shutil.copytree(trained, tmp_path / name)
     assert train(f"rerun={name}", "trainer.max_steps=3").code == 0
