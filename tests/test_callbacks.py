@@ -135,7 +135,7 @@ def test_an_average_may_begin_in_a_resumed_run(fit, tmp_path):
 
 def test_figures_and_checkpoint_of_a_run_are_those_of_the_average(train, call, tmp_path, text_file):
     common = ["data=text", f"data.path={text_file}", "trainer=cpu", "trainer.max_steps=60", "logger=csv"]
-    common += ["trainer.val_check_interval=30"]
+    common += ["trainer.val_check_interval=30", "evaluate=[val]"]
     for name, callbacks in {"plain": "callbacks=default", "ema": "callbacks=[default,ema]"}.items():
         ended = train(*common, callbacks, f"hydra.run.dir={name}")
         assert (ended.code, ended.err) == (0, "")
