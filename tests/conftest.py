@@ -1,10 +1,14 @@
 """Commands as real processes, and small texts to train on."""
 
+import itertools
+import logging
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,12 +16,17 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-# A machine that is busy with other tests is no reason to fail.
-settings.register_profile("unhurried", deadline=None)
-settings.load_profile("unhurried")
+# Neither a busy machine nor chance is a reason to fail: no deadline, and the same examples each time.
+settings.register_profile("steady", deadline=None, derandomize=True)
+settings.load_profile("steady")
 
 # Tests run beside one another: a thread each, also for the commands that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
+# The width of the terminal, here and in all commands.
+os.environ["COLUMNS"] = "120"
+
+# A shell that starts pytest in the background has it ignore Ctrl-C, and so would every process that a test starts.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).parent.parent
 
@@ -27,7 +36,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 # The fork server pays for these imports once, so that each command costs a fresh process but not its start-up.
-PRELOAD = ["lightning", "charlm.callbacks", "charlm.cli", "charlm.evaluate", "charlm.logger", "charlm.preflight"]
+PRELOAD = [
+    *("pytest", "hypothesis", "tensorboard.backend.event_processing.event_accumulator"),  # which its functions import
+    *("lightning", "charlm.callbacks", "charlm.cli", "charlm.evaluate", "charlm.logger", "charlm.preflight.settings"),
+]
 
 
 @dataclass(frozen=True)
@@ -59,40 +71,76 @@ def become(argv: list[str], cwd: str, env: dict[str, str], out: str | Connection
         runpy.run_path(argv[0], run_name="__main__")
 
 
+class Process:
+    """A command at work in a process of its own, with its output in files."""
+
+    number = itertools.count()
+
+    def __init__(self, argv: list[str], cwd: Path, env: dict[str, str]):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOAD)
+        logs = cwd / ".command" / str(next(self.number))
+        logs.mkdir(parents=True)
+        self.command, self.out, self.err = " ".join(argv), logs / "out", logs / "err"
+        self.process = context.Process(target=become, args=(argv, str(cwd), env, str(self.out), str(self.err)))
+        self.process.start()
+        assert self.process.pid
+        self.pid = self.process.pid
+
+    def printed(self, file: Path) -> str:
+        return file.read_text() if file.exists() else ""
+
+    def line(self, start: str, timeout: float = 120) -> str:
+        """Wait for a whole line of standard output that begins with `start`."""
+        until = time.monotonic() + timeout
+        while True:
+            at_work = self.process.is_alive()
+            for line in self.printed(self.out).splitlines(keepends=True):
+                if line.startswith(start) and line.endswith("\n"):
+                    return line
+            if not at_work or time.monotonic() > until:
+                pytest.fail(f"no line {start!r} from {self}")
+            time.sleep(0.02)
+
+    def end(self, timeout: float = 120) -> Ended:
+        """Wait for its end."""
+        self.process.join(timeout)
+        if self.process.is_alive():
+            self.kill()
+            pytest.fail(f"no end within {timeout} s of {self}")
+        assert self.process.exitcode is not None
+        return Ended(self.process.exitcode, self.printed(self.out), self.printed(self.err))
+
+    def __str__(self) -> str:
+        return f"{self.command}\n{self.printed(self.out)}\n{self.printed(self.err)}"
+
+    def send_signal(self, number: signal.Signals) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+
+
 def run_command(argv: list[str], cwd: Path, env: dict[str, str], timeout: float) -> Ended:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    logs = cwd / ".command"
-    logs.mkdir(exist_ok=True)
-    out, err = logs / "out", logs / "err"
-    for log in (out, err):
-        log.unlink(missing_ok=True)
-    process = context.Process(target=become, args=(argv, str(cwd), env, str(out), str(err)))
-    process.start()
-    process.join(timeout)
-    if process.is_alive():
-        process.kill()
-        process.join()
-        pytest.fail(f"{' '.join(argv)} did not end within {timeout} s:\n{out.read_text()}\n{err.read_text()}")
-    assert process.exitcode is not None
-    return Ended(process.exitcode, out.read_text(), err.read_text())
+    return Process(argv, cwd, env).end(timeout)
 
 
 Command = Callable[..., Ended]
 
 
+def no_corpus(tmp_path: Path) -> dict[str, str]:
+    """Return the environment of a machine without corpora and GPUs."""
+    cache = str(tmp_path / "cache")
+    return {"CHARLM_DATA": "", "XDG_CACHE_HOME": cache, "CUDA_VISIBLE_DEVICES": ""}
+
+
 @pytest.fixture
 def train(tmp_path: Path) -> Command:
-    """`python train.py ...` in a folder of the test's own, on a machine where no corpus lies about."""
+    """`python train.py ...` in a folder of the test's own, on a machine without corpora and GPUs."""
 
     def run(*overrides: str, timeout: float = 120, **env: str) -> Ended:
-        alone = {
-            "CHARLM_DATA": "",
-            "XDG_CACHE_HOME": str(tmp_path / "cache"),
-            "CUDA_VISIBLE_DEVICES": "",
-            "COLUMNS": "120",
-        }
-        return run_command([str(ROOT / "train.py"), *overrides], tmp_path, alone | env, timeout)
+        return run_command([str(ROOT / "train.py"), *overrides], tmp_path, no_corpus(tmp_path) | env, timeout)
 
     return run
 
@@ -102,7 +150,101 @@ def charlm(tmp_path: Path) -> Command:
     """`charlm ...` in the test's own folder."""
 
     def run(*arguments: str, timeout: float = 120, **env: str) -> Ended:
-        return run_command(["charlm", *arguments], tmp_path, {"COLUMNS": "120"} | env, timeout)
+        return run_command(["charlm", *arguments], tmp_path, env, timeout)
+
+    return run
+
+
+@pytest.fixture
+def in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., Ended]]:
+    """Call the function behind a command in the test's own process and folder, and restore what it changes."""
+    import lightning as L  # noqa: F401 - imports matplotlib, which looks for fonts and fills the user's cache
+    import torch
+    from hydra.core.hydra_config import HydraConfig
+
+    from charlm import run as runs
+    from charlm.data.corpus import load_corpus
+    from charlm.errors import one_line_errors
+
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    monkeypatch.setattr(runs, "claimed", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.chdir(tmp_path)
+
+    def run(function: Callable[[], object], argv: list[str], **env: str) -> Ended:
+        for name, value in {"HYDRA_FULL_ERROR": "1", **env}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", argv)
+        load_corpus.cache_clear()  # its key is a path, and each test has other files
+        capfd.readouterr()
+        code: int | str | None = 0
+        try:
+            with one_line_errors():
+                function()
+        except SystemExit as ended:
+            code = ended.code
+        assert code is None or isinstance(code, int)
+        return Ended(code or 0, *capfd.readouterr())
+
+    yield run
+    logger.setLevel(level)
+
+
+@pytest.fixture
+def check(in_process: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """The checks of `python train.py ...` without a process, for commands that end there."""
+    from charlm import forkserver
+    from charlm.preflight import check_command, is_sweep
+    from charlm.sweep.command import sweep
+
+    # A sweep runs its last checks in another process, and Hydra configures the logging of this one.
+    monkeypatch.setattr(forkserver, "ask", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr("hydra._internal.hydra.configure_log", lambda *_: None)
+
+    def run(*overrides: str, timeout: float = 0, **env: str) -> Ended:
+        argv = ["train.py", *overrides]
+        begin = sweep if is_sweep(argv) else check_command
+        return in_process(lambda: begin(argv, ROOT / "conf"), argv, **no_corpus(tmp_path), **env)
+
+    return run
+
+
+@pytest.fixture
+def begin(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """`python train.py ...`, of which the test does not wait for the end."""
+    begun: list[Process] = []
+
+    def run(*overrides: str, **env: str) -> Process:
+        begun.append(Process([str(ROOT / "train.py"), *overrides], tmp_path, no_corpus(tmp_path) | env))
+        return begun[-1]
+
+    yield run
+    for process in begun:
+        process.kill()
+
+
+@pytest.fixture
+def call(in_process: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    """`charlm ...` without a process of its own, for commands that change nothing in theirs."""
+    from charlm import reproduce
+    from charlm.cli import main
+    from charlm.errors import InputError
+
+    def train(command: list[str], *_: object) -> None:
+        """Stand in for the function that starts a new Python, whose imports take longer than a small run."""
+        ended = run_command(command[1:], tmp_path, {}, 120)
+        if ended.code:
+            raise InputError(ended.err)
+
+    monkeypatch.setattr(reproduce, "train", train)
+
+    def run(*arguments: str, timeout: float = 0, **env: str) -> Ended:
+        return in_process(main, ["charlm", *arguments], **env)
 
     return run
 

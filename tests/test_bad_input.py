@@ -2,11 +2,11 @@
 
 import gzip
 import importlib.util
+import math
 import os
 import pickle
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -74,40 +74,45 @@ def refused(tmp_path: Path) -> Callable[..., str]:
         ("scheduler=linear scheduler.warmup=1", "scheduler.warmup_steps"),
     ],
 )
-def test_a_key_that_is_not_there_names_the_nearest(refused, train, override, nearest):
-    assert f"did you mean {nearest}?" in refused(train, *override.split())
+def test_a_key_that_is_not_there_names_the_nearest(refused, check, override, nearest):
+    assert f"did you mean {nearest}?" in refused(check, *override.split())
 
 
 @pytest.mark.parametrize("override", ["xyzzy=1", "+xyzzy=1", "~xyzzy", "+model.xyzzy=1"])
-def test_a_key_like_no_other_points_to_the_help(refused, train, override):
-    assert "there is no setting " in (told := refused(train, override))
+def test_a_key_like_no_other_points_to_the_help(refused, check, override):
+    assert "there is no setting " in (told := refused(check, override))
     assert "train.py --help" in told
 
 
 @pytest.mark.parametrize(
     "override", ["+model.vocab_size=5", "+trainer.logger=true", "+optimizer.params=5", "run_dir=elsewhere"]
 )
-def test_what_charlm_decides_by_itself_is_no_setting(refused, train, override):
-    refused(train, override)
+def test_what_charlm_decides_by_itself_is_no_setting(refused, check, override):
+    refused(check, override)
 
 
 @pytest.mark.parametrize("override", ["~seed", "~model", "~optimizer.lr", "~data.path", "~trainer.devices", "~logger"])
-def test_what_a_run_needs_cannot_be_taken_away(refused, train, override):
-    assert f"{override} takes away what a run needs" in refused(train, override)
+def test_what_a_run_needs_cannot_be_taken_away(refused, check, override):
+    assert f"{override} takes away what a run needs" in refused(check, override)
 
 
-def test_a_setting_without_a_value_is_missing(refused, train):
+def test_a_setting_without_a_value_is_missing(refused, check):
     added = "+callbacks.more._target_=charlm.callbacks.Checkpoint"
-    assert "callbacks.more.dirpath is missing" in refused(train, added)
+    assert "callbacks.more.dirpath is missing" in refused(check, added)
 
 
-@cache
-def numbers() -> list[str]:
-    """Every numeric setting of conf/, after the choice that brings it, from composed configurations."""
+def choices() -> list[str]:
+    """Every single choice of every group, as on the command line, and none."""
+    from charlm.config import GROUPS
+
+    files = [file for group in sorted(GROUPS) for file in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+    return ["", *(f"{file.parent.name}={file.stem}" for file in files if file.stem != "base")]
+
+
+def numbers(choice: str) -> tuple[Any, list[str]]:
+    """The configuration with one choice, and the names of the numbers that this brings."""
     from hydra import compose, initialize_config_dir
     from omegaconf import DictConfig, OmegaConf
-
-    from charlm.config import GROUPS
 
     def leaves(node: Any, path: str) -> Iterator[tuple[str, Any]]:
         if isinstance(node, DictConfig):
@@ -117,35 +122,41 @@ def numbers() -> list[str]:
         else:
             yield path, node
 
-    found: dict[tuple[str, str], str] = {}
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        for file in [None, *sorted((ROOT / "conf").glob("*/*.yaml"))]:
-            group, choice = (file.parent.name, file.stem) if file else ("", "")
-            if file and (group not in GROUPS or choice == "base"):
+        cfg = compose("train", [choice] if choice else [])
+    cfg.run_dir = "run"
+    found = [path for path, value in leaves(cfg, "") if isinstance(value, int | float) and not isinstance(value, bool)]
+    return cfg, [path for path in found if path.startswith(choice.partition("=")[0])]
+
+
+@pytest.mark.parametrize("choice", choices())
+def test_every_number_has_a_type_and_a_range(choice):
+    from omegaconf import OmegaConf
+
+    from charlm.errors import InputError
+    from charlm.preflight import resolved
+    from charlm.preflight.settings import check_settings
+
+    cfg, settings = numbers(choice)
+    cfg.data.path, cfg.trainer.accelerator = None, "cpu"  # which data=text and trainer=gpu leave to others
+    for setting in settings:
+        possible, told = OmegaConf.select(cfg, setting), ""
+        for impossible in ("abc", -1_000_000, 8.5, math.nan):
+            if impossible == 8.5 and "whole number" not in told:
                 continue
-            chosen = [f"{group}={choice}"] if file else []
-            cfg = compose("train", chosen)
-            cfg.run_dir = "run"
-            for path, value in leaves(cfg, ""):
-                group_of = path.partition(".")[0]
-                target = str(cfg[group_of].get("_target_")) if isinstance(cfg[group_of], DictConfig) else ""
-                if isinstance(value, int | float) and not isinstance(value, bool):
-                    found.setdefault((path, target), " ".join([*chosen, path]))
-    return list(found.values())
-
-
-@pytest.mark.parametrize("number", numbers())
-def test_every_number_has_a_type_and_a_range(refused, train, number):
-    *choice, setting = number.split()
-    whole = "whole number" in refused(train, *choice, f"{setting}=abc")
-    for impossible in ["-1000000", "8.5" if whole else "nan"]:
-        told = refused(train, *choice, f"{setting}={impossible}")
-        assert f"{setting}={impossible} is not possible: give " in told
+            OmegaConf.update(cfg, setting, impossible)
+            with pytest.raises(InputError) as refused:
+                check_settings(resolved(cfg))
+            told = told or str(refused.value)
+            assert f"{setting}={impossible} is not possible: give " in str(refused.value)
+        OmegaConf.update(cfg, setting, possible)
 
 
 def test_the_numbers_of_every_group_are_found():
+    found = numbers("")[1]
     for known in ("seed", "data.block_size", "optimizer.lr", "trainer.val_check_interval", "callbacks.samples.length"):
-        assert known in numbers()
+        assert known in found
+    assert "model.n_head" in numbers("model=gpt")[1]
 
 
 @pytest.mark.parametrize(
@@ -192,8 +203,8 @@ def test_the_numbers_of_every_group_are_found():
         "+trainer.fast_dev_run=-1",
     ],
 )
-def test_values_are_held_against_the_signature(refused, train, override):
-    assert f"{override.partition('=')[0].lstrip('+')}=" in (told := refused(train, override))
+def test_values_are_held_against_the_signature(refused, check, override):
+    assert f"{override.partition('=')[0].lstrip('+')}=" in (told := refused(check, override))
     assert "is not possible: give " in told
 
 
@@ -205,12 +216,12 @@ def test_values_are_held_against_the_signature(refused, train, override):
         (["model=gpt", "model.block_size=16"], "64 characters are more than the 16 positions"),
     ],
 )
-def test_parts_of_a_model_must_fit_together(refused, train, settings, words):
-    assert words in refused(train, *settings)
+def test_parts_of_a_model_must_fit_together(refused, check, settings, words):
+    assert words in refused(check, *settings)
 
 
-def test_fractions_must_leave_something_to_train_on(refused, train, text_file):
-    told = refused(train, *ANY_TEXT, "data.val_fraction=0.6", "data.test_fraction=0.5")
+def test_fractions_must_leave_something_to_train_on(refused, check, text_file):
+    told = refused(check, *ANY_TEXT, "data.val_fraction=0.6", "data.test_fraction=0.5")
     assert "leave nothing to train on" in told
 
 
@@ -236,14 +247,14 @@ def test_fractions_must_leave_something_to_train_on(refused, train, text_file):
         ("optimizer={lr:1}", "adamw"),
     ],
 )
-def test_a_choice_that_is_not_there_lists_those_that_are(refused, train, override, choices):
-    told = refused(train, override)
+def test_a_choice_that_is_not_there_lists_those_that_are(refused, check, override, choices):
+    told = refused(check, override)
     assert f"{override.lstrip('+')} is not there: choose one of " in told
     assert set(choices.split(", ")) <= set(told.strip().rpartition("choose one of ")[2].split(", "))
 
 
-def test_one_of_several_choices_that_is_not_there_lists_those_that_are(refused, train):
-    assert "callbacks=nosuch is not there: choose one of best, default" in refused(train, "callbacks=[default,nosuch]")
+def test_one_of_several_choices_that_is_not_there_lists_those_that_are(refused, check):
+    assert "callbacks=nosuch is not there: choose one of best, default" in refused(check, "callbacks=[default,nosuch]")
 
 
 @pytest.mark.parametrize("callbacks", ["callbacks=[]", "callbacks=none", "callbacks=[none]"])
@@ -265,63 +276,86 @@ def test_no_observers_are_a_choice(train, text_file, callbacks):
         (["optimizer=muon", "optimizer.adjust_lr_fn=nosuch"], "give one of original, match_rms_adamw"),
     ],
 )
-def test_settings_that_exclude_one_another(refused, train, settings, words):
-    assert words in refused(train, *settings)
+def test_settings_that_exclude_one_another(refused, check, settings, words):
+    assert words in refused(check, *settings)
 
 
 @pytest.mark.parametrize("target", ["nosuch.Thing", "charlm.model.bigram", "charlm.model.bigram.Nosuch", "5", "null"])
-def test_a_target_must_be_a_class_or_a_function(refused, train, target):
-    assert "name a class or a function" in refused(train, f"model._target_={target}")
+def test_a_target_must_be_a_class_or_a_function(refused, check, target):
+    assert "name a class or a function" in refused(check, f"model._target_={target}")
 
 
 @pytest.mark.parametrize(
     "argument",
     ["--nosuch", "--config-name=nosuch", "--config-dir=nosuch", "--config-path=nosuch", "=5", "optimizer.lr", "a=[1"],
 )
-def test_a_command_line_that_cannot_be_read(refused, train, argument):
-    refused(train, argument)
+def test_a_command_line_that_cannot_be_read(refused, check, argument):
+    refused(check, argument)
 
 
-def test_two_values_without_a_sweep_name_the_flag(refused, train):
-    assert "--multirun" in refused(train, "optimizer.lr=1e-3,1e-2")
+def test_two_values_without_a_sweep_name_the_flag(refused, check):
+    assert "--multirun" in refused(check, "optimizer.lr=1e-3,1e-2")
 
 
-def test_settings_are_checked_before_data(refused, train):
-    assert "optimizer.lr=abc" in refused(train, "optimizer.lr=abc", "data=text", "data.path=missing.txt")
-    assert "trainer.devices=99" in refused(train, "trainer.devices=99", "data=text", "data.path=missing.txt")
+def test_settings_are_checked_before_data(refused, check):
+    assert "optimizer.lr=abc" in refused(check, "optimizer.lr=abc", "data=text", "data.path=missing.txt")
+    assert "trainer.devices=99" in refused(check, "trainer.devices=99", "data=text", "data.path=missing.txt")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("optimizer.lrr=1", "did you mean optimizer.lr?"),
+        ("optimizer.lr=abc", "optimizer.lr=abc is not possible: give "),
+        ("model=nosuch", "choose one of bigram"),
+        ("~seed", "takes away what a run needs"),
+        ("--nosuch", "--nosuch"),
+        ("trainer.devices=99", "trainer.devices=99 is not possible"),
+        ("data=text data.path=missing.txt", "missing.txt does not exist"),
+        ("hydra.run.dir=file", "file cannot be written"),
+        ("resume=nowhere", "nowhere is no folder"),
+        ("-m data=text data.path=prose.txt optimizer.lr=1e-3,abc", "optimizer.lr=abc"),
+        ("-m data=text data.path=prose.txt,missing.txt", "missing.txt does not exist"),
+        ("-m optimizer.lr=1e-3,1e-2 ~model", "~model takes away"),
+    ],
+)
+def test_the_command_itself_tells_a_mistake_in_one_line(refused, train, text_file, command, words):
+    """The other tests call the checks of the same command without a process."""
+    text_file.with_name("file").write_text("in the way")
+    assert words in refused(train, *command.split())
 
 
 # Texts
 
 
-def test_a_text_needs_a_path(refused, train):
-    assert "data.path is missing" in refused(train, "data=text")
+def test_a_text_needs_a_path(refused, check):
+    assert "data.path is missing" in refused(check, "data=text")
 
 
-def test_a_named_corpus_takes_no_path(refused, train):
-    assert "data=text" in refused(train, "data=pydoc", "data.path=x.txt")
+def test_a_named_corpus_takes_no_path(refused, check):
+    assert "data=text" in refused(check, "data=pydoc", "data.path=x.txt")
 
 
-def test_an_unknown_corpus_lists_the_known(refused, train):
-    assert "choose one of tinyshakespeare, pydoc, text" in refused(train, "data.corpus=nosuch")
+def test_an_unknown_corpus_lists_the_known(refused, check):
+    assert "choose one of tinyshakespeare, pydoc, text" in refused(check, "data.corpus=nosuch")
 
 
 @pytest.mark.parametrize("path", ["missing.txt", "missing/*.txt", "nowhere", "a" * 400])
-def test_a_text_that_is_not_there(refused, train, path):
-    assert path in refused(train, "data=text", f"data.path={path}")
+def test_a_text_that_is_not_there(refused, check, path):
+    assert path in refused(check, "data=text", f"data.path={path}")
 
 
-def test_a_folder_without_text_says_what_it_looked_for(refused, train, tmp_path):
+def test_a_folder_without_text_says_what_it_looked_for(refused, check, tmp_path):
     (tmp_path / "sources").mkdir()
     (tmp_path / "sources" / "main.py").write_text("print()")
-    told = refused(train, "data=text", "data.path=sources")
+    told = refused(check, "data=text", "data.path=sources")
     assert ".txt .text .md .rst (also .gz)" in told
     assert "sources/**/*.py" in told
 
 
-def test_an_empty_file_has_no_text(refused, train, tmp_path):
+def test_an_empty_file_has_no_text(refused, check, tmp_path):
     (tmp_path / "empty.txt").write_text("")
-    assert "empty.txt is empty" in refused(train, "data=text", "data.path=empty.txt")
+    assert "empty.txt is empty" in refused(check, "data=text", "data.path=empty.txt")
 
 
 def test_white_space_is_text(train, tmp_path):
@@ -330,26 +364,26 @@ def test_white_space_is_text(train, tmp_path):
     assert ended.code == 0, ended.err
 
 
-def test_a_file_that_is_not_utf8_is_named_with_the_place(refused, train, tmp_path):
+def test_a_file_that_is_not_utf8_is_named_with_the_place(refused, check, tmp_path):
     (tmp_path / "old.txt").write_bytes(b"caf\xe9 " * 100)
-    told = refused(train, "data=text", "data.path=old.txt")
+    told = refused(check, "data=text", "data.path=old.txt")
     assert "old.txt is not UTF-8: byte 0xe9 at offset 3" in told
     assert "iconv" in told
 
 
-def test_the_file_of_a_folder_that_is_not_utf8_is_named(refused, train, tmp_path):
+def test_the_file_of_a_folder_that_is_not_utf8_is_named(refused, check, tmp_path):
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("fine\n" * 100)
     (tmp_path / "texts" / "b.txt").write_bytes(b"0123456789\xff")
-    assert "texts/b.txt is not UTF-8: byte 0xff at offset 10" in refused(train, "data=text", "data.path=texts")
+    assert "texts/b.txt is not UTF-8: byte 0xff at offset 10" in refused(check, "data=text", "data.path=texts")
 
 
 @pytest.mark.parametrize("damage", ["cut", "plain", "tail"])
-def test_a_broken_gz_is_named(refused, train, tmp_path, damage):
+def test_a_broken_gz_is_named(refused, check, tmp_path, damage):
     whole = gzip.compress(os.urandom(5000).hex().encode())
     raw = {"cut": whole[: len(whole) // 2], "plain": b"no gzip at all", "tail": whole[:-8] + bytes(8)}[damage]
     (tmp_path / "text.txt.gz").write_bytes(raw)
-    assert "text.txt.gz cannot be gunzipped" in refused(train, "data=text", "data.path=text.txt.gz")
+    assert "text.txt.gz cannot be gunzipped" in refused(check, "data=text", "data.path=text.txt.gz")
 
 
 @pytest.mark.parametrize(
@@ -361,9 +395,9 @@ def test_a_broken_gz_is_named(refused, train, tmp_path, damage):
         (100, ["data.block_size=91"], "train split has 90 characters"),
     ],
 )
-def test_a_split_must_hold_a_chunk_and_its_last_target(refused, train, tmp_path, length, settings, split):
+def test_a_split_must_hold_a_chunk_and_its_last_target(refused, check, tmp_path, length, settings, split):
     (tmp_path / "short.txt").write_text("ab" * (length // 2) + "c" * (length % 2))
-    told = refused(train, "data=text", "data.path=short.txt", *settings)
+    told = refused(check, "data=text", "data.path=short.txt", *settings)
     assert split in told
     assert "choose a smaller data.block_size" in told
 
@@ -375,14 +409,14 @@ def test_a_split_of_just_one_chunk_will_do(train, tmp_path):
 
 
 @pytest.mark.parametrize("split", ["nosuch", "test"])
-def test_a_split_that_is_not_there_lists_those_that_are(refused, train, text_file, split):
-    told = refused(train, *ANY_TEXT, f"evaluate=[val,{split}]")
+def test_a_split_that_is_not_there_lists_those_that_are(refused, check, text_file, split):
+    told = refused(check, *ANY_TEXT, f"evaluate=[val,{split}]")
     assert f"'{split}'" in told
     assert "choose one of train, val" in told
 
 
-def test_val_is_always_evaluated_since_runs_are_compared_by_it(refused, train, text_file):
-    assert "evaluate=['train'] leaves out val" in refused(train, *ANY_TEXT, "evaluate=[train]")
+def test_val_is_always_evaluated_since_runs_are_compared_by_it(refused, check, text_file):
+    assert "evaluate=['train'] leaves out val" in refused(check, *ANY_TEXT, "evaluate=[train]")
 
 
 # Hardware, folders and packages
@@ -410,8 +444,8 @@ def test_val_is_always_evaluated_since_runs_are_compared_by_it(refused, train, t
         (["trainer.strategy=fsdp"], "choose auto, or trainer=ddp or fsdp"),
     ],
 )
-def test_hardware_that_is_not_there(refused, train, settings, words):
-    assert words in refused(train, *settings)
+def test_hardware_that_is_not_there(refused, check, settings, words):
+    assert words in refused(check, *settings)
 
 
 def test_torchrun_without_a_folder_is_told_to_give_one(refused, train):
@@ -432,33 +466,33 @@ def test_a_gpu_that_is_not_there(refused, train):
 
 @pytest.mark.parametrize("place", ["file", "file/deeper/run"])
 @pytest.mark.parametrize("mode", ["run", "sweep"])
-def test_a_folder_that_cannot_be_written(refused, train, tmp_path, place, mode):
+def test_a_folder_that_cannot_be_written(refused, check, tmp_path, place, mode):
     (tmp_path / "file").write_text("in the way")
-    told = refused(train, *(["-m"] if mode == "sweep" else []), f"hydra.{mode}.dir={place}")
+    told = refused(check, *(["-m"] if mode == "sweep" else []), f"hydra.{mode}.dir={place}")
     assert f"{place} cannot be written" in told
     assert f"choose another hydra.{mode}.dir" in told
 
 
 @pytest.mark.parametrize("trace", ["results.json", "checkpoints/last.ckpt"])
-def test_a_folder_that_holds_a_run_is_left_alone(refused, train, tmp_path, trace):
+def test_a_folder_that_holds_a_run_is_left_alone(refused, check, tmp_path, trace):
     (tmp_path / "run" / trace).mkdir(parents=True)
-    assert "run already holds a run: choose another hydra.run.dir" in refused(train, "hydra.run.dir=run")
+    assert "run already holds a run: choose another hydra.run.dir" in refused(check, "hydra.run.dir=run")
 
 
-def test_a_folder_that_holds_a_run_or_a_sweep_without_a_ledger_is_refused(refused, train, tmp_path, text_file):
+def test_a_folder_that_holds_a_run_or_a_sweep_without_a_ledger_is_refused(refused, check, train, tmp_path, text_file):
     once = (*ANY_TEXT, "trainer.max_steps=2", "logger=none", "callbacks=none")
     assert train(*once, "hydra.run.dir=run").code == 0
-    assert "run already holds a run" in refused(train, *once, "hydra.run.dir=run")
+    assert "run already holds a run" in refused(check, *once, "hydra.run.dir=run")
     assert train("-m", *once, "seed=1,2", "hydra.sweep.dir=sweep").code == 0
     (tmp_path / "sweep" / "sweep.json").unlink()
-    assert "sweep already holds a sweep" in refused(train, "-m", *once, "seed=1,3", "hydra.sweep.dir=sweep")
+    assert "sweep already holds a sweep" in refused(check, "-m", *once, "seed=1,3", "hydra.sweep.dir=sweep")
 
 
 @pytest.mark.parametrize("package", ["wandb", "mlflow"])
-def test_a_logger_whose_package_is_not_installed_names_it(refused, train, package):
+def test_a_logger_whose_package_is_not_installed_names_it(refused, check, package):
     if importlib.util.find_spec(package):
         pytest.skip(f"{package} is installed")
-    assert f"pip install {package}" in refused(train, f"logger={package}")
+    assert f"pip install {package}" in refused(check, f"logger={package}")
 
 
 # Sweeps
@@ -487,12 +521,12 @@ def test_a_logger_whose_package_is_not_installed_names_it(refused, train, packag
         (["seed=1,2", "hydra.sweeper.max_batch_size=1"], "there is no setting hydra.sweeper.max_batch_size"),
     ],
 )
-def test_a_mistake_in_any_job_is_found_before_the_first_starts(refused, train, text_file, overrides, words):
-    assert words in refused(train, "-m", *ANY_TEXT, *overrides)
+def test_a_mistake_in_any_job_is_found_before_the_first_starts(refused, check, text_file, overrides, words):
+    assert words in refused(check, "-m", *ANY_TEXT, *overrides)
 
 
-def test_the_settings_of_every_job_are_checked_before_any_text(refused, train):
-    told = refused(train, "-m", "data=text", "data.path=missing.txt", "optimizer.lr=1e-3,abc")
+def test_the_settings_of_every_job_are_checked_before_any_text(refused, check):
+    told = refused(check, "-m", "data=text", "data.path=missing.txt", "optimizer.lr=1e-3,abc")
     assert "optimizer.lr=abc" in told
 
 
@@ -532,30 +566,42 @@ def test_the_settings_of_every_job_are_checked_before_any_text(refused, train):
         (["evaluate", "RUN", "--device", "cuda"], "--device cuda is not there"),
     ],
 )
-def test_charlm_tells_a_mistake_in_one_line(refused, charlm, trained, arguments, words):
+def test_charlm_tells_a_mistake_in_one_line(refused, call, trained, arguments, words):
     run = [str(trained) if argument == "RUN" else argument for argument in arguments]
-    assert words in refused(charlm, *run, CUDA_VISIBLE_DEVICES="")
+    assert words in refused(call, *run, CUDA_VISIBLE_DEVICES="")
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        ("nosuch", "No such command 'nosuch'"),
+        ("generate --length 0 RUN", "--length"),
+        ("evaluate --split nosuch RUN", "choose one of train, val"),
+    ],
+)
+def test_the_command_charlm_itself_tells_a_mistake_in_one_line(refused, charlm, trained, command, words):
+    assert words in refused(charlm, *command.replace("RUN", str(trained)).split())
 
 
 @pytest.mark.parametrize("command", ["generate", "evaluate"])
 @pytest.mark.parametrize("place", ["missing", "a" * 400, "."])
-def test_a_checkpoint_that_is_not_there(refused, charlm, command, place):
-    assert f"{place} " in refused(charlm, command, place)
+def test_a_checkpoint_that_is_not_there(refused, call, command, place):
+    assert f"{place} " in refused(call, command, place)
 
 
 @pytest.mark.parametrize("kept", [0, 1, 2, 100, 0.5, 0.9, -1])
-def test_a_checkpoint_that_is_cut_off(refused, charlm, trained, tmp_path, kept):
+def test_a_checkpoint_that_is_cut_off(refused, call, trained, tmp_path, kept):
     whole = (trained / "checkpoints" / "last.ckpt").read_bytes()
     (tmp_path / "cut.ckpt").write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
-    assert "cut.ckpt is " in (told := refused(charlm, "generate", "cut.ckpt"))
+    assert "cut.ckpt is " in (told := refused(call, "generate", "cut.ckpt"))
     assert "cut off" in told or "not a checkpoint" in told
 
 
-def test_a_checkpoint_with_damage_in_the_middle(refused, charlm, trained, tmp_path):
+def test_a_checkpoint_with_damage_in_the_middle(refused, call, trained, tmp_path):
     raw = bytearray((trained / "checkpoints" / "last.ckpt").read_bytes())
     raw[60:400] = bytes(340)
     (tmp_path / "damaged.ckpt").write_bytes(raw)
-    assert "damaged.ckpt" in refused(charlm, "generate", "damaged.ckpt")
+    assert "damaged.ckpt" in refused(call, "generate", "damaged.ckpt")
 
 
 class Runs:
@@ -589,43 +635,43 @@ def write_foreign(file: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     "kind", ["text", "zip", "pickle", "dict", "lightning", "tensor", "list", "code", "old dict", "old code"]
 )
-def test_a_file_of_another_kind_is_no_checkpoint_and_none_of_its_code_runs(refused, charlm, tmp_path, kind):
+def test_a_file_of_another_kind_is_no_checkpoint_and_none_of_its_code_runs(refused, call, tmp_path, kind):
     write_foreign(tmp_path / "foreign.ckpt", kind)
-    assert "foreign.ckpt " in refused(charlm, "generate", "foreign.ckpt")
+    assert "foreign.ckpt " in refused(call, "generate", "foreign.ckpt")
 
 
 @pytest.mark.parametrize(
     "target",
     ["os.system", "torch.nn.Linear", "charlm.model.bigram.nn.Linear", "charlm.model.nosuch.Model", "charlm.model", "5"],
 )
-def test_a_checkpoint_names_only_models_of_charlm(refused, charlm, trained, tmp_path, target):
+def test_a_checkpoint_names_only_models_of_charlm(refused, call, trained, tmp_path, target):
     import torch
 
     content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     content["charlm"]["config"]["model"]["_target_"] = target
     torch.save(content, tmp_path / "stranger.ckpt")
-    told = refused(charlm, "generate", "stranger.ckpt")
+    told = refused(call, "generate", "stranger.ckpt")
     assert f"names {target} as its model" in told or "has no attribute 'nosuch'" in told
 
 
 @pytest.mark.parametrize("lost", ["tokenizer", "config", "corpus", "weights", "step", "format"])
-def test_a_checkpoint_that_lacks_a_part(refused, charlm, trained, tmp_path, lost):
+def test_a_checkpoint_that_lacks_a_part(refused, call, trained, tmp_path, lost):
     import torch
 
     content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
     part = {"weights": content["state_dict"], "step": content}.get(lost, content["charlm"])
     del part[{"weights": "model.token_embedding_table.weight", "step": "global_step"}.get(lost, lost)]
     torch.save(content, tmp_path / "partial.ckpt")
-    assert "partial.ckpt " in refused(charlm, "generate", "partial.ckpt")
+    assert "partial.ckpt " in refused(call, "generate", "partial.ckpt")
 
 
-def test_evaluating_wants_the_text_of_the_run(refused, train, charlm, text_file):
+def test_evaluating_wants_the_text_of_the_run(refused, train, call, text_file):
     assert train(*ANY_TEXT, "trainer.max_steps=2", "logger=none", "hydra.run.dir=run").code == 0
     text = text_file.read_text()
     text_file.write_text(text.replace("e", "a", 1))
-    assert "has changed since run was trained on it" in refused(charlm, "evaluate", "run")
+    assert "has changed since run was trained on it" in refused(call, "evaluate", "run")
     text_file.unlink()
-    assert "prose.txt does not exist" in refused(charlm, "evaluate", "run")
+    assert "prose.txt does not exist" in refused(call, "evaluate", "run")
     text_file.write_text(text)
-    ended = charlm("evaluate", "run", "--json")
+    ended = call("evaluate", "run", "--json")
     assert ended.code == 0, ended.err

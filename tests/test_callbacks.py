@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
@@ -22,7 +20,6 @@ from charlm.model.bigram import Bigram
 from charlm.module import LanguageModel
 from charlm.optimizer.adamw import adamw
 from charlm.scheduler import constant
-from tests.conftest import ROOT
 from tests.test_budget import columns
 
 SETTINGS: dict[str, Any] = {"lr": 0.01, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.01}
@@ -136,17 +133,17 @@ def test_an_average_may_begin_in_a_resumed_run(fit, tmp_path):
     assert torch.allclose(torch.cat([a.flatten() for a in average.average]).double(), expected, atol=1e-6)
 
 
-def test_figures_and_checkpoint_of_a_run_are_those_of_the_average(train, charlm, tmp_path, text_file):
+def test_figures_and_checkpoint_of_a_run_are_those_of_the_average(train, call, tmp_path, text_file):
     common = ["data=text", f"data.path={text_file}", "trainer=cpu", "trainer.max_steps=60", "logger=csv"]
-    common += ["trainer.val_check_interval=30"]
+    common += ["trainer.val_check_interval=30", "evaluate=[val]"]
     for name, callbacks in {"plain": "callbacks=default", "ema": "callbacks=[default,ema]"}.items():
         ended = train(*common, callbacks, f"hydra.run.dir={name}")
         assert (ended.code, ended.err) == (0, "")
     found = json.loads((tmp_path / "ema" / "results.json").read_text())
     assert found["val/loss"] != json.loads((tmp_path / "plain" / "results.json").read_text())["val/loss"]
-    assert json.loads(charlm("evaluate", "ema", "--split", "val", "--json").out)["val/loss"] == found["val/loss"]
+    assert json.loads(call("evaluate", "ema", "--split", "val", "--json").out)["val/loss"] == found["val/loss"]
     assert columns(tmp_path / "ema")["val/loss"][60] == pytest.approx(found["val/loss"], rel=1e-12)
-    assert charlm("generate", "ema", "--length", "20").code == 0
+    assert call("generate", "ema", "--length", "20").code == 0
     plain, ema = (
         torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("plain", "ema")
     )
@@ -164,17 +161,17 @@ def flatten(node: Any) -> list[Tensor]:
     return [tensor for child in children for tensor in flatten(child)]
 
 
-def test_two_processes_average_follow_the_clock_together_and_count_tokens_together(charlm, tmp_path, text_file):
-    command = [sys.executable, str(ROOT / "train.py"), "data=text", f"data.path={text_file}", "hydra.run.dir=a"]
+def test_two_processes_average_follow_the_clock_together_and_count_tokens_together(train, call, tmp_path, text_file):
+    command = ["data=text", f"data.path={text_file}", "hydra.run.dir=a"]
     command += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "callbacks=[default,ema,best]"]
     command += [f"max_tokens={30 * 2 * 256 - 1}", "trainer.max_time=00:01:00:00", "trainer.max_steps=-1"]
     command += ["scheduler=linear", "scheduler.warmup_steps=5", "trainer.val_check_interval=15"]
-    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
-    assert (ended.returncode, ended.stderr) == (0, ""), ended.stderr + ended.stdout
+    ended = train(*command, timeout=200)
+    assert (ended.code, ended.err) == (0, ""), ended.err + ended.out
     found = json.loads((tmp_path / "a" / "results.json").read_text())
     assert (found["steps"], found["stopped_by"]) == (30, "tokens")
     for file in ("last.ckpt", "best.ckpt"):
-        again = json.loads(charlm("evaluate", f"a/checkpoints/{file}", "--split", "val", "--json").out)
+        again = json.loads(call("evaluate", f"a/checkpoints/{file}", "--split", "val", "--json").out)
         assert again["val/loss"] == found["val/loss"]
     assert torch.load(tmp_path / "a" / "checkpoints" / "last.ckpt", weights_only=True)["ema"]["updates"] == 3
 
@@ -189,7 +186,7 @@ def test_an_early_end_is_an_end(train, tmp_path, text_file):
     assert columns(tmp_path / "a")["val/loss"][15] == found["val/loss"]
 
 
-def test_the_best_state_is_that_of_the_lowest_validation(train, charlm, tmp_path, text_file):
+def test_the_best_state_is_that_of_the_lowest_validation(train, call, tmp_path, text_file):
     common = ["data=text", f"data.path={text_file}", "trainer=cpu", "trainer.val_check_interval=20", "logger=csv"]
     wild = ["optimizer.lr=1", "data.batch_size=1", "trainer.max_steps=400", "callbacks=[default,best]"]
     ended = train(*common, *wild, "hydra.run.dir=a")
@@ -198,10 +195,10 @@ def test_the_best_state_is_that_of_the_lowest_validation(train, charlm, tmp_path
     curve = columns(tmp_path / "a")["val/loss"]
     best = min(curve, key=lambda step: curve[step])
     assert best < 400
-    told = json.loads(charlm("evaluate", "a/checkpoints/best.ckpt", "--split", "val", "--json").out)
+    told = json.loads(call("evaluate", "a/checkpoints/best.ckpt", "--split", "val", "--json").out)
     assert told["step"] == best
     assert told["val/loss"] == pytest.approx(curve[best], rel=1e-12)
-    assert charlm("generate", "a/checkpoints/best.ckpt", "--length", "20").code == 0
+    assert call("generate", "a/checkpoints/best.ckpt", "--length", "20").code == 0
     kept = checkpoint.read(tmp_path / "a" / "checkpoints" / "best.ckpt")["callbacks"]["Best"]
     assert kept == {"loss": curve[best], "step": best}
 

@@ -431,7 +431,7 @@ def test_without_network_a_run_trains_on_pydoc_and_all_of_it_says_so(train, tmp_
 
 
 def test_in_a_sweep_the_notice_is_shown_once_and_every_job_says_pydoc(train, tmp_path):
-    quick = ["trainer.max_steps=20", "callbacks=none", "logger=none", "evaluate=[val]"]
+    quick = ["trainer.max_steps=2", "callbacks=none", "logger=none", "evaluate=[val]"]
     ended = train("-m", "optimizer.lr=1e-3,1e-2", *quick, **NO_NETWORK)
     assert ended.code == 0, ended.err
     assert ended.out.count("ANOTHER CORPUS") == 1
@@ -443,16 +443,16 @@ def test_in_a_sweep_the_notice_is_shown_once_and_every_job_says_pydoc(train, tmp
         assert "ANOTHER CORPUS" not in (job / "terminal.log").read_text()
 
 
-def test_a_mistake_goes_before_another_corpus(train):
+def test_a_mistake_goes_before_another_corpus(check):
     for command in (["optimizer.lr=abc"], ["-m", "optimizer.lr=1e-3,abc"]):
-        ended = train(*command, **NO_NETWORK)
+        ended = check(*command, **NO_NETWORK)
         assert (ended.code, ended.out) == (2, "")
         assert ended.err.startswith("charlm: optimizer.lr=abc is not possible")
 
 
 @pytest.mark.parametrize("override", ["data.fallback=null", "experiment=lecture_bigram"])
-def test_without_a_fallback_a_missing_corpus_is_an_error_and_nothing_is_written(train, tmp_path, override):
-    ended = train(override, **NO_NETWORK)
+def test_without_a_fallback_a_missing_corpus_is_an_error_and_nothing_is_written(check, tmp_path, override):
+    ended = check(override, **NO_NETWORK)
     assert ended.code == 2
     assert ended.out == ""
     assert ended.err.startswith("charlm: Tiny Shakespeare could not be had (no connection to the proxy)")

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from charlm import checkpoint
 from charlm.data.chunks import RandomChunks
 from charlm.data.datamodule import CharDataModule
+from tests.test_budget import columns
 
 ROOT = Path(__file__).parent.parent
 TRAIN = str(ROOT / "train.py")
@@ -23,15 +24,13 @@ STEPS, ACCUMULATE, LIMIT = 12, 2, 0.5
 
 
 @pytest.fixture
-def two_processes(tmp_path, text_file):
-    """`python train.py trainer=... ...` as a user starts it: the second process must find its way by itself."""
+def two_processes(train, tmp_path, text_file):
+    """`python train.py trainer=... ...`, where the second process must find its way by itself."""
 
     def run(name: str, *overrides: str) -> Path:
-        command = [sys.executable, TRAIN, "data=text", f"data.path={text_file}", f"hydra.run.dir={name}"]
-        command += ["trainer.devices=2", "trainer.accelerator=cpu", *overrides]
-        ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
-        assert ended.returncode == 0, ended.stderr + ended.stdout
-        assert ended.stderr == ""
+        common = ["data=text", f"data.path={text_file}", f"hydra.run.dir={name}"]
+        ended = train(*common, "trainer.devices=2", "trainer.accelerator=cpu", *overrides, timeout=200)
+        assert (ended.code, ended.err) == (0, ""), ended.err + ended.out
         return tmp_path / name
 
     return run
@@ -41,21 +40,6 @@ def test_two_processes_draw_other_chunks(prose):
     ids = torch.arange(len(prose))
     first, second = RandomChunks(ids, 8, 32, seed=1337, rank=0), RandomChunks(ids, 8, 32, seed=1337, rank=1)
     assert not any(torch.equal(first.batch(k)[0], second.batch(k)[0]) for k in range(100))
-
-
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-def test_two_processes_report_what_one_process_would(two_processes, charlm, trainer):
-    settings = ["trainer.max_steps=30", "trainer.val_check_interval=30", "logger=csv", "data.batch_size=16"]
-    folder = two_processes("a", f"trainer={trainer}", *settings)
-    found = json.loads((folder / "results.json").read_text())
-    assert found["train/tokens"] == 30 * 2 * 16 * 8
-    again = json.loads(charlm("evaluate", str(folder), "--json", "--split", "val").out)
-    assert again["val/loss"] == found["val/loss"]
-    # The validation during training was shared between both, on the same weights as the final one.
-    header, *rows = (folder / "metrics.csv").read_text().splitlines()
-    column = header.split(",").index("val/loss")
-    shared = [row.split(",")[column] for row in rows if row.split(",")[column]]
-    assert float(shared[0]) == pytest.approx(found["val/loss"], rel=1e-12 if trainer == "ddp" else 1e-6)
 
 
 def one_process(folder: Path, path: Path) -> Any:
@@ -83,29 +67,35 @@ def one_process(folder: Path, path: Path) -> Any:
     return model
 
 
-def check_equals_one_process(two_processes, text_file, model: str, trainer: str) -> None:
+def check_equals_one_process(two_processes, call, text_file, model: str, trainer: str) -> None:
     settings = [f"model={model}", "data.batch_size=4", "data.block_size=8", "optimizer.lr=1e-3", "threads=1"]
-    settings += [f"trainer.max_steps={STEPS}", f"trainer.accumulate_grad_batches={ACCUMULATE}"]
+    settings += [f"trainer.max_steps={STEPS}", f"trainer.accumulate_grad_batches={ACCUMULATE}", "logger=csv"]
     settings += [f"trainer.gradient_clip_val={LIMIT}", "evaluate=[val]", "sample_length=1"]
-    folder = two_processes("a", f"trainer={trainer}", *settings)
+    folder = two_processes("a", f"trainer={trainer}", *settings, f"trainer.val_check_interval={STEPS}")
     for one, two in zip(
         one_process(folder, text_file).parameters(), checkpoint.load(folder).model.parameters(), strict=True
     ):
         # Sums in another order: each of the 12 steps moves a weight by about 1e-3, and agrees to a part in a hundred.
         assert torch.allclose(one, two, atol=1e-5)
+    found = json.loads((folder / "results.json").read_text())
+    assert found["train/tokens"] == STEPS * ACCUMULATE * 2 * 4 * 8
+    again = json.loads(call("evaluate", str(folder), "--json", "--split", "val").out)
+    assert again["val/loss"] == found["val/loss"]
+    # The validation during training was shared between both, on the same weights as the final one.
+    [shared] = columns(folder)["val/loss"].values()
+    assert shared == pytest.approx(found["val/loss"], rel=1e-12 if trainer == "ddp" else 1e-6)
 
 
-@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-@pytest.mark.parametrize("model", ["bigram", "gpt"])
-def test_two_processes_train_as_one_with_all_their_batches(two_processes, text_file, model, trainer):
-    check_equals_one_process(two_processes, text_file, model, trainer)
+@pytest.mark.parametrize(("model", "trainer"), [("bigram", "ddp"), ("gpt", "fsdp")])
+def test_two_processes_train_and_report_as_one_with_all_their_batches(two_processes, call, text_file, model, trainer):
+    check_equals_one_process(two_processes, call, text_file, model, trainer)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-@pytest.mark.parametrize("model", [name for name in MODELS if name not in ("bigram", "gpt")])
-def test_two_processes_train_any_model_as_one(two_processes, text_file, model, trainer):
-    check_equals_one_process(two_processes, text_file, model, trainer)
+@pytest.mark.parametrize("model", MODELS)
+def test_two_processes_train_any_model_as_one(two_processes, call, text_file, model, trainer):
+    check_equals_one_process(two_processes, call, text_file, model, trainer)
 
 
 def test_torchrun_starts_a_process_on_each_of_two_addresses(tmp_path, text_file):

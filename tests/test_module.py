@@ -182,7 +182,7 @@ def test_several_steps_at_once_leave_the_same_files(train, tmp_path, text_file):
     settings += ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.5"]
     settings += ["callbacks.checkpoint.every_n_steps=7"]
     kept, rows, results = [], [], []
-    for steps in (1, 4, 100):
+    for steps in (1, 100):
         ended = train(*settings, f"steps_per_execution={steps}", f"hydra.run.dir={steps}")
         assert (ended.code, ended.err) == (0, "")
         folder = tmp_path / str(steps)

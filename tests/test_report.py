@@ -97,9 +97,9 @@ def test_a_sweep_is_reported_over_its_seeds(train, charlm, text_file, tmp_path):
     assert told.count("<svg") >= 1
 
 
-def test_the_page_goes_where_it_is_told_and_a_picture_beside_it(make, charlm, tmp_path):
+def test_the_page_goes_where_it_is_told_and_a_picture_beside_it(make, call, tmp_path):
     grid(make, [1e-3, 1e-2], [8, 16], [1])
-    ended = charlm("report", "g", "--html", "a.html", "--png", "b.png")
+    ended = call("report", "g", "--html", "a.html", "--png", "b.png")
     assert ended.code == 0, ended.err
     assert ended.out.endswith("written: a.html\nwritten: b.png\n")
     with Image.open(tmp_path / "b.png") as picture:
@@ -107,7 +107,7 @@ def test_the_page_goes_where_it_is_told_and_a_picture_beside_it(make, charlm, tm
         assert len(set(picture.convert("L").tobytes())) > 50  # something is drawn
     assert "<svg" in (tmp_path / "a.html").read_text()
     runs = [str(folder.relative_to(tmp_path)) for folder in (tmp_path / "g").iterdir()]
-    assert charlm("report", *runs[:2]).out.endswith("written: report.html\n")
+    assert call("report", *runs[:2]).out.endswith("written: report.html\n")
     assert (tmp_path / "report.html").is_file()
 
 
@@ -121,11 +121,11 @@ def test_the_page_goes_where_it_is_told_and_a_picture_beside_it(make, charlm, tm
         ([], "Missing argument"),
     ],
 )
-def test_what_cannot_be_reported_is_told_in_one_line(charlm, tmp_path, arguments, told):
+def test_what_cannot_be_reported_is_told_in_one_line(call, tmp_path, arguments, told):
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "run.json").write_text('{"format": 1')
-    ended = charlm("report", *arguments)
+    ended = call("report", *arguments)
     assert ended.code == 2
     assert told in ended.err
     assert (ended.err.count("\n"), ended.out) == (1, "")
@@ -237,7 +237,7 @@ def ledger(folder: Path, jobs: dict[str, tuple[Any, Any]]) -> None:
         made.set(name, state, reason)
 
 
-def test_every_way_to_end_is_told(make, tmp_path, charlm):
+def test_every_way_to_end_is_told(make, tmp_path, call):
     def at(minutes: float) -> str:
         return (datetime.now(UTC) - timedelta(minutes=minutes)).isoformat(timespec="seconds")
 
@@ -255,7 +255,7 @@ def test_every_way_to_end_is_told(make, tmp_path, charlm):
     }
     jobs |= {"lr=6": ("pruned", "pruned at step 20"), "lr=9": ("waiting", None)}
     ledger(tmp_path / "s", jobs | {"lr=10": ("failed", "failed: no memory")})
-    ended = charlm("report", "s")
+    ended = call("report", "s")
     assert ended.code == 0, ended.err
     out = re.sub(r"\s+", " ", ended.out)
     for line in (
@@ -275,9 +275,9 @@ def test_every_way_to_end_is_told(make, tmp_path, charlm):
     text = (tmp_path / "s" / "report.html").read_text()
     assert all(word in text for word in ("no sign of life since", ">at step 20<", "killed by SIGKILL", "3.2500"))
     (tmp_path / "s" / "lr=2").rename(tmp_path / "s" / "lr=1" / "lr=2")
-    assert json.loads(charlm("report", "s/lr=6", "--json").out)["unfinished"][0]["state"] == "pruned"
+    assert json.loads(call("report", "s/lr=6", "--json").out)["unfinished"][0]["state"] == "pruned"
     ledger(tmp_path / "s", {"../../lr=11": ("waiting", None)})
-    out = re.sub(r"\s+", " ", charlm("report", "s").out)
+    out = re.sub(r"\s+", " ", call("report", "s").out)
     assert "has a job outside of its folder: not run" in out
     assert "lr=11" not in out
 
@@ -398,13 +398,13 @@ def test_the_page_needs_nothing_else_and_has_all_pictures(make, tmp_path):
     assert page(study, "a study") == told  # the same study, the same bytes
 
 
-def test_names_from_strangers_are_only_text(make, tmp_path, charlm):
+def test_names_from_strangers_are_only_text(make, tmp_path, call):
     evil = "<script>alert(1)</script> & \"'$x^$ [bold]\x1b[31m\u202e"
     for number, lr in enumerate((evil, 0.1)):
         make(f"s/{number}", 2.0 + number, optimizer__lr=lr, record={"command": evil})
     failed = make("s/<img src=x onerror=alert(2)>", None, record={"status": "failed", "reason": f"{evil}\nand more"})
     (failed / "validations.csv").write_text("step,seconds,val/loss\n1,2,nan\n1,2,1e999\n")
-    ended = charlm("report", "s", "--html", "r.html")
+    ended = call("report", "s", "--html", "r.html")
     assert ended.code == 0, ended.err
     assert not set("\x1b\u202e") & set(ended.out)
     assert "[bold]" in ended.out

@@ -19,12 +19,13 @@ from typing import Any
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from charlm import checkpoint, report
 from charlm.errors import InputError, one_line_errors
 from charlm.preflight import check_command
-from tests.conftest import PRELOAD, ROOT
+from tests.conftest import PRELOAD, ROOT, run_command
 
 SETTINGS = [
     *("model=gpt", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.dropout=0.2"),
@@ -113,6 +114,17 @@ def start(tmp_path: Path) -> Callable[..., int]:
     return run
 
 
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, prose: str) -> dict[str, Any]:
+    """What a run with SETTINGS leaves that nothing ended."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    (folder / "prose.txt").write_text(prose, encoding="utf-8")
+    command = [str(ROOT / "train.py"), *SETTINGS, f"data.path={folder / 'prose.txt'}", "hydra.run.dir=run"]
+    ended = run_command(command, folder, {}, timeout=120)
+    assert ended.code == 0, ended.err
+    return story(folder / "run")
+
+
 def story(folder: Path) -> dict[str, Any]:
     """All that a run leaves, but for what the clock says."""
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0}).Reload()
@@ -160,6 +172,7 @@ def end_and_resume(start: Callable[..., int], folder: Path, settings: list[str],
         until = time.monotonic() + 30
         while at_work(folder):
             assert time.monotonic() < until, "a process is left"
+            time.sleep(0.01)
         if code == 0:
             break
         sent = ENDS[end]
@@ -172,10 +185,8 @@ def end_and_resume(start: Callable[..., int], folder: Path, settings: list[str],
     return ended
 
 
-def check(start, tmp_path, settings, ends, seed):
+def end_often(start, tmp_path, settings, unbroken, ends, seed):
     """Until there were so many ends, at places drawn at random: three at most for a run, which then must be whole."""
-    assert start(*settings, f"hydra.run.dir={tmp_path / 'unbroken'}") == 0
-    unbroken = story(tmp_path / "unbroken")
     rng, ended, number = random.Random(seed), 0, 0
     while ended < ends:
         folder = tmp_path / str(number)
@@ -186,21 +197,24 @@ def check(start, tmp_path, settings, ends, seed):
         number += 1
 
 
-def test_a_run_ended_anywhere_and_resumed_equals_the_unbroken_run(start, tmp_path, text_file):
-    check(start, tmp_path, [*SETTINGS, f"data.path={text_file}"], ends=5, seed=1)
+def test_a_run_ended_anywhere_and_resumed_equals_the_unbroken_run(start, tmp_path, text_file, unbroken):
+    end_often(start, tmp_path, [*SETTINGS, f"data.path={text_file}"], unbroken, ends=4, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(30_000)
-def test_a_hundred_ends_leave_no_trace(start, tmp_path, text_file, pytestconfig):
-    check(start, tmp_path, [*SETTINGS, f"data.path={text_file}"], ends=pytestconfig.getoption("ends"), seed=2)
+def test_a_hundred_ends_leave_no_trace(start, tmp_path, text_file, unbroken, pytestconfig):
+    settings = [*SETTINGS, f"data.path={text_file}"]
+    end_often(start, tmp_path, settings, unbroken, ends=pytestconfig.getoption("ends"), seed=2)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(30_000)
 def test_ends_of_either_of_two_processes_leave_no_trace(start, tmp_path, text_file, pytestconfig):
     settings = [*SETTINGS, *TWO, f"data.path={text_file}"]
-    check(start, tmp_path, settings, ends=pytestconfig.getoption("ends") // 8, seed=3)
+    assert start(*settings, f"hydra.run.dir={tmp_path / 'unbroken'}") == 0
+    unbroken = story(tmp_path / "unbroken")
+    end_often(start, tmp_path, settings, unbroken, ends=pytestconfig.getoption("ends") // 8, seed=3)
 
 
 @pytest.mark.parametrize("ended_by", ["early stopping", "steps"])
@@ -364,17 +378,31 @@ def test_two_processes_stop_together_and_go_on(train, tmp_path, text_file):
     assert weights[0]["global_step"] == 3000
 
 
-@pytest.mark.parametrize(
-    "name", ["block_size=8,lr=0.01", "a b", "it's", 'a "quoted" one', "back\\slash", "back\\'", "end\\", "[x]"]
-)
-def test_a_folder_may_have_any_name(trained, tmp_path, train, charlm, name):
+NAMES = ["block_size=8,lr=0.01", "a b", "it's", 'a "quoted" one', "back\\slash", "back\\'", "end\\", "[x]"]
+ALL_OF_THEM = "a \"b\" 'c' [x],lr=0.1\\"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_may_have_any_name(trained, tmp_path, call, check, name):
     folder = tmp_path / name
     shutil.copytree(trained, folder)
     for path in (name, f"./{name}"):
-        ended = train(f"resume={path}")
+        ended = check(f"resume={path}")
         assert (ended.code, ended.err) == (0, "")
         assert "is at its end" in ended.out
+    for command, place in ((f"rerun={name}", f"{name}_2"), (f"resume={name}", name)):
+        argv = check_command(["train.py", command, "trainer.max_steps=25"], ROOT / "conf")
+        with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+            cfg = compose("train", argv[1:], return_hydra_config=True)
+        assert cfg.hydra.run.dir == place
+        assert cfg[command.partition("=")[0]] == name
+    assert call("evaluate", name, "--split", "val").code == 0
+
+
+@pytest.mark.parametrize("name", [ALL_OF_THEM, *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES)])
+def test_runs_in_folders_of_any_name_are_begun_again_made_longer_and_reproduced(trained, tmp_path, train, call, name):
+    shutil.copytree(trained, tmp_path / name)
     assert train(f"rerun={name}", "trainer.max_steps=3").code == 0
     assert (tmp_path / f"{name}_2" / "results.json").exists()
     assert train(f"resume={name}", "trainer.max_steps=25").code == 0
-    assert charlm("reproduce", name).code == 0
+    assert call("reproduce", name).code == 0

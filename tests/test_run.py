@@ -8,7 +8,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,13 +19,16 @@ import lightning as L
 import numpy as np
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
-from charlm import checkpoint, run
+from charlm import checkpoint, config, run
+from charlm.callbacks import Stop
 from charlm.errors import InputError
 from charlm.preflight import check_command, own_folder
-from tests.conftest import ROOT, run_command
+from tests.conftest import PRELOAD, ROOT, run_command
 
 SMALL = ["trainer=cpu", "threads=1", "trainer.max_steps=60", "evaluate=[val]", "sample_length=1"]
 
@@ -51,10 +53,22 @@ def test_a_finished_run_tells_what_it_was(trained):
     assert run.read_record(trained) == found
 
 
+def settings_of(recipe: Path) -> list[str]:
+    """All settings that a recipe has, by their dotted names."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg: Any = OmegaConf.to_container(compose("train", [f"experiment={recipe.stem}"]), resolve=False)
+    return list(config.leaves(cfg))
+
+
 @pytest.mark.parametrize("recipe", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda file: file.stem)
 def test_every_recipe_trains_in_small_on_any_machine(recipe, train, tmp_path, text_file):
+    text_file.write_text(text_file.read_text()[:6000])
     small = ["trainer=cpu", "trainer.max_steps=2", "trainer.max_time=null", "data.batch_size=2", "compile=false"]
-    small += ["scheduler.warmup_steps=1"] if "warmup_steps" in recipe.read_text() else []
+    small += [
+        s
+        for s in ("scheduler.warmup_steps=1", "model.n_layer=1", "callbacks.samples.length=1")
+        if s.partition("=")[0] in settings_of(recipe)
+    ]
     small += ["data=text", f"data.path={text_file}", "evaluate=[val]", "sample_length=1", "hydra.run.dir=r"]
     ended = train(f"experiment={recipe.stem}", *small)
     assert ended.code == 0, ended.err
@@ -62,41 +76,31 @@ def test_every_recipe_trains_in_small_on_any_machine(recipe, train, tmp_path, te
 
 
 @pytest.fixture
-def begun(tmp_path, text_file):
+def begun(begin, text_file):
     """A run without end, as its own process."""
     common = ["data=text", f"data.path={text_file}", "hydra.run.dir=run", "trainer.max_steps=100000000", "trainer=cpu"]
-    command = [sys.executable, str(ROOT / "train.py"), *common, "callbacks.progress.seconds_between_lines=0.1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout
-    yield process
-    process.kill()
-    process.communicate()
+    return begin(*common, "callbacks.progress.seconds_between_lines=0.1")
 
 
-def test_run_json_is_there_before_the_first_step_and_tells_of_the_end(begun, train, tmp_path):
-    for line in begun.stdout:
-        if line.startswith("model"):  # the header, which comes before training
-            found = told(tmp_path / "run")
-            assert (found["status"], found["process"]["pid"]) == ("running", begun.pid)
-        if line.startswith("step"):
-            break
+def test_run_json_is_there_before_the_first_step_and_tells_of_the_end(begun, train, check, tmp_path):
+    begun.line("model")  # the header, which comes before training
+    found = told(tmp_path / "run")
+    assert (found["status"], found["process"]["pid"]) == ("running", begun.pid)
+    begun.line("step")
     # Nobody else may train there.
-    for command in (["resume=run"], ["data=pydoc", "hydra.run.dir=run"]):
-        ended = train(*command)
-        assert ended.code == 2
-        assert "run" in ended.err
-    assert "another process" in train("resume=run").err
+    ended = train("resume=run")
+    assert (ended.code, "another process" in ended.err) == (2, True)
+    assert "run" in check("data=pydoc", "hydra.run.dir=run").err
     begun.send_signal(signal.SIGTERM)
-    assert begun.wait(60) == 143
+    assert begun.end().code == 143
     found = told(tmp_path / "run")
     assert (found["status"], found["reason"]) == ("stopped", "SIGTERM")
     assert found["step"] == checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
 
 
 def test_a_killed_run_is_told_as_such_by_the_next(begun, train, tmp_path):
-    next(line for line in begun.stdout if line.startswith("step"))
+    begun.line("step")
     begun.kill()
-    begun.wait()
     assert told(tmp_path / "run")["status"] == "running"
     ended = train("resume=run", "trainer.max_time=00:00:00:01")
     assert ended.code == 0, ended.err
@@ -170,6 +174,7 @@ def test_runs_begun_in_the_same_second_have_a_folder_each(tmp_path, text_file):
 def test_a_folder_is_claimed_by_one_process_alone(tmp_path):
     """However many want a new one of the same name at the same moment."""
     context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
     ready, given = context.Barrier(8), context.Queue()
     processes = [context.Process(target=own, args=(str(tmp_path / "run"), ready, given)) for _ in range(8)]
     for process in processes:
@@ -247,22 +252,30 @@ def test_a_run_that_was_killed_before_its_first_state_can_be_begun_again(copied,
     assert told(copied)["status"] == "finished"
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path, text_file):
-    """In the middle of a step, here of some seconds; the first one only asks for its end."""
-    common = ["model=gpt", "data.batch_size=600", "data.block_size=128", "trainer=cpu", "threads=1"]
-    command = [sys.executable, str(ROOT / "train.py"), *common, "data=text", f"data.path={text_file}"]
-    command.append("hydra.run.dir=run")
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        while not (tmp_path / "run" / "losses.f32").exists():  # training has begun
-            time.sleep(0.1)
-        time.sleep(1)
-        process.send_signal(signal.SIGINT)
-        with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(1)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=120)  # a product of matrices ends first, on a busy machine late
-    assert (process.returncode, said) == (130, "charlm: interrupted\n")
+def test_a_second_ctrl_c_stops_at_once(begin, tmp_path, text_file):
+    """The first one only asks for the end of a step, which here has none."""
+    common = [*SMALL, "data=text", f"data.path={text_file}", "hydra.run.dir=run"]
+    process = begin(*common, "+callbacks.endless={_target_: tests.test_run.Endless}", PYTHONPATH=str(ROOT))
+    process.line("a step begins")
+    process.send_signal(signal.SIGINT)
+    process.line("and goes on after a signal")
+    process.send_signal(signal.SIGINT)
+    ended = process.end()
+    assert (ended.code, ended.err) == (130, "charlm: interrupted\n")
     assert (told(tmp_path / "run")["status"], told(tmp_path / "run")["reason"]) == ("stopped", "SIGINT")
+
+
+class Endless(L.Callback):
+    """Makes the first step one without an end, and notices when the process has received a signal."""
+
+    def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+        [stop] = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]
+        print("a step begins", flush=True)
+        while not stop.received:
+            time.sleep(0.01)
+        print("and goes on after a signal", flush=True)
+        while True:
+            time.sleep(0.01)
 
 
 @pytest.fixture
@@ -278,24 +291,23 @@ def disk(tmp_path):
 
 @pytest.mark.parametrize("logger", ["tensorboard", "csv", "none"])
 def test_a_disk_that_fills_ends_a_run_with_one_line_and_it_goes_on_when_there_is_room(
-    disk, train, tmp_path, text_file, logger
+    disk, begin, train, tmp_path, text_file, logger
 ):
     common = [*SMALL[1:2], "trainer=cpu", "data=text", f"data.path={text_file}", f"logger={logger}", "evaluate=[val]"]
     common += ["callbacks.checkpoint.every_n_steps=100", "callbacks.progress.seconds_between_lines=0.1"]
-    command = [sys.executable, str(ROOT / "train.py"), *common, "trainer.max_steps=100000", f"hydra.run.dir={disk}/run"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout
-        assert process.stderr
-        next(line for line in process.stdout if line.startswith("step"))
-        with pytest.raises(OSError, match="No space left"):
-            (disk / "filler").write_bytes(bytes(2**22))
-        process.stdout.read()
-        said = process.stderr.read()
-    assert process.returncode == 1
-    assert said.startswith("charlm: ")
-    assert said.count("\n") == 1
-    assert "No space left on device" in said
-    assert (told(disk / "run")["status"], "No space left" in told(disk / "run")["reason"]) == ("failed", True)
+    process = begin(*common, "trainer.max_steps=100000", f"hydra.run.dir={disk}/run")
+    process.line("step")
+    with pytest.raises(OSError, match="No space left"):
+        (disk / "filler").write_bytes(bytes(2**22))
+    ended = process.end()
+    assert ended.code == 1
+    assert ended.err.startswith("charlm: ")
+    assert ended.err.count("\n") == 1
+    # The file system takes a last part of what is written, or nothing.
+    reason = re.compile("No space left on device|could not be written to its end")
+    assert reason.search(ended.err)
+    assert told(disk / "run")["status"] == "failed"
+    assert reason.search(told(disk / "run")["reason"])
     (disk / "filler").unlink()
     step = checkpoint.read(disk / "run" / "checkpoints" / "last.ckpt")["global_step"]
     ended = train(f"resume={disk}/run", f"trainer.max_steps={step + 50}")
@@ -305,13 +317,13 @@ def test_a_disk_that_fills_ends_a_run_with_one_line_and_it_goes_on_when_there_is
 
 
 def test_a_folder_that_vanishes_ends_a_run_with_one_line(begun, tmp_path):
-    next(line for line in begun.stdout if line.startswith("step"))
+    begun.line("step")
     while (tmp_path / "run").exists():  # between two files that it writes
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
-    _, said = begun.communicate(timeout=60)
-    assert said.count("\n") == 1
-    assert said.startswith(f"charlm: {tmp_path}/run has vanished while the run wrote there")
-    assert begun.returncode == 1
+    ended = begun.end()
+    assert ended.code == 1
+    assert ended.err.count("\n") == 1
+    assert ended.err.startswith(f"charlm: {tmp_path}/run has vanished while the run wrote there")
     assert not (tmp_path / "run").exists()
 
 
@@ -343,34 +355,34 @@ def rewrite(folder: Path, change: Callable[[dict], None]) -> None:
     (folder / "run.json").write_text(json.dumps(found))
 
 
-def test_another_run_is_told_from_its_first_step_on_with_what_was_otherwise(copied, charlm):
+def test_another_run_is_told_from_its_first_step_on_with_what_was_otherwise(copied, call):
     losses = np.fromfile(copied / "losses.f32", "<f4")
     losses[6:] = np.nextafter(losses[6:], np.float32(9))
     losses.tofile(copied / "losses.f32")
     rewrite(copied, lambda found: found["surroundings"]["packages"].update(torch="1.0"))
-    found = json.loads(charlm("reproduce", str(copied), "--json").out)
+    found = json.loads(call("reproduce", str(copied), "--json").out)
     assert not found["equal"]
     assert found["first_step"] == 7
     assert found["surroundings"] == {"packages.torch": ["1.0", torch.__version__]}
-    ended = charlm("reproduce", str(copied))
+    ended = call("reproduce", str(copied))
     assert ended.code == 1
     assert "Losses differ from step 7 on" in ended.out
     assert re.search(r"packages.torch +1.0 +" + re.escape(torch.__version__), ended.out)
 
 
-def test_other_weights_are_told_though_the_losses_are_the_same(copied, charlm):
+def test_other_weights_are_told_though_the_losses_are_the_same(copied, call):
     path = copied / "checkpoints" / "last.ckpt"
     content = checkpoint.read(path)
     name, weight = next(iter(content["state_dict"].items()))
     weight.flatten()[0] += 1
     checkpoint.write(content, path)
-    ended = charlm("reproduce", str(copied))
+    ended = call("reproduce", str(copied))
     assert ended.code == 1
     assert f"state_dict.{name}" in ended.out
     assert "surroundings are as they were" in ended.out
 
 
-def test_a_run_that_was_stopped_and_resumed_can_be_reproduced_at_each_state(train, charlm, tmp_path, text_file):
+def test_a_run_that_was_stopped_and_resumed_can_be_reproduced_at_each_state(train, call, tmp_path, text_file):
     """With a schedule that follows the whole budget."""
     common = [*SMALL, "data=text", f"data.path={text_file}", "scheduler=warmup_cosine", "scheduler.warmup_steps=5"]
     assert train(*common, "stop_at=25", "hydra.run.dir=run").code == 0
@@ -378,7 +390,7 @@ def test_a_run_that_was_stopped_and_resumed_can_be_reproduced_at_each_state(trai
     for resumed, steps in ((False, 25), (True, 60)):
         if resumed:
             assert train("resume=run").code == 0
-        ended = charlm("reproduce", "run", "--json")
+        ended = call("reproduce", "run", "--json")
         assert ended.code == 0, ended.out + ended.err
         assert json.loads(ended.out)["steps"] == steps
         before = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
@@ -429,9 +441,9 @@ def test_a_strangers_checkpoint_runs_no_code_where_it_is_resumed(copied):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 100_000, '{"format": 1}', "\xff"])
-def test_a_damaged_record_is_told_in_one_line(copied, charlm, content):
+def test_a_damaged_record_is_told_in_one_line(copied, call, content):
     (copied / "run.json").write_text(content)
-    ended = charlm("reproduce", str(copied))
+    ended = call("reproduce", str(copied))
     assert (ended.code, ended.err) == (2, f"charlm: {copied}/run.json is damaged, or of another version\n")
 
 

@@ -93,7 +93,7 @@ def test_what_cannot_be_searched_is_told(override, told):
 
 @pytest.fixture
 def search(train, text_file):
-    def run(*overrides: str, folder: str = "s", **env: str):
+    def run(*overrides: str, folder: str = "s", train=train, **env: str):
         fixed = ["data=text", f"data.path={text_file}", "trainer=cpu", "logger=none", "sample_length=1"]
         if not any(o.startswith("trainer.max_steps") for o in overrides):
             fixed += ["trainer.max_steps=40", "trainer.val_check_interval=10"]
@@ -166,7 +166,7 @@ def test_a_trial_that_fails_is_no_success_and_is_tried_again_in_its_folder(searc
     place.mkdir(parents=True)
     (place / "fault.yaml").write_text("fault:\n  _target_: tests.test_sweep.Fault\n  kind: raise\n")
     command = [f"--config-dir={tmp_path / 'conf'}", "callbacks=[default,fault]", "optimizer.lr=interval(0.01,0.1)"]
-    command += ["trainer.max_steps=150", "hydra.sweeper.n_trials=2"]
+    command += ["trainer.max_steps=110", "hydra.sweeper.n_trials=2"]
     ended = search(*command, PYTHONPATH=str(ROOT))
     assert ended.code == 1
     assert ended.err.startswith("charlm: 2 of 2 jobs failed")
@@ -199,7 +199,7 @@ def test_values_with_which_no_run_can_be_count_as_the_worst_and_not_as_failed(se
     assert trial.params["model.n_embd"] % 3
 
 
-def test_a_strangers_search_runs_no_code_and_writes_nowhere_else(search, train, tmp_path):
+def test_a_strangers_search_runs_no_code_and_writes_nowhere_else(search, check, tmp_path):
     assert search("optimizer.lr=choice(0.1,0.2)", "hydra.sweeper.n_trials=1").code == 0
     files = [tmp_path / "s" / name for name in ("sweep.json", "optuna.journal")]
     ledger, journal = (file.read_text() for file in files)
@@ -208,7 +208,7 @@ def test_a_strangers_search_runs_no_code_and_writes_nowhere_else(search, train, 
     def refused(told: str, ledger: str = ledger, journal: str = journal) -> None:
         for file, text in zip(files, (ledger, journal), strict=True):
             file.write_text(text)
-        ended = train(*more)
+        ended = check(*more)
         assert ended.code == 2
         assert told in ended.err
         assert ended.err.count("\n") == 1
@@ -242,8 +242,8 @@ def test_a_strangers_search_runs_no_code_and_writes_nowhere_else(search, train, 
         ([LR, "hydra/sweeper=basic"], "is for a search: add hydra/sweeper=optuna, or give values"),
     ],
 )
-def test_a_search_that_cannot_be_is_refused_in_one_line(search, tmp_path, overrides, told):
-    ended = search(*overrides)
+def test_a_search_that_cannot_be_is_refused_in_one_line(search, check, tmp_path, overrides, told):
+    ended = search(*overrides, train=check)
     assert ended.code == 2
     assert told in ended.err
     assert ended.err.startswith("charlm: ")
@@ -251,8 +251,8 @@ def test_a_search_that_cannot_be_is_refused_in_one_line(search, tmp_path, overri
     assert not (tmp_path / "s").exists()
 
 
-def test_a_search_is_many_runs(train, tmp_path):
-    ended = train("hydra/sweeper=optuna", "optimizer.lr=0.1")
+def test_a_search_is_many_runs(check):
+    ended = check("hydra/sweeper=optuna", "optimizer.lr=0.1")
     assert (ended.code, ended.err) == (2, "charlm: hydra/sweeper=optuna makes many runs: say python train.py -m ...\n")
 
 

@@ -89,23 +89,11 @@ def test_a_job_that_fails_costs_only_itself(sweep, tmp_path, faulty):
     assert [row["status"][:7] for row in rows] == ["failed:", "finishe"]
 
 
-def test_devices_may_be_swept_under_ddp(sweep, train, tmp_path, text_file):
-    ended = sweep("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=1,2", "data.batch_size=4")
-    assert ended.code == 0, ended.err
-    tokens = {
-        n: json.loads((tmp_path / "s" / f"devices={n}" / "results.json").read_text())["train/tokens"] for n in (1, 2)
-    }
-    assert tokens == {1: 40 * 4 * 8, 2: 40 * 4 * 8 * 2}
-    alone = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "data.batch_size=4", "data=text"]
-    assert train(*alone, f"data.path={text_file}", "trainer.max_steps=40", "hydra.run.dir=alone").code == 0
-    both = ("alone", "s/devices=2")
-    losses = [json.loads((tmp_path / place / "results.json").read_text())["val/loss"] for place in both]
-    assert losses[0] == losses[1]
-
-
 @pytest.mark.parametrize("setting", ["n_jobs=0", "n_jobs=many", "jobs_per_gpu=0", "timeout=-1"])
-def test_a_launcher_that_cannot_be_is_refused(sweep, tmp_path, setting):
-    ended = sweep("seed=1,2", f"hydra.launcher.{setting}")
+def test_a_launcher_that_cannot_be_is_refused(check, tmp_path, text_file, setting):
+    ended = check(
+        "-m", "data=text", f"data.path={text_file}", "seed=1,2", "hydra.sweep.dir=s", f"hydra.launcher.{setting}"
+    )
     assert ended.code == 2
     assert ended.err.startswith(f"charlm: hydra.launcher.{setting} is not possible: give ")
     assert not (tmp_path / "s").exists()
@@ -269,26 +257,33 @@ def test_block_sizes_are_compared_after_equally_much_of_the_text(sweep, train, t
 
 
 def test_block_sizes_are_compared_as_the_command_says(sweep, tmp_path):
-    assert sweep("data.block_size=8,32", "data.min_context=8", "logger=none").code == 0
+    assert sweep("data.block_size=8,32", "data.min_context=8", "logger=none", "trainer.max_steps=2").code == 0
     found = [json.loads(file.read_text())["min_context"] for file in (tmp_path / "s").glob("*/results.json")]
     assert found == [8, 8]
 
 
-def test_a_study_is_many_runs_by_itself(train, tmp_path, text_file):
+def test_a_study_is_many_runs_by_itself_also_of_several_processes(train, tmp_path, text_file):
     place = tmp_path / "conf" / "sweep"
     place.mkdir(parents=True)
-    (place / "mine.yaml").write_text("# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: 1,2\n")
-    common = ["--config-dir=conf", "sweep=mine", "data=text", f"data.path={text_file}", "trainer.max_steps=10"]
-    two = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
-    ended = train(*common, *two, "hydra.sweep.dir=s")
+    (place / "mine.yaml").write_text(
+        "# @package _global_\nhydra:\n  sweeper:\n    params:\n      trainer.devices: 1,2\n"
+    )
+    common = ["data=text", f"data.path={text_file}", "trainer.max_steps=40", "trainer=ddp", "trainer.accelerator=cpu"]
+    common += ["data.batch_size=4", "evaluate=[val]"]
+    ended = train("--config-dir=conf", "sweep=mine", *common, "hydra.sweep.dir=s")
     assert ended.code == 0, ended.err
-    assert {file.parent.name for file in (tmp_path / "s").glob("*/results.json")} == {"seed=1", "seed=2"}
+    found = {place.parent.name: json.loads(place.read_text()) for place in (tmp_path / "s").glob("*/results.json")}
+    tokens = {name: one["train/tokens"] for name, one in found.items()}
+    assert tokens == {"devices=1": 40 * 4 * 8, "devices=2": 40 * 4 * 8 * 2}
     assert train("--config-dir=conf", "resume=s").code == 0
+    assert train(*common, "trainer.devices=2", "hydra.run.dir=alone").code == 0
+    alone = json.loads((tmp_path / "alone" / "results.json").read_text())
+    assert alone["val/loss"] == found["devices=2"]["val/loss"]
 
 
 @pytest.mark.parametrize("study", sorted(file.stem for file in (ROOT / "conf" / "sweep").glob("*.yaml")))
-def test_every_study_is_possible(study, train):
-    ended = train(f"sweep={study}", "--cfg=job")
+def test_every_study_is_possible(study, check):
+    ended = check(f"sweep={study}", "--cfg=job")
     assert ended.code == 0, ended.err
 
 
@@ -319,16 +314,16 @@ def test_the_same_command_goes_on_with_the_sweep_that_it_has_begun(train, tmp_pa
     assert len(list((tmp_path / "outputs").iterdir())) == 2  # once all are done, it begins another
 
 
-def test_a_strangers_sweep_runs_no_code(sweep, train, tmp_path):
+def test_a_strangers_sweep_runs_no_code(sweep, check, tmp_path):
     assert sweep("seed=1,2").code == 0
     ledger = json.loads((tmp_path / "s" / "sweep.json").read_text())
     for evil in ("+callbacks.evil={_target_: os.system, command: touch evil}", "hydra.searchpath=[file:///evil]", "-h"):
         (tmp_path / "s" / "sweep.json").write_text(json.dumps(ledger | {"command": [*ledger["command"], evil]}))
-        ended = train("resume=s")
+        ended = check("resume=s")
         assert ended.code == 2
         assert ended.err.endswith(": not run\n"), ended.err
     (tmp_path / "s" / "sweep.json").write_text("{")
-    assert "is damaged" in train("resume=s").err
+    assert "is damaged" in check("resume=s").err
     assert not (tmp_path / "evil").exists()
 
 
