@@ -4,20 +4,21 @@ import gc
 
 gc.disable()  # imports make a million objects and no garbage, and looking for it would take a sixth of their time
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_original_cwd, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from charlm import report, terminal
 from charlm.errors import one_line_errors
 from charlm.preflight import check_command, is_sweep
 
-CONF = Path(__file__).with_name("conf")
+CONF = Path(__file__).resolve().with_name("conf")  # also where train.py is called by a link to it
 
 if __name__ == "__main__" and is_sweep(sys.argv):
     from charlm.sweep.command import sweep
@@ -46,11 +47,14 @@ gc.enable()
 gc.freeze()
 
 
-@hydra.main(version_base="1.3", config_path="conf", config_name="train")
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> None:
     """One run, from its first second to its last: its settings, its record, its training."""
     with one_line_errors(), terminal.logged():
         cfg, state = begun(cfg, HydraConfig.get().overrides.task)
+        terminal.started_in = get_original_cwd()
+        if cfg.data.path:  # counts from where the command was typed, also with hydra.job.chdir=true
+            cfg.data.path = os.path.join(terminal.started_in, os.path.expanduser(cfg.data.path))
         with Run(plain(cfg), follows(plain(cfg, resolve=False))) as run:
             finished = train(cfg, state, run)
         if finished:  # results.json and run.json are final, whatever happens to the terminal from here on

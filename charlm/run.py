@@ -80,7 +80,7 @@ def claim(folder: Path) -> bool:
     Raises:
         InputError: if its lock is a link or no file.
     """
-    folder = folder.absolute()
+    folder = Path(os.path.realpath(folder))  # which has one name only
     if folder in claimed:
         return True
     made = [place for place in (folder, *folder.parents) if not place.exists()]

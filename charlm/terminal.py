@@ -55,6 +55,7 @@ console = SafeConsole()
 log = logging.getLogger("charlm")
 
 said_before_the_log: list[str] = []
+started_in: str | None = None  # the folder in which the command was typed, where that is not the current one
 LEVELS = {"uniform": "uniform", "unigram": "counted unigram", "bigram": "counted bigram"}
 
 
@@ -387,5 +388,5 @@ def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str],
 
 def quote(path: Path) -> str:
     """A path as one types it: relative where that is shorter, quoted where the shell needs it."""
-    relative = os.path.relpath(path)
+    relative = os.path.relpath(path, started_in)
     return shlex.quote(relative if len(relative) < len(str(path)) else str(path))

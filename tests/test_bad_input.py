@@ -293,6 +293,43 @@ def test_a_command_line_that_cannot_be_read(refused, check, argument):
     refused(check, argument)
 
 
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["rerun='run"], "'run cannot be read as a quoted path: close its quote, or leave quotes out"),
+        (["resume='run"], "'run cannot be read as a quoted path"),
+        (["-m", "resume='run"], "'run cannot be read as a quoted path"),
+        (["resume=RUN", "seed=["], "seed=[ cannot be read as NAME=VALUE"),
+        (["rerun=RUN", "=5"], "there is no setting"),
+        (["rerun=RUN", "seed='"], "seed=' cannot be read as NAME=VALUE"),
+        (["trainer.max_steps='\"21\"'"], "is not possible: give a whole number of at least 1, -1 for no end, or auto"),
+        ([f"model={LONG}"], "is not there: choose one of bigram"),
+        ([f"experiment={LONG}"], "is not there: choose one of"),
+        ([f"hydra/sweeper={LONG}"], "is not there: choose one of"),
+        ([f"resume={LONG}"], "is no folder"),
+        ([f"hydra.run.dir={LONG}"], "File name too long"),
+        (["hydra=1"], "give one of Hydra's settings, as in hydra.run.dir=outputs/NAME"),
+        (["-m", "resume=RUN", "hydra=1,2,3"], "leave -m away"),
+        (["-m", "hydra=1,2,3"], "give one of Hydra's settings"),
+        (["+hydra=1"], "give one of Hydra's settings"),
+        (["hydra/job_logging=1"], "hydra/job_logging=1 is not there: choose one of"),
+        (["hydra.run.dir=interval(0,1)"], "requires --multirun"),
+        (["seed=${data.seed}"], "Recursive interpolation"),
+        (["data.batch_size=1_000_000_000_000"], "choose a smaller data.batch_size or data.block_size"),
+        (["model=gpt", "model.n_layer=1_000_000"], "choose fewer layers"),
+        (["model=gpt", "model.n_embd=10_000_000"], "choose a smaller model"),
+        (["threads=1_000_000"], "of at least 1 and of at most 1024"),
+    ],
+)
+def test_words_that_no_grammar_knows_and_numbers_that_no_machine_has(refused, check, trained, arguments, words):
+    told = refused(check, *(argument.replace("RUN", str(trained)) for argument in arguments))
+    assert words in told
+    assert len(told) < 2500
+
+
 def test_two_values_without_a_sweep_name_the_flag(refused, check):
     assert "--multirun" in refused(check, "optimizer.lr=1e-3,1e-2")
 

@@ -1,13 +1,15 @@
 """Training through the public command: reproducible to the bit, whoever watches, on one process or two."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from charlm import checkpoint
-from tests.conftest import run_command
+from tests.conftest import ROOT, run_command
 
 
 @pytest.fixture
@@ -145,6 +147,20 @@ def test_generation_is_repeatable_and_streams(trained, call, charlm):
     samples = json.loads(call(*asked, "--top-p", "0.9", "--json").out)["samples"]
     assert [len(sample) for sample in samples] == [20, 20, 20]
     assert call(*asked).out.count("--- sample") == 3
+
+
+def test_a_text_is_found_from_where_the_command_was_typed(train, tmp_path, text_file):
+    """Also where each job works in a folder of its own, and where train.py is called by a link."""
+    chdir = ["hydra.job.chdir=true", "data=text", f"data.path={text_file.name}", "trainer=cpu", "trainer.max_steps=3"]
+    ended = train(*chdir, "hydra.run.dir=deep/run")
+    assert ended.code == 0, ended.err
+    assert "charlm generate deep/run " in ended.out
+    (tmp_path / "link.py").symlink_to(ROOT / "train.py")
+    command = [sys.executable, "link.py", "-m", *chdir, "seed=1,2", "hydra.sweep.dir=s"]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    for place in ("deep/run", "s/seed=1", "s/seed=2"):
+        record = json.loads((tmp_path / place / "run.json").read_text())
+        assert (record["status"], record["config"]["data"]["path"]) == ("finished", str(text_file))
 
 
 def test_a_counted_floor_is_not_undercut_on_train(run):
