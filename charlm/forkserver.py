@@ -144,8 +144,10 @@ def start() -> Server:
 
 def stop() -> None:
     """End the server, if there is one."""
+    global server
     if server:
         server.stop()
+    server = None
 
 
 def wait_for(children: Sequence[Child], seconds: float) -> None:

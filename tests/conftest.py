@@ -204,6 +204,7 @@ def check(in_process: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.
 
     # A sweep runs its last checks in another process, and Hydra configures the logging of this one.
     monkeypatch.setattr(forkserver, "ask", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(forkserver, "start", lambda: None)
     monkeypatch.setattr("hydra._internal.hydra.configure_log", lambda *_: None)
 
     def run(*overrides: str, timeout: float = 0, **env: str) -> Ended:
