@@ -24,6 +24,9 @@ settings.load_profile("steady")
 os.environ["OMP_NUM_THREADS"] = "1"
 # The width of the terminal, here and in all commands.
 os.environ["COLUMNS"] = "120"
+# Matplotlib lists all fonts once, which takes seconds, and not again in each process whose caches a test moves.
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+os.environ.setdefault("MPLCONFIGDIR", str(CACHE / "matplotlib"))
 
 # A shell that starts pytest in the background has it ignore Ctrl-C, and so would every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -160,7 +163,6 @@ def in_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> Iterator[Callable[..., Ended]]:
     """Call the function behind a command in the test's own process and folder, and restore what it changes."""
-    import lightning as L  # noqa: F401 - imports matplotlib, which looks for fonts and fills the user's cache
     import torch
     from hydra.core.hydra_config import HydraConfig
 

@@ -29,7 +29,7 @@ def refused(tmp_path: Path) -> Callable[..., str]:
 
     def run(command: Callable[..., Any], *arguments: str, **env: str) -> str:
         before = tree(tmp_path)
-        ended = command(*arguments, timeout=30, **env)
+        ended = command(*arguments, **env)
         assert ended.code == 2, f"exit code {ended.code}\n{ended.out}\n{ended.err}"
         assert ended.out == ""
         assert ended.err.count("\n") == 1, ended.err

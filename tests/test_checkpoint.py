@@ -378,9 +378,9 @@ def test_no_damage_and_no_forgery_ends_in_anything_but_one_line(tmp_path, monkey
         mutated = random_damage(raw, draw) if kind == "damaged" else forged_noise(raw, draw)
         if kind != "damaged" and trial % 3 == 2:
             mutated = unsealed(mutated)
-        start = time.perf_counter()
+        start = time.process_time()
         found[kind].append(mutated != raw and outcome(path, mutated))
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
     assert {*found["damaged"]} <= {"refused", False}
     assert {*found["forged"], *found["without a hash"]} <= {"refused", "loaded", False}
     assert not (tmp_path / "code_was_run").exists()
@@ -445,10 +445,10 @@ def test_a_file_names_no_other_model_than_those_of_charlm(tmp_path, target):
 def test_settings_that_do_not_suit_the_weights_are_refused_before_memory_is_taken(tmp_path, setting, value):
     if setting == "dropout" and value == 0.5:
         return
-    before, start = peak(), time.perf_counter()
+    before, start = peak(), time.process_time()
     assert outcome(tmp_path / "x.ckpt", with_part(f"charlm/config/model/{setting}", value, "gpt")) == "refused"
     assert peak() - before < 1e8
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 
 
 def test_code_is_not_run_whatever_the_hash_says(tmp_path, monkeypatch):

@@ -169,7 +169,7 @@ def end_and_resume(start: Callable[..., int], folder: Path, settings: list[str],
         begun = (folder / "checkpoints" / "last.ckpt").exists()
         command = [f"resume={folder}"] if begun else common
         code = start(*command, place=place, number=number, end=end, second=second)
-        until = time.monotonic() + 30
+        until = time.monotonic() + 120
         while at_work(folder):
             assert time.monotonic() < until, "a process is left"
             time.sleep(0.01)

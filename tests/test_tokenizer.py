@@ -63,9 +63,9 @@ def test_an_id_outside_the_vocabulary_is_an_error():
 def seconds(work: Callable[[], object]) -> float:
     times = []
     for _ in range(5):
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return min(times)
 
 
