@@ -195,8 +195,13 @@ def trained(node: dict[str, Any], vocab_size: int, weights: dict[str, Tensor]) -
         if left < 0:
             raise InputError(TOO_LARGE)
 
-    with register_module_parameter_registration_hook(count), torch.device("meta"):
-        sketch = build(node, vocab_size)
+    try:
+        with register_module_parameter_registration_hook(count), torch.device("meta"):
+            sketch = build(node, vocab_size)
+    except RuntimeError as error:  # no memory is taken yet, but a size may have no address
+        if out_of_memory(error):
+            raise InputError(TOO_LARGE) from error
+        raise
     if sum(buffer.nbytes for buffer in sketch.buffers()) > COMPUTED:
         raise InputError(TOO_LARGE)
     sketch.load_state_dict(weights, assign=True)  # do names and shapes agree, before memory is taken?
