@@ -12,8 +12,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from multiprocessing import forkserver, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -52,20 +52,16 @@ class Server:
 
     def __init__(self) -> None:
         context.set_forkserver_preload([PRELOAD])
-        resource_tracker.ensure_running()  # or the server would start it, which unblocks signals
-        paths = os.environ.get("PYTHONPATH")
-        # The server looks for modules as any fresh Python does, and must find this charlm, not one that is installed.
-        os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([paths] if paths else [])])
-        # It inherits this mask, so that Ctrl-C and the like reach the sweep alone. A child unblocks them first of all.
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        try:
-            forkserver.ensure_running()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            if paths is None:
-                del os.environ["PYTHONPATH"]
-            else:
-                os.environ["PYTHONPATH"] = paths
+        paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        # The server is `python -c`: it must find this charlm, and no module among the files of the current folder.
+        with environment(PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1"):
+            resource_tracker.ensure_running()  # or the server would start it, which unblocks signals
+            # The mask is inherited, so that Ctrl-C and the like reach the sweep alone. Children unblock them first.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+            try:
+                forkserver.ensure_running()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.guard: Child | None = None
         self.start = threading.Thread(target=self.start_guard, daemon=True)  # it waits for the end of the imports
         self.start.start()
@@ -88,6 +84,20 @@ class Server:
         """End the server, also where it is stopped itself. While it still imports, it ends with this process."""
         if self.guard is not None and not self.died():
             os.kill(self.guard.parent, signal.SIGKILL)
+
+
+@contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Set variables of the environment for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 class Child:

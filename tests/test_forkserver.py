@@ -128,6 +128,8 @@ def test_a_sweep_with_a_server_that_hangs_still_ends_when_it_is_told(tmp_path, t
 
 
 def test_a_sweep_whose_terminal_closes_saves_and_can_be_continued(tmp_path, text_file, train):
+    for name in ("random", "lightning", "multiprocessing", "charlm"):  # a folder's own files are no modules
+        (tmp_path / f"{name}.py").write_text("open('code_was_run', 'w')\nraise SystemExit(70)")
     with sweeping(tmp_path, text_file, "trainer.max_steps=6000") as sweep:
         until(lambda: training(tmp_path), "training")
         everything = below(sweep.pid)
@@ -141,6 +143,7 @@ def test_a_sweep_whose_terminal_closes_saves_and_can_be_continued(tmp_path, text
     ended = train("resume=s")
     assert ended.code == 0, ended.err
     assert {*states(tmp_path)} == {"done"}
+    assert not (tmp_path / "code_was_run").exists()
     earlier = [json.loads(file.read_text())["earlier"] for file in (tmp_path / "s").glob("*/run.json")]
     assert sorted(reason for sessions in earlier for reason in {one["reason"] for one in sessions}) == ["SIGTERM"] * 2
 
