@@ -238,7 +238,10 @@ def test_a_run_whose_disk_becomes_full_ends_with_one_line(tmp_path, text_file, d
     settings = ["data=text", f"data.path={text_file}", "logger=none", "hydra.run.dir=run", "trainer.max_steps=40"]
     settings += ["callbacks.checkpoint.every_n_steps=10"]
     settings += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"] if devices == 2 else ["trainer=cpu"]
-    limited = f"ulimit -f 20; exec {sys.executable} {ROOT / 'train.py'} {' '.join(settings)}"  # kilobytes of a file
+    # Kilobytes of a file, of which a measurement of coverage would need more.
+    limited = (
+        f"unset COVERAGE_PROCESS_START; ulimit -f 20; exec {sys.executable} {ROOT / 'train.py'} {' '.join(settings)}"
+    )
     ended = subprocess.run(["bash", "-c", limited], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert ended.returncode == 1, ended.stderr + ended.stdout
     assert ended.stderr.count("\n") == 1, ended.stderr
