@@ -114,7 +114,8 @@ class Child:
     def __init__(self, server: Server | None, target: Callable[..., None], *arguments: Any, daemon: bool = True):
         guard = server.ready() if server else None
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=begin, args=(theirs, target, arguments), daemon=daemon)
+        given = (theirs, dict(os.environ), target, arguments)
+        self.process = context.Process(target=begin, args=given, daemon=daemon)
         try:
             self.process.start()
             theirs.close()  # from now on the process alone has it: what ends there shows here
@@ -197,15 +198,27 @@ def ask(function: Callable[..., Any], *arguments: Any) -> Any:
 # In processes that the server has forked
 
 
-def begin(connection: Connection, target: Callable[..., None], arguments: Sequence[Any]) -> None:
-    """Be a process of its own, which ends with the server and with the sweep."""
+def begin(
+    connection: Connection, variables: dict[str, str], target: Callable[..., None], arguments: Sequence[Any]
+) -> None:
+    """Be a process of its own, with the environment of the sweep, which ends with the server and with the sweep."""
+    os.environ.clear()
+    os.environ.update(variables)
     for number in SIGNALS:
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     os.setsid()  # a group of its own: what it starts ends with it, and Ctrl-C is for the sweep
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
-    connection.send(os.getppid())
+    send(connection, os.getppid())
     target(connection, *arguments)
+
+
+def send(connection: Connection, what: Any) -> None:
+    """Send something to the sweep, or end without a word if there is no sweep any more."""
+    try:
+        connection.send(what)
+    except OSError:
+        os._exit(1)
 
 
 def follow(server: int) -> None:
@@ -235,4 +248,4 @@ def answer(connection: Connection, function: Callable[..., Any], *arguments: Any
         returned = function(*arguments)
     except InputError as error:
         mistake = error
-    connection.send((returned, mistake))
+    send(connection, (returned, mistake))

@@ -3,6 +3,7 @@
 import itertools
 import logging
 import multiprocessing
+import multiprocessing.forkserver
 import os
 import runpy
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -54,8 +56,17 @@ class Ended:
     err: str
 
 
-def become(argv: list[str], cwd: str, env: dict[str, str], out: str | Connection, err: str) -> None:
-    """In the command's own process: take its place. `out`: a file, or the end of a pipe."""
+def become(
+    argv: list[str], cwd: str, env: dict[str, str], out: str | Connection, err: str, server: str | None = None
+) -> None:
+    """In the command's own process: take its place.
+
+    Args:
+        out: a file, or the end of a pipe.
+        server: the address of the tests' fork server, from which the jobs of a sweep are to be forked as well.
+    """
+    if server:
+        use_server(server)
     for place, descriptor in ((out, 1), (err, 2)):
         opened = os.open(place, os.O_WRONLY | os.O_CREAT) if isinstance(place, str) else os.dup(place.fileno())
         os.dup2(opened, descriptor)
@@ -74,6 +85,19 @@ def become(argv: list[str], cwd: str, env: dict[str, str], out: str | Connection
         runpy.run_path(argv[0], run_name="__main__")
 
 
+def use_server(address: str) -> None:
+    """Let a sweep in this process fork its jobs from the tests' server, which has imported what these need.
+
+    A sweep's own server, which takes seconds of imports, is tested with sweeps as real commands.
+    """
+    from charlm import forkserver
+
+    module: Any = multiprocessing.forkserver
+    module.ensure_running = module._forkserver.ensure_running = lambda: None
+    module._forkserver._forkserver_address = address
+    forkserver.Server.stop = lambda self: None  # type: ignore[method-assign]
+
+
 class Process:
     """A command at work in a process of its own, with its output in files."""
 
@@ -85,7 +109,10 @@ class Process:
         logs = cwd / ".command" / str(next(self.number))
         logs.mkdir(parents=True)
         self.command, self.out, self.err = " ".join(argv), logs / "out", logs / "err"
-        self.process = context.Process(target=become, args=(argv, str(cwd), env, str(self.out), str(self.err)))
+        multiprocessing.forkserver.ensure_running()
+        server = multiprocessing.forkserver._forkserver._forkserver_address  # type: ignore[attr-defined]
+        arguments = (argv, str(cwd), env, str(self.out), str(self.err), server)
+        self.process = context.Process(target=become, args=arguments)
         self.process.start()
         assert self.process.pid
         self.pid = self.process.pid

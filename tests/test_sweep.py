@@ -334,7 +334,10 @@ def test_a_sweep_that_was_killed_ahead_of_its_first_job_begins_again(sweep, tmp_
     assert sweep("seed=1,2").code == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGKILL)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, *SLOW])
 def test_a_sweep_that_is_ended_ahead_of_its_first_job_leaves_no_process_and_no_folder(tmp_path, text_file, number):
     command = [sys.executable, str(ROOT / "train.py"), "-m", "data=text", f"data.path={text_file}", "seed=1,2"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
