@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import io
 import json
 import os
 import random
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
@@ -166,6 +168,19 @@ def test_a_narrow_terminal_has_less_to_read_and_no_torn_words(width):
     assert head[:4] == ["block_size", "lr", "val", "loss"]
     assert ("perplexity" in head) == (width >= 100)
     assert ("bits/char" in head) == (width >= 80)
+
+
+def test_a_terminal_shows_the_jobs_at_work(tmp_path, monkeypatch):
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    monkeypatch.setattr(terminal, "console", console)
+    np.full(250, 2.5, "<f4").tofile(tmp_path / "losses.f32")
+    begun = time.monotonic()
+    with terminal.sweep_at_work(4) as sight:
+        sight.look([("lr=1", tmp_path, 1000, begun - 1000), ("lr=2", tmp_path / "not_yet", -1, begun)])
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    # Three quarters of the steps are left after 1,000 seconds.
+    for word in ("lr=1", "250", "2.5000", "3,00", "lr=2", "0 ended, 2 at work, 2 waiting"):
+        assert word in shown
 
 
 class Fault(L.Callback):
