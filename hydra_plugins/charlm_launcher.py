@@ -34,6 +34,8 @@ ROOT = Path(__file__).parent.parent
 class SweepLauncher(Launcher):
     """Keeps the ledger of a sweep, and has a pool or an engine run what is to do."""
 
+    cautions: Sequence[str] = ()  # that were printed: a search checks again and again
+
     @abstractmethod
     def pool(self, gpus: int) -> "Pool | Engine": ...
 
@@ -127,10 +129,14 @@ class SweepLauncher(Launcher):
     def check(self, runs: Sequence[dict[str, Any]]) -> int:
         """Returns how many GPUs there are, if all runs are possible; see `check_runs`."""
         from charlm import forkserver
+        from charlm.errors import warn
         from charlm.preflight import check_runs
 
-        gpus: int = forkserver.ask(check_runs, runs, isinstance(self, EngineLauncher))
-        return gpus
+        gpus, cautions = forkserver.ask(check_runs, runs, isinstance(self, EngineLauncher))
+        for line in [line for line in cautions if line not in self.cautions]:
+            warn(line)
+        self.cautions = [*self.cautions, *cautions]
+        return int(gpus)
 
     def run(self, source: "Source", ledger: "Ledger", gpus: int) -> dict[str, dict[str, Any]]:
         """From here on, there is something to write."""

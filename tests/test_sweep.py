@@ -120,13 +120,13 @@ def test_compositions_that_share_files_are_what_hydra_makes_of_each():
 def test_gpus_are_given_by_the_sweep_and_not_by_name(monkeypatch, devices):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         run = resolved(compose("train", [f"trainer.devices={devices}", "data=pydoc", "trainer=cpu"]))
-    assert check_runs([run | {"trainer": run["trainer"] | {"devices": 1}}], elsewhere=False, texts=False) == 0
+    assert check_runs([run | {"trainer": run["trainer"] | {"devices": 1}}], elsewhere=False, texts=False).gpus == 0
     monkeypatch.setattr(settings, "check_settings", lambda run, elsewhere: None)  # as there are no GPUs here
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     run["trainer"]["accelerator"] = "auto"
     with pytest.raises(InputError, match=r"names GPUs, and a sweep gives them out itself: say how many"):
         check_runs([run], elsewhere=False, texts=False)
-    assert check_runs([run], elsewhere=True, texts=False) == 4
+    assert check_runs([run], elsewhere=True, texts=False).gpus == 4
 
 
 def test_names_are_the_settings_that_vary():

@@ -77,12 +77,12 @@ class Losses(L.Callback):
         first = trainer.global_step - len(losses) + 1
         module.losses.clear()
         if self.open:
+            left = memoryview(losses).cast("B")
             try:
-                written = self.open.write(losses)
+                while left:  # a disk that becomes full takes a part first, and then tells why not the rest
+                    left = left[self.open.write(left) :]
             except OSError as error:
                 raise DiskError(f"{self.file} could not be written ({error.strerror}): see to the disk") from error
-            if written != 4 * len(losses):
-                raise DiskError(f"{self.file} could not be written to its end: see to the disk")
         wrong = [step for step, loss in enumerate(losses, start=first) if not math.isfinite(loss)]
         step = earliest(trainer, wrong[0] if wrong else None)
         if step is not None:

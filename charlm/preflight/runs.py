@@ -1,11 +1,11 @@
 """Runs as they are checked: resolved, and for a sweep where PyTorch and Lightning are imported, as it is without."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 
-from charlm.errors import InputError, memory_errors, warn
+from charlm.errors import InputError, memory_errors
 from charlm.preflight.complaints import told_in_one_line
 
 RUN_DIR = "<run>"  # stands for the folder of a run, which is not known yet
@@ -27,16 +27,20 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     return found
 
 
+class Checked(NamedTuple):
+    """What the runs of a sweep find on this machine: GPUs, and a line for each thing that is strange about a text."""
+
+    gpus: int
+    cautions: list[str]
+
+
 @memory_errors()
-def check_runs(runs: Sequence[dict[str, Any]], elsewhere: bool, texts: bool = True) -> int:
+def check_runs(runs: Sequence[dict[str, Any]], elsewhere: bool, texts: bool = True) -> Checked:
     """Check the settings of every run of a sweep, and then the text of each: texts take time, and perhaps the network.
 
     Args:
         runs: their resolved configurations.
         elsewhere: an engine runs them, perhaps on other machines.
-
-    Returns:
-        How many GPUs there are.
 
     Raises:
         InputError: for the first thing that cannot work.
@@ -52,9 +56,6 @@ def check_runs(runs: Sequence[dict[str, Any]], elsewhere: bool, texts: bool = Tr
         named = isinstance(devices, list) or "," in str(devices)
         if named and gpus and run["trainer"]["accelerator"] != "cpu" and not elsewhere:
             raise InputError(f"trainer.devices={devices} names GPUs, and a sweep gives them out itself: say how many")
-    if texts:
-        different = {str([run["tokenizer"], run["evaluate"], {**run["data"], "batch_size": 0}]): run for run in runs}
-        cautions = {line: None for run in different.values() for line in check_text(run)}  # once, in this order
-        for line in cautions:
-            warn(line)
-    return gpus
+    different = {str([run["tokenizer"], run["evaluate"], {**run["data"], "batch_size": 0}]): run for run in runs}
+    lines = [line for run in different.values() for line in check_text(run)] if texts else []
+    return Checked(gpus, list(dict.fromkeys(lines)))
