@@ -257,7 +257,10 @@ def test_one_of_several_choices_that_is_not_there_lists_those_that_are(refused, 
     assert "callbacks=nosuch is not there: choose one of best, default" in refused(check, "callbacks=[default,nosuch]")
 
 
-@pytest.mark.parametrize("callbacks", ["callbacks=[]", "callbacks=none", "callbacks=[none]"])
+NO_CALLBACKS = [pytest.param(words, marks=pytest.mark.slow) for words in ("callbacks=none", "callbacks=[none]")]
+
+
+@pytest.mark.parametrize("callbacks", ["callbacks=[]", *NO_CALLBACKS])
 def test_no_observers_are_a_choice(train, text_file, callbacks):
     ended = train(*ANY_TEXT, "trainer.max_steps=2", "logger=none", callbacks)
     assert (ended.code, ended.err) == (0, "")

@@ -161,6 +161,7 @@ def flatten(node: Any) -> list[Tensor]:
     return [tensor for child in children for tensor in flatten(child)]
 
 
+@pytest.mark.slow
 def test_two_processes_average_follow_the_clock_together_and_count_tokens_together(train, call, tmp_path, text_file):
     command = ["data=text", f"data.path={text_file}", "hydra.run.dir=a"]
     command += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "callbacks=[default,ema,best]"]

@@ -98,6 +98,7 @@ def test_two_processes_train_any_model_as_one(two_processes, call, text_file, mo
     check_equals_one_process(two_processes, call, text_file, model, trainer)
 
 
+@pytest.mark.slow
 def test_torchrun_starts_a_process_on_each_of_two_addresses(tmp_path, text_file):
     """The line of the README, once for each machine."""
     with socket.socket() as free:

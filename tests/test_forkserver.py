@@ -105,10 +105,10 @@ def test_a_server_that_is_killed_ends_the_sweep_at_once_and_the_same_command_con
     assert {(record["status"], record["reason"]) for record in records} == {("stopped", "SIGTERM")}
 
 
-SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGHUP)]
+SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM)]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, *SLOW])
+@pytest.mark.parametrize("number", [signal.SIGHUP, *SLOW])
 def test_a_sweep_with_a_server_that_hangs_still_ends_when_it_is_told(tmp_path, text_file, number):
     with sweeping(tmp_path, text_file) as sweep:
         until(lambda: training(tmp_path), "training")
@@ -127,6 +127,7 @@ def test_a_sweep_with_a_server_that_hangs_still_ends_when_it_is_told(tmp_path, t
     assert (tmp_path / "s" / "results.csv").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_terminal_closes_saves_and_can_be_continued(tmp_path, text_file, train):
     for name in ("random", "lightning", "multiprocessing", "charlm"):  # a folder's own files are no modules
         (tmp_path / f"{name}.py").write_text("open('code_was_run', 'w')\nraise SystemExit(70)")

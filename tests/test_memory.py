@@ -76,7 +76,10 @@ def test_a_run_without_enough_memory_ends_with_one_line_and_keeps_the_traceback_
     assert "Traceback" in (tmp_path / "run" / "train.log").read_text()
 
 
-@pytest.mark.parametrize("sweep", [[], ["-m", "seed=1,2", "hydra.sweep.dir=sweep"]], ids=["run", "sweep"])
+SWEEP = pytest.param(["-m", "seed=1,2", "hydra.sweep.dir=sweep"], marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("sweep", [[], SWEEP], ids=["run", "sweep"])
 def test_a_text_that_does_not_fit_is_found_before_anything_is_written(limited, tmp_path, huge, sweep):
     ended = limited(str(ROOT / "train.py"), *sweep[:1], *TINY, f"data.path={huge}", *sweep[1:], "hydra.run.dir=run")
     assert "ulimit -v allows" in one_line(ended)

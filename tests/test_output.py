@@ -126,6 +126,7 @@ def test_a_pipe_that_closes_after_training_leaves_a_finished_run(tmp_path, text_
     assert finished(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_sweep_whose_pipe_closes_stops_and_resume_finishes_it(tmp_path, train, text_file):
     reader, writer = multiprocessing.Pipe(duplex=False)
     os.set_blocking(writer.fileno(), False)

@@ -217,7 +217,7 @@ def test_ends_of_either_of_two_processes_leave_no_trace(start, tmp_path, text_fi
     end_often(start, tmp_path, settings, unbroken, ends=pytestconfig.getoption("ends") // 8, seed=3)
 
 
-@pytest.mark.parametrize("ended_by", ["early stopping", "steps"])
+@pytest.mark.parametrize("ended_by", ["early stopping", pytest.param("steps", marks=pytest.mark.slow)])
 def test_a_run_that_is_ended_after_its_last_step_makes_no_other(start, tmp_path, text_file, ended_by):
     early = ["callbacks=[default,ema,best,early_stopping]", "callbacks.early_stopping.patience=1"]
     early += ["callbacks.early_stopping.min_delta=9"]
@@ -243,6 +243,7 @@ def test_a_run_may_be_made_longer(start, tmp_path, text_file):
     assert longer["results"] == long["results"]
 
 
+@pytest.mark.slow
 def test_metrics_csv_goes_on_where_the_state_was_saved(start, tmp_path, text_file):
     common = [*SETTINGS, f"data.path={text_file}", "logger=csv"]
     assert start(*common, f"hydra.run.dir={tmp_path / 'a'}") == 0

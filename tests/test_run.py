@@ -60,7 +60,14 @@ def settings_of(recipe: Path) -> list[str]:
     return list(config.leaves(cfg))
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "conf" / "experiment").glob("*.yaml")), ids=lambda file: file.stem)
+QUICK = ("cpu_90s", "lecture_bigram")
+RECIPES = [
+    pytest.param(file, id=file.stem, marks=() if file.stem in QUICK else pytest.mark.slow)
+    for file in sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_trains_in_small_on_any_machine(recipe, train, tmp_path, text_file):
     text_file.write_text(text_file.read_text()[:6000])
     small = ["trainer=cpu", "trainer.max_steps=2", "trainer.max_time=null", "data.batch_size=2", "compile=false"]
@@ -286,7 +293,7 @@ def disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("logger", ["tensorboard", "csv", "none"])
+@pytest.mark.parametrize("logger", ["tensorboard", *(pytest.param(n, marks=pytest.mark.slow) for n in ("csv", "none"))])
 def test_a_disk_that_fills_ends_a_run_with_one_line_and_it_goes_on_when_there_is_room(
     disk, begin, train, tmp_path, text_file, logger
 ):

@@ -185,6 +185,7 @@ def rows_trimmed(folder: Path) -> list[list[str]]:
     return [[row["trial"], row["optimizer.lr"], row["status"]] for row in rows]
 
 
+@pytest.mark.slow
 def test_values_with_which_no_run_can_be_count_as_the_worst_and_not_as_failed(search, tmp_path):
     one = "hydra.sweeper.n_trials=1"
     diverged = search("optimizer.lr=choice(1e30)", one)

@@ -278,6 +278,17 @@ def test_block_sizes_are_compared_as_the_command_says(sweep, tmp_path):
     assert found == [8, 8]
 
 
+def test_a_study_is_many_runs_by_itself(train, tmp_path, text_file):
+    place = tmp_path / "conf" / "sweep"
+    place.mkdir(parents=True)
+    (place / "mine.yaml").write_text("# @package _global_\nhydra:\n  sweeper:\n    params:\n      seed: 1,2\n")
+    common = ["--config-dir=conf", "sweep=mine", "data=text", f"data.path={text_file}", "trainer.max_steps=5"]
+    ended = train(*common, "evaluate=[val]", "hydra.sweep.dir=s")
+    assert ended.code == 0, ended.err
+    assert {file.parent.name for file in (tmp_path / "s").glob("*/results.json")} == {"seed=1", "seed=2"}
+
+
+@pytest.mark.slow
 def test_a_study_is_many_runs_by_itself_also_of_several_processes(train, tmp_path, text_file):
     place = tmp_path / "conf" / "sweep"
     place.mkdir(parents=True)
@@ -349,10 +360,8 @@ def test_a_sweep_that_was_killed_ahead_of_its_first_job_begins_again(sweep, tmp_
     assert sweep("seed=1,2").code == 0
 
 
-SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGKILL)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_sweep_that_is_ended_ahead_of_its_first_job_leaves_no_process_and_no_folder(tmp_path, text_file, number):
     command = [sys.executable, str(ROOT / "train.py"), "-m", "data=text", f"data.path={text_file}", "seed=1,2"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:

@@ -155,9 +155,11 @@ def test_a_text_is_found_from_where_the_command_was_typed(train, tmp_path, text_
     ended = train(*chdir, "hydra.run.dir=deep/run")
     assert ended.code == 0, ended.err
     assert "charlm generate deep/run " in ended.out
+    assert train("-m", *chdir, "seed=1,2", "hydra.sweep.dir=s").code == 0
     (tmp_path / "link.py").symlink_to(ROOT / "train.py")
-    command = [sys.executable, "link.py", "-m", *chdir, "seed=1,2", "hydra.sweep.dir=s"]
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    command = [sys.executable, "link.py", "--cfg=job", "--package=data"]
+    told = subprocess.run(command, cwd=tmp_path, check=True, capture_output=True, text=True)
+    assert "corpus: tinyshakespeare" in told.stdout
     for place in ("deep/run", "s/seed=1", "s/seed=2"):
         record = json.loads((tmp_path / place / "run.json").read_text())
         assert (record["status"], record["config"]["data"]["path"]) == ("finished", str(text_file))

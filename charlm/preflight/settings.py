@@ -24,7 +24,7 @@ from charlm.data.chunks import BATCHES_PER_DRAW
 from charlm.errors import InputError, one_line, out_of_memory
 from charlm.trainer import FSDP, precision_for
 
-MOST_TENSORS = 10_000  # twelve for each layer of a Transformer
+MOST_TENSORS = 5_000  # twelve for each layer of a Transformer
 # Who starts processes on several machines leaves one of these in the environment.
 STARTED_BY = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "NODE_RANK", "GROUP_RANK"}
 
