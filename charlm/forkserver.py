@@ -5,11 +5,12 @@ server imports what jobs are made of. What a sweep has by the time that its jobs
 signals, CUDA and the state of Hydra, no job finds.
 
 Jobs end with the server and with the sweep. A server that multiprocessing would start again after its death counts as
-dead: every process that is forked says which server it came from.
+dead: it has imported nothing, and what is forked from it ends at once.
 """
 
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -62,6 +63,7 @@ class Server:
                 forkserver.ensure_running()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        context.set_forkserver_preload([])  # by which a server that is started again is known: see `begin`
         self.guard: Child | None = None
         self.start = threading.Thread(target=self.start_guard, daemon=True)  # it waits for the end of the imports
         self.start.start()
@@ -112,7 +114,8 @@ class Child:
     """
 
     def __init__(self, server: Server | None, target: Callable[..., None], *arguments: Any, daemon: bool = True):
-        guard = server.ready() if server else None
+        if server:
+            server.ready()
         self.connection, theirs = context.Pipe()
         given = (theirs, dict(os.environ), target, arguments)
         self.process = context.Process(target=begin, args=given, daemon=daemon)
@@ -124,9 +127,6 @@ class Child:
             raise ServerDied from None
         finally:
             theirs.close()
-        if guard and self.parent != guard.parent:
-            os.kill(self.pid, signal.SIGKILL)
-            raise ServerDied
         self.server, self.alive = server, True
         self.exitcode: int | None = None  # None also if the server cannot tell it
 
@@ -202,6 +202,8 @@ def begin(
     connection: Connection, variables: dict[str, str], target: Callable[..., None], arguments: Sequence[Any]
 ) -> None:
     """Be a process of its own, with the environment of the sweep, which ends with the server and with the sweep."""
+    if PRELOAD not in sys.modules:  # multiprocessing has started the server again, without the signals blocked
+        os._exit(1)
     os.environ.clear()
     os.environ.update(variables)
     for number in SIGNALS:

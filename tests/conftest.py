@@ -43,7 +43,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 # The fork server pays for these imports once, so that each command costs a fresh process but not its start-up.
 PRELOAD = [
     *("pytest", "hypothesis", "tensorboard.backend.event_processing.event_accumulator"),  # which its functions import
-    *("lightning", "charlm.callbacks", "charlm.cli", "charlm.evaluate", "charlm.logger", "charlm.preflight.settings"),
+    *("charlm.sweep.preload", "charlm.cli"),  # what jobs are forked with, and so what commands need
 ]
 
 

@@ -116,7 +116,8 @@ def command_for(name: str, run: str) -> list[str]:
 @pytest.mark.parametrize("kind", RUNS)
 def test_each_command_on_a_strangers_run_reads_it_safely_or_refuses_it_in_one_line(kind, here, trained, tmp_path):
     # Each command that reads what is damaged; the others are among the long proofs.
-    names = ("report", "evaluate", "reproduce", *TRAINERS) if kind in SETTINGS else (*READERS, *TRAINERS)
+    names: tuple[str, ...] = (*READERS, *TRAINERS)
+    names = ("report", "evaluate", "reproduce", *TRAINERS) if kind in SETTINGS else names
     names = ("report", "reproduce", "rerun") if kind in RECORDS else names
     names = ("report", "reproduce", "resume", "generate") if kind in FILES else names
     for name in names:
