@@ -277,7 +277,7 @@ def test_what_is_printed_commands_no_terminal_and_loses_no_letter():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", RUNS)
+@pytest.mark.parametrize("kind", FILES | SHOWN)
 def test_each_command_on_a_strangers_run_is_safe_to_its_end(kind, charlm, train, trained, tmp_path):
     """The same as real commands, which train where the folder is not refused."""
     outside = outside_of(tmp_path)

@@ -200,6 +200,7 @@ def test_values_with_which_no_run_can_be_count_as_the_worst_and_not_as_failed(se
     assert trial.params["model.n_embd"] % 3
 
 
+@pytest.mark.slow
 def test_a_strangers_search_runs_no_code_and_writes_nowhere_else(search, check, tmp_path):
     assert search("optimizer.lr=choice(0.1,0.2)", "hydra.sweeper.n_trials=1").code == 0
     files = [tmp_path / "s" / name for name in ("sweep.json", "optuna.journal")]

@@ -272,6 +272,7 @@ def test_block_sizes_are_compared_after_equally_much_of_the_text(sweep, train, t
     assert json.loads((tmp_path / "s" / "block_size=64" / "results.json").read_text())["min_context"] == 4
 
 
+@pytest.mark.slow
 def test_block_sizes_are_compared_as_the_command_says(sweep, tmp_path):
     assert sweep("data.block_size=8,32", "data.min_context=8", "logger=none", "trainer.max_steps=2").code == 0
     found = [json.loads(file.read_text())["min_context"] for file in (tmp_path / "s").glob("*/results.json")]
