@@ -288,6 +288,7 @@ def test_each_command_on_a_strangers_run_is_safe_to_its_end(kind, charlm, train,
         before = files_in(outside)
         program, *argv = command_for(name, "run")
         ended = (charlm if program == "charlm" else train)(*argv, TOKEN=SECRET, timeout=60)
-        check_output(ended.code, ended.out, ended.err)
+        unequal = name == "reproduce" and ended.code == 1  # which it tells on standard output
+        check_output(0 if unequal else ended.code, ended.out, ended.err)
         assert files_in(outside) == before, name
         assert not (tmp_path / MARKER).exists()
