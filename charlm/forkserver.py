@@ -1,8 +1,8 @@
 """The process that the jobs of a sweep are forked from: multiprocessing's fork server, which imports once for all jobs.
 
 A sweep's own process needs neither PyTorch nor Lightning. It starts the server first, and composes its jobs while the
-server imports what jobs are made of. What a sweep has by the time that its jobs start, such as threads, handlers of
-signals, CUDA and the state of Hydra, no job finds.
+server imports the modules that jobs need. Jobs inherit nothing else from the sweep: no threads, signal handlers, CUDA
+context or Hydra state.
 
 Jobs end with the server and with the sweep. A server that multiprocessing would start again after its death counts as
 dead: it has imported nothing, and what is forked from it ends at once.
@@ -24,7 +24,7 @@ from charlm.errors import InputError
 
 PRELOAD = "charlm.sweep.preload"  # the module that the server imports
 ROOT = Path(__file__).parent.parent
-SECONDS_BETWEEN_LOOKS = 0.5  # of a job at whether its sweep and its server are there
+SECONDS_BETWEEN_LOOKS = 0.5  # a job checks this often that its sweep and its server are alive
 SECONDS_FOR_A_CODE = 2.0  # in which the server reports how a process ended
 PATIENCE = 40.0  # seconds that a job leaves its sweep to stop it, after the server died; longer than the sweep takes
 GRACE = 5.0  # seconds to save in, for a job whose sweep is gone
@@ -48,7 +48,7 @@ class Server:
     """The fork server, from its start to its end, and a child of it that only its death ends early.
 
     Raises:
-        ServerDied: from all methods that need it, if it is dead.
+        ServerDied: if the server is dead when a method needs it.
     """
 
     def __init__(self) -> None:
@@ -63,7 +63,7 @@ class Server:
                 forkserver.ensure_running()
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, before)
-        context.set_forkserver_preload([])  # by which a server that is started again is known: see `begin`
+        context.set_forkserver_preload([])  # so that `begin` recognises a restarted server
         self.guard: Child | None = None
         self.start = threading.Thread(target=self.start_guard, daemon=True)  # it waits for the end of the imports
         self.start.start()
@@ -121,14 +121,14 @@ class Child:
         self.process = context.Process(target=begin, args=given, daemon=daemon)
         try:
             self.process.start()
-            theirs.close()  # from now on the process alone has it: what ends there shows here
+            theirs.close()  # the process now holds the only copy, so that its end closes the pipe
             self.parent: int = self.connection.recv()
         except (EOFError, OSError):
             raise ServerDied from None
         finally:
             theirs.close()
         self.server, self.alive = server, True
-        self.exitcode: int | None = None  # None also if the server cannot tell it
+        self.exitcode: int | None = None  # None also if the server cannot report it
 
     @property
     def pid(self) -> int:

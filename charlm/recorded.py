@@ -1,4 +1,4 @@
-"""What a folder may ask for: the settings that are recorded in it may be a stranger's.
+"""Allow-list for recorded settings: a run folder or a sweep may come from a stranger.
 
 This is an allow-list. A recorded setting counts if charlm itself would have recorded it: it belongs to a known group,
 its part is one that a file of conf/ names in the same group, and its value is plain. No recorded value is looked up in
@@ -135,7 +135,7 @@ def check_part(
         what = printable(repr(target), 200)
         raise InputError(f"{source} names {what} as {path}, which no file of conf/ does: not run")
     allowed = {*part.values, *RANGES.get(target, {}), *HARMLESS.get(target, ())}
-    own = target.startswith("charlm.")  # whose signatures are the schema: see `config.check`
+    own = target.startswith("charlm.")  # `config.check` compares these settings with the signature
     for key, value in part.special.items():
         if node.get(key) != value:
             raise refuse(source, f"{path}.{key}={node.get(key)}", f"where conf/ has {value}")
@@ -183,7 +183,7 @@ def check_overrides(source: Path, overrides: Sequence[str]) -> None:
 
 
 def check_key(source: Path, text: str) -> None:
-    """Check what the override of a job sets. Nothing composes these: a job is told apart by them, and shown.
+    """Check which setting a job's override names. Nothing composes these overrides; they identify and label the job.
 
     Raises:
         InputError: if it is not a setting of a run.
@@ -256,7 +256,7 @@ def is_inside(path: Any, folder: str) -> bool:
 
 
 def parts_of(conf_dirs: Iterable[Path]) -> dict[str, dict[str, Part]]:
-    """Return the parts that the files of conf/ name: for each group, its targets."""
+    """Return the parts that the files of conf/ name, by group and by target."""
     found: dict[str, dict[str, Part]] = {}
     for folder in conf_dirs:
         for file in sorted(folder.rglob("*.yaml")):

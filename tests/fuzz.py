@@ -105,7 +105,7 @@ def mutate(node: Any, draw: random.Random) -> None:
 
 
 def damaged(raw: bytes, draw: random.Random) -> bytes:
-    """What disks, copies and hands do to a file."""
+    """Return the bytes of a file as a bad disk, a broken copy or an editor leaves them."""
     place, noise = draw.randrange(len(raw) + 1), draw.randbytes(draw.choice([1, 16, 300]))
     before, after = raw[:place], raw[place:]
     return draw.choice([before, before + noise + after, before + noise + after[len(noise) :], noise, b"", raw * 2])
@@ -135,7 +135,7 @@ def spoil(file: Path, outside: Path, draw: random.Random) -> None:
 
 
 def command_line(draw: random.Random) -> list[str]:
-    """Words for train.py, of which some are likely."""
+    """Return words for train.py, a mix of likely and unlikely ones."""
     keys, values, flags = KEYS.split(" "), [*map(str, STRANGE), *VALUES.split(" ")], FLAGS.split(" ")
 
     def word() -> str:
@@ -153,7 +153,7 @@ def command_line(draw: random.Random) -> list[str]:
 
 @dataclass
 class Case:
-    """What is run in a folder of its own, and what was done to that folder before."""
+    """A command to run in a folder of its own, and a description of the damage to that folder."""
 
     argv: list[str]
     folder: Path
@@ -226,7 +226,7 @@ class Guard:
             self.found.append(f"{event} {arguments!r}")
 
     def usual(self, event: str, arguments: tuple[Any, ...]) -> bool:
-        """git tells the commit; `reproduce` trains; a sweep has a process that it forks its jobs from."""
+        """Return whether charlm always starts this: git for the commit, uname for the platform, train.py to reproduce."""
         words = [str(word) for word in (arguments[1] if len(arguments) > 1 and isinstance(arguments[1], list) else [])]
         ours = bool(words) and (words[0] in ("git", "uname") or "train.py" in " ".join(words[:2]))
         return event == "subprocess.Popen" and ours

@@ -236,7 +236,7 @@ FILES: dict[str, Change] = {
     "a stray link": instead("notes", link("folder")),
 }
 
-# What is shown, with commands to a terminal in it.
+# Shown text that contains commands to a terminal.
 SHOWN: dict[str, Change] = {
     "a corpus that commands": record(
         lambda r: (r["corpus"].update(name=ESCAPE, source=ESCAPE), r["surroundings"].update({ESCAPE: ESCAPE}))

@@ -1,4 +1,4 @@
-"""The process that jobs are forked from: whatever befalls it or the sweep, nothing hangs, and no process is left."""
+"""The fork server of sweeps: whatever kills or stops it or the sweep, nothing hangs and no process is left."""
 
 import csv
 import json

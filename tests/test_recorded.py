@@ -26,7 +26,7 @@ SECONDS = 20  # that a command may take at most
 READERS = ("report", "evaluate", "generate", "checkpoint", "reproduce")
 TRAINERS = ("resume", "rerun")
 RUNS = SETTINGS | RECORDS | FILES | SHOWN
-# What only looks at the names of files, or at files that a kind of folder leaves alone, need not refuse it.
+# The commands that must refuse a kind of folder. Other commands do not read the damaged file.
 REFUSED = {(kind, name) for kind in SETTINGS for name in (*TRAINERS, "reproduce")}
 REFUSED |= {(kind, name) for kind in RECORDS for name in ("rerun", "reproduce")}
 REFUSED |= {(kind, "resume") for kind in FILES if re.match("(more|a )?.*(link|fifo|zeros|two names)", kind)}
@@ -165,7 +165,7 @@ def test_an_override_that_charlm_does_not_record_is_refused(override, tmp_path):
 
 
 def test_a_sweep_in_whose_folder_links_lie_is_not_continued_by_the_same_command(here, swept, tmp_path):
-    """Not by the folder's name either: the command begins another sweep beside it."""
+    """The command starts a new sweep in another folder instead."""
     place = tmp_path / "outputs" / "2000-01-01_00-00-00_sweep"
     shutil.copytree(swept, place)
     (place / "results.csv").unlink()  # as if it had not ended
