@@ -226,7 +226,7 @@ class Guard:
             self.found.append(f"{event} {arguments!r}")
 
     def usual(self, event: str, arguments: tuple[Any, ...]) -> bool:
-        """Return whether charlm always starts this: git for the commit, uname for the platform, train.py to reproduce."""
+        """Return whether charlm always starts this: git, uname, and train.py to reproduce a run."""
         words = [str(word) for word in (arguments[1] if len(arguments) > 1 and isinstance(arguments[1], list) else [])]
         ours = bool(words) and (words[0] in ("git", "uname") or "train.py" in " ".join(words[:2]))
         return event == "subprocess.Popen" and ours
