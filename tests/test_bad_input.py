@@ -307,6 +307,7 @@ LONG = "x" * 5000
         (["-m", "resume='run"], "'run cannot be read as a quoted path"),
         (["resume=RUN", "seed=["], "seed=[ cannot be read as NAME=VALUE"),
         (["rerun=RUN", "=5"], "there is no setting"),
+        (["logger=~", "seed=1"], "logger=~ cannot be read as NAME=VALUE"),
         (["rerun=RUN", "seed='"], "seed=' cannot be read as NAME=VALUE"),
         (["trainer.max_steps='\"21\"'"], "is not possible: give a whole number of at least 1, -1 for no end, or auto"),
         ([f"model={LONG}"], "is not there: choose one of bigram"),

@@ -86,7 +86,7 @@ def check_equals_one_process(two_processes, call, text_file, model: str, trainer
     assert shared == pytest.approx(found["val/loss"], rel=1e-12 if trainer == "ddp" else 1e-6)
 
 
-@pytest.mark.parametrize(("model", "trainer"), [("bigram", "ddp"), ("gpt", "fsdp")])
+@pytest.mark.parametrize(("model", "trainer"), [("bigram", "ddp"), pytest.param("gpt", "fsdp", marks=pytest.mark.slow)])
 def test_two_processes_train_and_report_as_one_with_all_their_batches(two_processes, call, text_file, model, trainer):
     check_equals_one_process(two_processes, call, text_file, model, trainer)
 

@@ -105,10 +105,8 @@ def test_a_server_that_is_killed_ends_the_sweep_at_once_and_the_same_command_con
     assert {(record["status"], record["reason"]) for record in records} == {("stopped", "SIGTERM")}
 
 
-SLOW = [pytest.param(number, marks=pytest.mark.slow) for number in (signal.SIGINT, signal.SIGTERM)]
-
-
-@pytest.mark.parametrize("number", [signal.SIGHUP, *SLOW])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGINT, signal.SIGTERM])
 def test_a_sweep_with_a_server_that_hangs_still_ends_when_it_is_told(tmp_path, text_file, number):
     with sweeping(tmp_path, text_file) as sweep:
         until(lambda: training(tmp_path), "training")

@@ -7,7 +7,7 @@ from typing import Any
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -29,6 +29,8 @@ def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
         if not group or not there:
             raise InputError(one_line(error)) from error
         raise InputError(f"{group}={choice} is not there: choose one of {', '.join(there)}") from error
+    except OverrideParseException as error:
+        raise InputError(f"{error.override} cannot be read as NAME=VALUE: {one_line(error)}") from error
     except HydraException as error:
         unknown = re.search(r"Could not (?:override|delete|append to config)[^']*'([^']+)'", str(error))
         if not unknown or "already at" in str(error):
