@@ -118,7 +118,11 @@ def train(cfg: DictConfig, state: Newest | None, run: Run) -> tuple[dict[str, An
     path = state.path if state and state.content["global_step"] > 0 else None
     trainer.fit(module, data, ckpt_path=path, weights_only=True)
     model = module.whole()
-    return finish(config, data, model, trainer, throughput) if trainer.is_global_zero else None
+    if not trainer.is_global_zero:
+        return None
+    results, sample = finish(config, data, model, trainer, throughput)
+    run.finish(results)
+    return results, sample
 
 
 def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
@@ -155,8 +159,8 @@ def finish(
     trainer: L.Trainer,
     throughput: Throughput,
 ) -> tuple[dict[str, Any], str]:
-    """Evaluate the trained model exactly, and write the results to the dashboard and to results.json."""
-    run_dir, model = Path(config["run_dir"]), model.to(trainer.strategy.root_device)
+    """Evaluate the trained model exactly. Returns the results, which go to the dashboard as well, and a sample."""
+    model = model.to(trainer.strategy.root_device)
     with terminal.tracked("evaluating") as progress:
         found = figures(model, data, config["evaluate"], report=progress)
     # The curves reach the last step. HPARAMS shows the first names of the alphabet: among them should be the verdict.
@@ -184,7 +188,6 @@ def finish(
     }
     with torch.inference_mode():
         sample = "".join(write(model, data.tokenizer, config["sample_length"], seed=config["seed"]))
-    report.write_json(run_dir / report.RESULTS, results)
     return results, sample
 
 

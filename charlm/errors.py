@@ -166,6 +166,19 @@ def terminable() -> Iterator[None]:
 
 
 @contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C, SIGTERM and SIGHUP for the moment that it takes to write files that belong together."""
+    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = {name: signal.signal(getattr(signal, name), signal.SIG_IGN) for name in names if in_main_thread}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
+
+
+@contextmanager
 def memory_errors() -> Iterator[None]:
     """Raise OutOfMemory for a failed allocation, where only an InputError reaches the user: from another process."""
     try:

@@ -28,9 +28,9 @@ from typing_extensions import TypedDict
 
 from charlm import streams
 from charlm.disk import check_kind, write_atomically
-from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted, out_of_memory, warn
+from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted, out_of_memory, uninterrupted, warn
 from charlm.recorded import all_references, check_record
-from charlm.report import as_json, read_json
+from charlm.report import RESULTS, as_json, read_json, write_json
 
 if TYPE_CHECKING:  # what trains nothing does without the seconds that it takes, and so without those of torch
     import lightning as L
@@ -187,9 +187,22 @@ class Run:
             if len(told) <= size:
                 file.write(told.ljust(size))
 
+    def finish(self, results: dict[str, Any]) -> None:
+        """Write the results, and the status that goes with them: no signal comes between the two."""
+        with uninterrupted():
+            self.ended.set()
+            self.pulse.join()
+            write_json(self.folder / RESULTS, results)
+            try:
+                self.record["status"] = "finished"
+                self.write()
+            except OSError:
+                self.record["status"] = "running"
+                raise
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Raises DiskError: where it was the disk that ended the run, under whatever name."""
-        if not is_first():
+        if not is_first() or self.record["status"] == "finished":  # which nothing can change any more
             return
         self.ended.set()
         self.pulse.join()
