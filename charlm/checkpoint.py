@@ -3,7 +3,8 @@
 import json
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -123,9 +124,29 @@ def load(run_or_file: str | Path, device: str | torch.device = "cpu") -> Checkpo
     """
     path, content, _ = found(run_or_file)
     kept = content["charlm"]
-    try:
+    with readable(path):
         tokenizer = TOKENIZERS[kept["tokenizer"]["name"]].from_state_dict(kept["tokenizer"])
         model = trained(kept["config"]["model"], tokenizer.vocab_size, weights_of(content))
+    return Checkpoint(path, content["global_step"], model.to(device).eval(), tokenizer, kept["config"], kept["corpus"])
+
+
+def check_weights(path: Path, content: dict[str, Any]) -> None:
+    """Hold the weights of a checkpoint against the model that it names.
+
+    Raises:
+        InputError: if their names or shapes are of another model.
+    """
+    kept = content["charlm"]
+    with readable(path):
+        vocab_size = TOKENIZERS[kept["tokenizer"]["name"]].from_state_dict(kept["tokenizer"]).vocab_size
+        sketch(kept["config"]["model"], vocab_size, weights_of(content))
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise InputError for whatever is wrong with a checkpoint's model, weights or tokenizer."""
+    try:
+        yield
     except InputError as error:
         raise InputError(f"{path} is not used: {one_line(error)}") from error
     except Exception as error:  # a model is built from whatever the file says
@@ -134,7 +155,6 @@ def load(run_or_file: str | Path, device: str | torch.device = "cpu") -> Checkpo
         raise InputError(
             f"{path} is damaged or of another version: {one_line(error)}; train again, or use its backup"
         ) from error
-    return Checkpoint(path, content["global_step"], model.to(device).eval(), tokenizer, kept["config"], kept["corpus"])
 
 
 def one_line(error: Exception) -> str:
@@ -187,6 +207,19 @@ def weights_of(content: dict[str, Any]) -> dict[str, Tensor]:
 
 def trained(node: dict[str, Any], vocab_size: int, weights: dict[str, Tensor]) -> nn.Module:
     """The model that a configuration names, with these weights, for which it must not be too large."""
+    sketch(node, vocab_size, weights)  # before memory is taken
+    model = build(node, vocab_size)
+    model.load_state_dict(weights)
+    return model
+
+
+def sketch(node: dict[str, Any], vocab_size: int, weights: dict[str, Tensor]) -> None:
+    """Make the model that a configuration names without memory for its numbers, and hold `weights` against it.
+
+    Raises:
+        InputError: if the model is larger than its weights.
+        RuntimeError: if names or shapes of the weights differ from those of the model.
+    """
     left = 2 * len(weights)  # a parameter that stands in two places is registered in both
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
@@ -197,17 +230,14 @@ def trained(node: dict[str, Any], vocab_size: int, weights: dict[str, Tensor]) -
 
     try:
         with register_module_parameter_registration_hook(count), torch.device("meta"):
-            sketch = build(node, vocab_size)
+            empty = build(node, vocab_size)
     except RuntimeError as error:  # no memory is taken yet, but a size may have no address
         if out_of_memory(error):
             raise InputError(TOO_LARGE) from error
         raise
-    if sum(buffer.nbytes for buffer in sketch.buffers()) > COMPUTED:
+    if sum(buffer.nbytes for buffer in empty.buffers()) > COMPUTED:
         raise InputError(TOO_LARGE)
-    sketch.load_state_dict(weights, assign=True)  # do names and shapes agree, before memory is taken?
-    model = build(node, vocab_size)
-    model.load_state_dict(weights)
-    return model
+    empty.load_state_dict(weights, assign=True)
 
 
 def build(node: dict[str, Any], vocab_size: int) -> nn.Module:

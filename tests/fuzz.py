@@ -319,7 +319,8 @@ def wrong(case: Case, run: Callable[[Case], tuple[int, list[str]]]) -> str | Non
         return f"exit code {code} without a word: {err[-500:]}"
     if controls := {*COMMANDS.findall(out + err)} - {"\n", "\t"}:
         return f"control characters on the terminal: {controls}"
-    if SECRET in out + err:
+    # A recorded ${oc.env:...} is never resolved; one that the user types is the user's own.
+    if SECRET in out + err and not any("oc.env" in word for word in case.argv):
         return "a secret of the environment is told"
     if before != after or any(case.folder.rglob(MARKER)):
         return "something outside was changed, or code was run"
