@@ -30,8 +30,11 @@ os.environ["COLUMNS"] = "120"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
 os.environ.setdefault("MPLCONFIGDIR", str(CACHE / "matplotlib"))
 
-# A shell that starts pytest in the background has it ignore Ctrl-C, and so would every process that a test starts.
+# A shell that starts pytest in the background has it ignore Ctrl-C, nohup has it ignore SIGHUP, and processes inherit
+# what is ignored. Tests begin with what a terminal would give them.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, signal.SIG_DFL)
 
 ROOT = Path(__file__).parent.parent
 
