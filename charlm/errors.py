@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from charlm import memory, streams
+from charlm import memory, posix, streams
 
 SMALLER = "lower data.batch_size, data.block_size or the size of the model, or train on less text"
 
@@ -146,7 +146,7 @@ def terminable() -> Iterator[None]:
 
     What the parent ignored, as nohup does, stays ignored, and other handlers stay in charge.
     """
-    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = posix.signals("SIGTERM", "SIGHUP")
     in_main_thread = threading.current_thread() is threading.main_thread()
     ours = [number for number in numbers if in_main_thread and signal.getsignal(number) == signal.SIG_DFL]
 
@@ -168,14 +168,14 @@ def terminable() -> Iterator[None]:
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Ignore Ctrl-C, SIGTERM and SIGHUP for the moment that it takes to write files that belong together."""
-    names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    numbers = posix.signals("SIGINT", "SIGTERM", "SIGHUP")
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = {name: signal.signal(getattr(signal, name), signal.SIG_IGN) for name in names if in_main_thread}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers if in_main_thread}
     try:
         yield
     finally:
-        for name, handler in before.items():
-            signal.signal(getattr(signal, name), handler)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -1,10 +1,11 @@
 """Failed allocations: how Python, NumPy and PyTorch report them, and the limit that they met."""
 
 import errno
-import os
 import re
 from contextlib import suppress
 from pathlib import Path
+
+from charlm import posix
 
 # PyTorch's allocators raise plain RuntimeErrors, and NumPy a ValueError: only their text tells them apart.
 REFUSED = re.compile(
@@ -42,16 +43,7 @@ def describe(error: BaseException) -> str:
 
 def limit() -> tuple[int, str] | None:
     """Return the bytes that this process may use, and the words for what limits them; None if that is unknown."""
-    found = []
-    with suppress(AttributeError, ValueError, OSError):  # Windows has no sysconf
-        found.append((os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"), "this machine has"))
-    with suppress(ImportError):
-        import resource
-
-        if (soft := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
-            found.append((soft, "ulimit -v allows"))
-    found += [(allowed, "the cgroup allows") for allowed in cgroup_limits()]
-    return min(found, default=None)
+    return min([*posix.memory(), *((allowed, "the cgroup allows") for allowed in cgroup_limits())], default=None)
 
 
 def cgroup_limits() -> list[int]:

@@ -35,6 +35,17 @@ def prepare() -> None:
         sys.stderr = guarded(sys.stderr, 2)
 
 
+def write_to(file: str) -> None:
+    """Append standard output and error to a file from now on, and those of processes that this one starts."""
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(descriptor, number)
+        if os.name == "nt":  # a stream for the console, which the file is not
+            stream = open(number, "w", closefd=False)  # noqa: SIM115
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
 def guarded(stream: Any, descriptor: int) -> Any:
     """Return a text stream like `stream`, which is None where the descriptor was closed when Python started."""
     if os.name == "nt" and stream:  # a console of Windows takes text, and no bytes

@@ -128,11 +128,11 @@ class SweepLauncher(Launcher):
 
     def check(self, runs: Sequence[dict[str, Any]]) -> int:
         """Returns how many GPUs there are, if all runs are possible; see `check_runs`."""
-        from charlm import forkserver
+        from charlm import processes
         from charlm.errors import warn
         from charlm.preflight import check_runs
 
-        gpus, cautions = forkserver.ask(check_runs, runs, isinstance(self, EngineLauncher))
+        gpus, cautions = processes.ask(check_runs, runs, isinstance(self, EngineLauncher))
         for line in [line for line in cautions if line not in self.cautions]:
             warn(line)
         self.cautions = [*self.cautions, *cautions]

@@ -93,12 +93,12 @@ def use_server(address: str) -> None:
 
     A sweep's own server, which takes seconds of imports, is tested with sweeps as real commands.
     """
-    from charlm import forkserver
+    from charlm import processes
 
     module: Any = multiprocessing.forkserver
     module.ensure_running = module._forkserver.ensure_running = lambda: None
     module._forkserver._forkserver_address = address
-    forkserver.Server.stop = lambda self: None  # type: ignore[method-assign]
+    processes.Server.stop = lambda self: None  # type: ignore[method-assign]
 
 
 class Process:
@@ -230,13 +230,13 @@ def in_process(
 @pytest.fixture
 def check(in_process: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """The checks of `python train.py ...` without a process, for commands that end there."""
-    from charlm import forkserver
+    from charlm import processes
     from charlm.preflight import check_command, is_sweep
     from charlm.sweep.command import sweep
 
     # A sweep runs its last checks in another process, and Hydra configures the logging of this one.
-    monkeypatch.setattr(forkserver, "ask", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(forkserver, "start", lambda: None)
+    monkeypatch.setattr(processes, "ask", lambda function, *arguments: function(*arguments))
+    monkeypatch.setattr(processes, "start", lambda: None)
     monkeypatch.setattr("hydra._internal.hydra.configure_log", lambda *_: None)
 
     def run(*overrides: str, timeout: float = 0, **env: str) -> Ended:

@@ -197,21 +197,21 @@ def test_a_sweep_without_any_descriptor_and_with_warnings_as_errors_runs_its_job
 
 
 ASKING = """import os
-from charlm import config, errors, forkserver
+from charlm import config, errors, processes
 if __name__ == "__main__":
     try:
-        print([forkserver.ask(os.path.join, "a", str(n)) for n in range(20)][-1])
-        print(forkserver.ask(os.getppid) != os.getpid())
+        print([processes.ask(os.path.join, "a", str(n)) for n in range(20)][-1])
+        print(processes.ask(os.getppid) != os.getpid())
         for question in [(config.check, {"lrr": 1}), (os._exit, 3)]:
             try:
-                forkserver.ask(*question)
+                processes.ask(*question)
             except errors.InputError as error:
                 print(error)
-        os.kill(forkserver.ask(os.getppid), 9)
+        os.kill(processes.ask(os.getppid), 9)
         with errors.one_line_errors():
-            forkserver.ask(os.getpid)
+            processes.ask(os.getpid)
     finally:
-        forkserver.stop()
+        processes.stop()
 """
 
 

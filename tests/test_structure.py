@@ -69,6 +69,7 @@ def test_models_are_plain_torch():
 
 # The order in which text becomes figures; a module imports only from those before it.
 LAYERS = [
+    "posix",
     "streams",
     "memory",
     "errors",
@@ -101,7 +102,7 @@ LAYERS += [
     "study",
     "composition",
     "space",
-    "forkserver",
+    "processes",
     "preflight",
     "sweep",
     "cli",

@@ -1,6 +1,5 @@
 """Stop a run on a signal or a closed pipe: finish the step, save, print how to continue, exit as a stopped process."""
 
-import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -10,12 +9,11 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
 
-from charlm import streams, terminal
+from charlm import posix, streams, terminal
 from charlm.callbacks.checkpoint import Checkpoint, validates_now
 
 # The last two are what Slurm is asked to send ahead of the end: sbatch --signal=USR1@60, and submitit for USR2.
-SIGNALS = [signal.SIGINT, signal.SIGTERM]
-SIGNALS += [signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2] if os.name == "posix" else []
+SIGNALS = posix.signals("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 NAMES = {streams.SIGPIPE: "SIGPIPE"} | {number: number.name for number in SIGNALS}
 
 

@@ -22,7 +22,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf
 
-from charlm import config, forkserver, terminal
+from charlm import config, processes, terminal
 from charlm.composition import composed, without_hydra
 from charlm.data.corpus import load_corpus
 from charlm.disk import check_tree, unshare
@@ -118,7 +118,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             check_settings(resolved(cfgs[0]))
         if other := other_corpus(cfgs):  # the command that gives the same run again, wherever Tiny Shakespeare is
             if args.multirun:  # whose settings were to be checked later
-                forkserver.ask(check_runs, [resolved(cfg) for cfg in cfgs], elsewhere, False)
+                processes.ask(check_runs, [resolved(cfg) for cfg in cfgs], elsewhere, False)
             terminal.notice_fallback(cfgs[0].data.corpus, *other)
             given = f"data={other[0]}"
             argv = [*(a for a in argv if not a.startswith("data=")), given]

@@ -8,7 +8,7 @@ from typing import NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from charlm import forkserver
+from charlm import processes
 from charlm.errors import one_line_errors
 from charlm.preflight import check_command
 from charlm.run import abandon
@@ -20,13 +20,13 @@ def sweep(argv: Sequence[str], config_dir: Path) -> NoReturn:
     Whatever ends it before there is a job, or a mistake in one, leaves nothing behind.
     """
     with one_line_errors():
-        forkserver.start()
+        processes.start()
         try:
             sys.argv = check_command(argv, config_dir)
             hydra.main(version_base="1.3", config_path=str(config_dir.absolute()), config_name="train")(job)()
         finally:
             abandon()
-            forkserver.stop()
+            processes.stop()
     sys.exit(0)
 
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from charlm import terminal
+from charlm import posix, terminal
 from charlm.errors import InputError
 from charlm.run import NAME, previous
 from charlm.sweep.job import LOG, Job, be, command, last_line
@@ -31,7 +31,7 @@ SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_QUESTIONS = 5.0  # to Slurm, which may have many to answer
 SECONDS_TO_SUBMIT = 60.0
 # Told ahead of the end of its time, a job saves and ends; submitit then has Slurm begin it again.
-AHEAD = [signal.SIGUSR1, signal.SIGUSR2]
+AHEAD = posix.signals("SIGUSR1", "SIGUSR2")
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 Hydra's own launcher runs all jobs in one process. There, settings leak from one job to the next, a killed job takes
 the rest with it, and a job that trains on several devices starts the whole sweep again in each of its processes. Here
-a fork server pays for the imports once, and each job is what `python train.py ...` would have been.
+each job is what `python train.py ...` would have been.
 """
 
 import os
@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -23,11 +22,11 @@ from hydra.core.utils import JobRuntime, run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from charlm import report
+from charlm import report, streams
 from charlm.budget import steps_of, within_tokens
 from charlm.disk import is_regular
-from charlm.forkserver import Child, start
 from charlm.preflight import options
+from charlm.processes import Child, launch
 from charlm.resume import quoted
 from charlm.run import previous
 
@@ -88,7 +87,7 @@ class Job:
         argv = command(sys.argv[0], options(sys.argv), self.overrides, self.folder)
         # What has begun is held against its own record first, as any resume= is.
         cfg = None if has_begun(self.folder) else self.cfg
-        process = Child(start(), become, argv, cfg, str(self.folder / LOG), threads, list(gpus), daemon=False)
+        process = launch(become, argv, cfg, str(self.folder / LOG), threads, list(gpus), daemon=False)
         return Running(self, process, time.monotonic(), list(gpus))
 
     def how(self, code: int | None) -> str:
@@ -128,12 +127,7 @@ class Running:
         """Let it save and stop, once."""
         if self.verdict is None:
             self.verdict, self.told = verdict, time.monotonic()
-            self.signal(signal.SIGTERM)
-
-    def signal(self, number: signal.Signals) -> None:
-        """To it and to the processes that it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self.process.pid, number)
+            self.process.terminate()
 
 
 def become(connection: Connection, argv: list[str], cfg: bytes | None, log: str, threads: int, gpus: list[int]) -> None:
@@ -143,16 +137,14 @@ def become(connection: Connection, argv: list[str], cfg: bytes | None, log: str,
         connection: open as long as the job runs.
         cfg: what Hydra would compose from `argv`, checked already, and pickled.
     """
-    import torch  # which the sweep itself does without
-
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    os.dup2(descriptor, 1)
-    os.dup2(descriptor, 2)
+    streams.write_to(log)
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         del os.environ[name]  # in an allocation of Slurm's, processes are the job's own to start
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that it starts
+    import torch  # which the sweep itself does without; after the environment that it reads
+
     torch.set_num_threads(threads)
     be(argv, pickle.loads(cfg) if cfg else None)
 

@@ -1,6 +1,5 @@
 """Jobs side by side, as many as the machine holds, whatever becomes of any of them."""
 
-import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +9,8 @@ from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
-from charlm.forkserver import wait_for
+from charlm import posix
+from charlm.processes import wait_for
 from charlm.sweep.job import Job, Running
 
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -30,7 +30,7 @@ class Pool:
 
     def __init__(self, n_jobs: int | Literal["auto"], jobs_per_gpu: int, timeout: float | None, gpus: int):
         self.n_jobs, self.timeout = n_jobs, timeout
-        self.cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.cores = posix.cores()
         self.gpus = [gpu for _ in range(jobs_per_gpu) for gpu in range(gpus)]
         self.running: list[Running] = []
         self.stopping = False
@@ -106,11 +106,11 @@ class Pool:
             if self.timeout is not None and time.monotonic() > one.since + 60 * self.timeout:
                 one.end(f"failed: no end within {self.timeout:g} minutes")
             if one.told is not None and time.monotonic() > one.told + SECONDS_TO_SAVE:
-                one.signal(signal.SIGKILL)
+                one.process.kill()
 
     def reap(self, ended: Callable[[Job, str], None]) -> None:
         for one in [one for one in self.running if not one.process.is_alive()]:
-            one.signal(signal.SIGKILL)  # whatever it has left behind
+            one.process.kill()  # what it has left behind
             self.running.remove(one)
             self.gpus += one.gpus
             how = one.verdict or one.job.how(one.process.exitcode)
@@ -120,18 +120,18 @@ class Pool:
         """Let all save and end. A second Ctrl-C ends them at once."""
         self.stopping = True
         until = time.monotonic() + SECONDS_TO_SAVE
-        number = signal.SIGTERM
+        killed = False
         for one in self.running:
-            one.signal(number)
+            one.process.terminate()
         while self.running:
             try:
-                if time.monotonic() > until and number == signal.SIGTERM:
+                if time.monotonic() > until and not killed:
                     raise KeyboardInterrupt
                 wait([one.process.connection for one in self.running], SECONDS_BETWEEN_LOOKS)
             except (KeyboardInterrupt, SystemExit):
-                number = signal.SIGKILL
+                killed = True
                 for one in self.running:
-                    one.signal(number)
+                    one.process.kill()
             self.reap(ended)
 
 

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 from charlm import report, streams, terminal
 from charlm.errors import InputError, stop
-from charlm.forkserver import ServerDied
 from charlm.ledger import TABLE, Ledger, State
 from charlm.preflight import held, is_sweep, options
+from charlm.processes import ServerDied
 from charlm.sweep.engine import Engine, Handed
 from charlm.sweep.job import LOG, Job, Running
 from charlm.sweep.names import settings, varying
