@@ -4,7 +4,6 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
 
 # A process group reaches a job together with the processes that it started.
 GROUPS = hasattr(os, "setsid") and hasattr(os, "killpg")
@@ -21,6 +20,8 @@ def blocked(numbers: Sequence[signal.Signals]) -> Iterator[None]:
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
+    from multiprocessing import resource_tracker  # not needed by a single run
+
     resource_tracker.ensure_running()  # or multiprocessing would start it, which unblocks signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
     try:
