@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -137,9 +138,9 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], pre
         keep = previous is not None and path.exists()
         if keep:
             link(path, spare)
-        os.replace(temporary, path)
+        replace(temporary, path)
         if previous and keep:
-            os.replace(spare, previous)
+            replace(spare, previous)
     except BaseException:
         for left in (temporary, spare):
             Path(left).unlink(missing_ok=True)
@@ -150,6 +151,16 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], pre
             os.fsync(folder)
         finally:
             os.close(folder)
+
+
+def replace(source: str, target: Path) -> None:
+    """Rename a file over another. Windows refuses while another process reads that, so try again for a second."""
+    for _ in range(20):
+        try:
+            return os.replace(source, target)
+        except PermissionError:
+            time.sleep(0.05)
+    os.replace(source, target)
 
 
 def link(file: Path, name: str) -> None:

@@ -98,9 +98,12 @@ def claim(folder: Path) -> bool:
 
 def abandon() -> None:
     """Remove the folders that were made to be claimed, and into which nothing has come."""
-    for folder, (_, made) in claimed.items():
+    for folder, (lock, made) in claimed.items():
         if folder in made and folder.is_dir() and {*folder.iterdir()} <= {folder / LOCK}:
-            (folder / LOCK).unlink(missing_ok=True)
+            try:
+                (folder / LOCK).unlink(missing_ok=True)
+            except PermissionError:  # Windows removes no open file, and filelock itself removes a released one there
+                lock.release()
             for place in made:
                 with contextlib.suppress(OSError):  # another process may have come to use it
                     place.rmdir()
