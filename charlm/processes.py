@@ -12,7 +12,7 @@ Windows has no process groups and no signals between processes, so there
 - a request to save and end goes through the job's pipe. Only the job itself receives it, and its main thread handles it
   between two Python instructions;
 - processes that a job started outlive a job that is killed;
-- Ctrl-C also interrupts a job in its first second, before it runs `begin`.
+- Ctrl-C in the terminal also interrupts a job in its first second, before it runs `begin`, and what a job started.
 """
 
 import os
@@ -37,7 +37,7 @@ SECONDS_FOR_A_CODE = 2.0  # in which the server reports how a process ended
 PATIENCE = 40.0  # seconds that a job leaves its sweep to stop it, after the server died; longer than the sweep takes
 GRACE = 5.0  # seconds to save in, for a job whose sweep is gone
 SIGNALS = posix.signals("SIGINT", "SIGTERM", "SIGHUP")  # for the sweep: it stops its jobs by itself
-METHODS = get_all_start_methods()  # the first is the default of the platform
+METHODS = get_all_start_methods()  # the first is the default, which is to spawn on macOS, where forks can crash
 FORKS = "forkserver" in METHODS and METHODS[0] != "spawn"
 
 context: Any = get_context("forkserver" if FORKS else "spawn")
@@ -107,7 +107,7 @@ class Spawner:
         return []
 
     def launch(self, process: Any, *_: Connection) -> None:
-        """Start a process, which runs `begin` before it imports the main module: that takes seconds, and may print."""
+        """Start a process without what multiprocessing does first: importing the main module, which takes seconds."""
         main = vars(sys.modules["__main__"])
         file = main.pop("__file__", None)
         try:

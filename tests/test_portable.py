@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from charlm.disk import write_atomically
 from tests.conftest import ROOT, Ended
 from tests.elsewhere.sitecustomize import MODULES, WINDOWS
 from tests.test_forkserver import WAITS, below, gone, states, sweeping, training, until
@@ -98,6 +99,20 @@ def test_a_sweep_spawns_its_jobs_where_there_is_no_fork(tmp_path, text_file):
         log = (tmp_path / "s" / f"seed={seed}" / "terminal.log").read_text()
         assert "loss, nats per character" in log
     assert not (tmp_path / "code_was_run").exists()
+
+
+def test_a_file_is_replaced_as_soon_as_nobody_reads_it(tmp_path, monkeypatch):
+    rename, refusals = os.replace, [PermissionError(), PermissionError()]  # as of Windows
+
+    def refusing(source: str, target: Path) -> None:
+        if refusals:
+            raise refusals.pop()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refusing)
+    write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
+    assert (tmp_path / "file").read_bytes() == b"new"
+    assert not refusals
 
 
 ASKING = """import os
