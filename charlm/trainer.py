@@ -1,7 +1,11 @@
 """What Lightning's Trainer lacks: fully sharded training on any device, and a precision that suits the device."""
 
+from typing import Any
+
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 
 
 class FSDP(ModelParallelStrategy):
@@ -18,6 +22,17 @@ class FSDP(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes  # all there are
         super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint by the trainer's plugin, which Lightning's strategy passes over, and spread it."""
+        assert self.model is not None
+        content = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(self.model, content["state_dict"], options=options)
+        for optimizer, state in zip(self.optimizers, content["optimizer_states"], strict=True):
+            named = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, self.model)
+            set_optimizer_state_dict(self.model, optimizer, named, options=options)
+        return content
 
 
 StrategyRegistry.register(FSDP.name, FSDP)

@@ -85,6 +85,7 @@ LAYERS = [
     "evaluate",
     "archive",
     "checkpoint",
+    "restore",
     "report",
 ]
 LAYERS += [
