@@ -11,7 +11,7 @@ The weights have their names in the model. All other tensors are named by their 
 `optimizer_states/0/state/3/exp_avg`. The SHA-256 is that of the whole file without the 64 digits of the hash itself.
 
 `content` holds the rest of what Lightning saves. For what JSON lacks, it has objects with one key: {"$tensor": name},
-{"$tuple": [...]}, {"$dict": [[key, value], ...]} for keys that are not text, {"$float": "<8 bytes in hex>"} for infinity
+{"$tuple": [...]}, {"$dict": [[key, value], ...]} for keys that are not text, {"$float": "<8 bytes, hex>"} for infinity
 and NaN, and {"$int": "0x..."} for integers of more than 64 bits.
 """
 
@@ -48,7 +48,9 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ZIP, OLD_HASH = b"PK", re.compile(rb"sha256:[0-9a-f]{64}\Z")
 EARLIER = "was written by an earlier charlm, in a format that this one does not read"
-TORCH_SAVE = "is a zip as torch.save writes it, by Lightning itself or an earlier charlm, and no checkpoint of this charlm"
+TORCH_SAVE = (
+    "is a zip as torch.save writes it, by Lightning itself or an earlier charlm, and no checkpoint of this charlm"
+)
 
 
 class Refused(Exception):

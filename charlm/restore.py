@@ -5,11 +5,13 @@ Lightning and torch accept state of any shape and fail later, at a step that use
 
 import copy
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -55,30 +57,34 @@ def check_optimizers(trainer: L.Trainer, content: dict[str, Any], path: Any) -> 
     Raises:
         InputError: for the first difference in keys, types or shapes.
     """
+    sharded = [*trainer.model.parameters()] if isinstance(trainer.strategy, ModelParallelStrategy) else []
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     try:
         compare([None] * len(trainer.optimizers), content["optimizer_states"], "optimizer_states")
         for number, optimizer in enumerate(trainer.optimizers):
-            check_optimizer(optimizer, content["optimizer_states"][number], f"optimizer_states.{number}")
+            # States that were sharded have numbers by the model's order, others by that of the optimizer.
+            numbered = sharded or [p for group in optimizer.param_groups for p in group["params"]]
+            check_optimizer(optimizer, content["optimizer_states"][number], f"optimizer_states.{number}", numbered)
         compare([s.state_dict() for s in schedulers], content["lr_schedulers"], "lr_schedulers")
     except (Mismatch, LookupError, TypeError) as error:
         raise damaged(path, str(error)) from None
 
 
-def check_optimizer(optimizer: Optimizer, recorded: Any, place: str) -> None:
-    """Hold the recorded state of one optimizer against the optimizer.
+def check_optimizer(optimizer: Optimizer, recorded: Any, place: str, order: Sequence[Tensor]) -> None:
+    """Hold the recorded state of one optimizer, whose parameters are numbered in `order`, against the optimizer.
 
     Raises:
         Mismatch: for the first difference.
     """
-    groups = optimizer.state_dict()["param_groups"]
-    compare({"state": {}, "param_groups": groups}, recorded, place)
+    groups, index_of = optimizer.param_groups, {id(p): index for index, p in enumerate(order)}
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    compare({"state": {}, "param_groups": settings}, recorded, place)
     of_index: dict[int, tuple[int, Tensor]] = {}
     for number, (group, found) in enumerate(zip(groups, recorded["param_groups"], strict=True)):
-        if group["params"] != found["params"]:
+        mine = {index_of[id(p)]: (number, p) for p in group["params"]}
+        if found.get("params") != [*mine] or any(type(index) is not int for index in found["params"]):
             raise Mismatch(f"{place}.param_groups.{number}.params names other parameters")
-        parameters = optimizer.param_groups[number]["params"]
-        of_index |= {index: (number, p) for index, p in zip(group["params"], parameters, strict=True)}
+        of_index |= mine
     expected: dict[Any, dict[str, Any]] = {}  # by group, shape and type
     for index, state in recorded["state"].items():
         if type(index) is not int or index not in of_index:
@@ -89,8 +95,7 @@ def check_optimizer(optimizer: Optimizer, recorded: Any, place: str) -> None:
         compare(expected[kind], state, f"{place}.state.{index}")
         if more := state.keys() - expected[kind].keys():
             raise Mismatch(f"{place}.state.{index}.{min(map(str, more))} is nothing that this optimizer keeps")
-    number, parameter = of_index[0]
-    if not recorded["state"] and slots(optimizer, number, parameter):
+    if not recorded["state"] and slots(optimizer, *next(iter(of_index.values()))):
         raise Mismatch(f"{place}.state is empty")
 
 
@@ -113,7 +118,7 @@ def compare(fresh: Any, recorded: Any, place: str, exact: bool = False) -> None:
     DataLoader.
 
     Args:
-        exact: integers stay integers; else they may have become other numbers, as a rate that a schedule has changed.
+        exact: numbers are counts, from 0 up; else they may be of another type, as a rate that a schedule has changed.
 
     Raises:
         Mismatch: for the first difference.
@@ -128,9 +133,11 @@ def compare(fresh: Any, recorded: Any, place: str, exact: bool = False) -> None:
     elif number:
         if type(recorded) not in ((type(fresh),) if exact else (int, float)):
             raise Mismatch(f"{place} is not a number of type {type(fresh).__name__}")
-        if type(recorded) is int and not 0 <= recorded <= MOST:
-            raise Mismatch(f"{place} is not a count")
-    elif type(recorded) is not type(fresh):
+        if type(recorded) is int and not (0 if exact else -MOST) <= recorded <= MOST:
+            raise Mismatch(f"{place} is out of range")
+    elif type(recorded) is not type(fresh) and not (
+        isinstance(fresh, list | tuple) and type(recorded) in (list, tuple)
+    ):
         raise Mismatch(f"{place} is not of type {type(fresh).__name__}")
     elif isinstance(fresh, dict):
         for key, value in fresh.items():

@@ -1,5 +1,6 @@
 """What Lightning's Trainer lacks: fully sharded training on any device, and a precision that suits the device."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,16 +24,30 @@ class FSDP(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes  # all there are
         super().setup_environment()
 
+    # Lightning's strategy reads checkpoints by itself, with torch.load and after `on_fit_start`. Here it is as for other
+    # strategies: the plugin reads the file, and each process takes its part of the weights and states in it.
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return False
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint by the trainer's plugin, which Lightning's strategy passes over, and spread it."""
+        return self.checkpoint_io.load_checkpoint(checkpoint_path)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         assert self.model is not None
-        content = self.checkpoint_io.load_checkpoint(self.broadcast(checkpoint_path))
-        options = StateDictOptions(full_state_dict=True)
-        set_model_state_dict(self.model, content["state_dict"], options=options)
-        for optimizer, state in zip(self.optimizers, content["optimizer_states"], strict=True):
+        options = StateDictOptions(full_state_dict=True, strict=strict)
+        set_model_state_dict(self.model, checkpoint["state_dict"], options=options)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self.model is not None
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             named = FullyShardedDataParallel.rekey_optim_state_dict(state, OptimStateKeyType.PARAM_NAME, self.model)
-            set_optimizer_state_dict(self.model, optimizer, named, options=options)
-        return content
+            set_optimizer_state_dict(self.model, optimizer, named, options=StateDictOptions(full_state_dict=True))
 
 
 StrategyRegistry.register(FSDP.name, FSDP)

@@ -89,17 +89,16 @@ class Checkpoint(L.Callback):
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.saved_at, self.saved_when = -1, time.monotonic()
         self.logged: dict[str, int] = {}
-        self.loaded: dict[str, Any] | None = None  # until it is checked
+        self.loaded: dict[str, Any] = {}  # until the optimizers are made and it is held against them
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         check_progress(trainer, checkpoint, trainer.ckpt_path)
-        if not trainer.strategy.restore_checkpoint_after_setup:  # sharded states are checked where they are loaded
-            self.loaded = checkpoint
+        self.loaded = checkpoint
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.loaded:
             check_optimizers(trainer, self.loaded, trainer.ckpt_path)
-            self.loaded = None
+            self.loaded = {}
         if not trainer.ckpt_path:  # before anything is told of the first step
             fresh = [optimizer.state_dict() for optimizer in trainer.optimizers]
             self.save(trainer)
