@@ -169,7 +169,8 @@ def dump(content: dict[str, Any], file: IO[bytes]) -> None:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return the numbers of a tensor in row-major order; a copy only if they are elsewhere or in another order."""
-    return memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    raw: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -220,9 +221,9 @@ def decode(node: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
         return [decode(item, tensors, depth + 1) for item in node]
     if type(node) is not dict:
         return node
-    kind, value = next(iter(node.items()), ("", ""))
-    if len(node) != 1 or not kind.startswith("$"):
+    if len(node) != 1 or not (kind := next(iter(node))).startswith("$"):
         return {key: decode(item, tensors, depth + 1) for key, item in node.items()}
+    value: Any = node[kind]
     if kind == "$tensor":
         return tensors[value]
     if kind == "$tuple":

@@ -57,7 +57,7 @@ def check_optimizers(trainer: L.Trainer, content: dict[str, Any], path: Any) -> 
     Raises:
         InputError: for the first difference in keys, types or shapes.
     """
-    sharded = [*trainer.model.parameters()] if isinstance(trainer.strategy, ModelParallelStrategy) else []
+    sharded = [*trainer.lightning_module.parameters()] if isinstance(trainer.strategy, ModelParallelStrategy) else []
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
     try:
         compare([None] * len(trainer.optimizers), content["optimizer_states"], "optimizer_states")
@@ -81,8 +81,15 @@ def check_optimizer(optimizer: Optimizer, recorded: Any, place: str, order: Sequ
     compare({"state": {}, "param_groups": settings}, recorded, place)
     of_index: dict[int, tuple[int, Tensor]] = {}
     for number, (group, found) in enumerate(zip(groups, recorded["param_groups"], strict=True)):
+        for key, value in group.items():
+            fixed = isinstance(value, str | int | None) and key not in (
+                "capturable",
+                "lr",
+            )  # which graphs and schedules set
+            if fixed and (type(found[key]) is not type(value) or found[key] != value):
+                raise Mismatch(f"{place}.param_groups.{number}.{key} is not {value}")
         mine = {index_of[id(p)]: (number, p) for p in group["params"]}
-        if found.get("params") != [*mine] or any(type(index) is not int for index in found["params"]):
+        if [*map(repr, found["params"])] != [*map(repr, mine)]:
             raise Mismatch(f"{place}.param_groups.{number}.params names other parameters")
         of_index |= mine
     expected: dict[Any, dict[str, Any]] = {}  # by group, shape and type
@@ -131,7 +138,7 @@ def compare(fresh: Any, recorded: Any, place: str, exact: bool = False) -> None:
         if not isinstance(recorded, Tensor) or recorded.shape != shape or not recorded.is_floating_point():
             raise Mismatch(f"{place} is not a tensor of shape {list(shape)}")
     elif number:
-        if type(recorded) not in ((type(fresh),) if exact else (int, float)):
+        if type(recorded) not in ((type(fresh),) if exact else (int, float)) or recorded != recorded:
             raise Mismatch(f"{place} is not a number of type {type(fresh).__name__}")
         if type(recorded) is int and not (0 if exact else -MOST) <= recorded <= MOST:
             raise Mismatch(f"{place} is out of range")

@@ -24,8 +24,8 @@ class FSDP(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes  # all there are
         super().setup_environment()
 
-    # Lightning's strategy reads checkpoints by itself, with torch.load and after `on_fit_start`. Here it is as for other
-    # strategies: the plugin reads the file, and each process takes its part of the weights and states in it.
+    # Lightning's strategy reads checkpoints by itself, with torch.load and after `on_fit_start`. Here the plugin reads
+    # the file, as for other strategies, and each process takes its part of the weights and states in it.
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:

@@ -144,9 +144,7 @@ def test_figures_and_checkpoint_of_a_run_are_those_of_the_average(train, call, t
     assert json.loads(call("evaluate", "ema", "--split", "val", "--json").out)["val/loss"] == found["val/loss"]
     assert columns(tmp_path / "ema")["val/loss"][60] == pytest.approx(found["val/loss"], rel=1e-12)
     assert call("generate", "ema", "--length", "20").code == 0
-    plain, ema = (
-        archive.load(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("plain", "ema")
-    )
+    plain, ema = (archive.load(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("plain", "ema"))
     for name, weight in plain["state_dict"].items():
         assert torch.equal(ema["ema"]["raw"][name], weight)
     for mine, its in zip(flatten(plain["optimizer_states"]), flatten(ema["optimizer_states"]), strict=True):

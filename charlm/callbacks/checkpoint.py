@@ -89,11 +89,12 @@ class Checkpoint(L.Callback):
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.saved_at, self.saved_when = -1, time.monotonic()
         self.logged: dict[str, int] = {}
+        self.resumed_at: int | None = None
         self.loaded: dict[str, Any] = {}  # until the optimizers are made and it is held against them
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         check_progress(trainer, checkpoint, trainer.ckpt_path)
-        self.loaded = checkpoint
+        self.loaded, self.resumed_at = checkpoint, checkpoint["global_step"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.loaded:
@@ -108,6 +109,8 @@ class Checkpoint(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.saved_when = time.monotonic()
+        if self.resumed_at not in (None, trainer.global_step):
+            raise damaged(trainer.ckpt_path, f"its loops count {trainer.global_step} steps, and not {self.resumed_at}")
         steps = trainer.strategy.all_gather(torch.tensor(trainer.global_step, device=trainer.strategy.root_device))
         if steps.min() != steps.max():
             raise InputError(
