@@ -18,7 +18,8 @@ from torch.optim import Optimizer
 from charlm.errors import InputError, out_of_memory, printable
 
 MOST = 2**48  # of any count
-OURS = ("charlm.", "lightning.")  # the modules of callbacks whose state always has the same shape
+OURS = ("charlm.", "lightning.", "torch.")  # where callbacks and schedulers are from whose state keeps its shape
+CHANGING = ("capturable", "lr")  # settings of an optimizer that CUDA graphs and schedules change
 CONNECTOR = "lightning.pytorch.trainer.connectors.checkpoint_connector"  # the functions `*restore*` of Lightning
 
 
@@ -65,7 +66,8 @@ def check_optimizers(trainer: L.Trainer, content: dict[str, Any], path: Any) -> 
             # States that were sharded have numbers by the model's order, others by that of the optimizer.
             numbered = sharded or [p for group in optimizer.param_groups for p in group["params"]]
             check_optimizer(optimizer, content["optimizer_states"][number], f"optimizer_states.{number}", numbered)
-        compare([s.state_dict() for s in schedulers], content["lr_schedulers"], "lr_schedulers")
+        known = [s.state_dict() if type(s).__module__.startswith(OURS) else {} for s in schedulers]
+        compare(known, content["lr_schedulers"], "lr_schedulers")
     except (Mismatch, LookupError, TypeError) as error:
         raise damaged(path, str(error)) from None
 
@@ -82,39 +84,43 @@ def check_optimizer(optimizer: Optimizer, recorded: Any, place: str, order: Sequ
     of_index: dict[int, tuple[int, Tensor]] = {}
     for number, (group, found) in enumerate(zip(groups, recorded["param_groups"], strict=True)):
         for key, value in group.items():
-            fixed = isinstance(value, str | int | None) and key not in (
-                "capturable",
-                "lr",
-            )  # which graphs and schedules set
+            fixed = isinstance(value, str | int | None) and key not in CHANGING
             if fixed and (type(found[key]) is not type(value) or found[key] != value):
                 raise Mismatch(f"{place}.param_groups.{number}.{key} is not {value}")
         mine = {index_of[id(p)]: (number, p) for p in group["params"]}
         if [*map(repr, found["params"])] != [*map(repr, mine)]:
             raise Mismatch(f"{place}.param_groups.{number}.params names other parameters")
         of_index |= mine
-    expected: dict[Any, dict[str, Any]] = {}  # by group, shape and type
+    expected: dict[Any, dict[str, Any] | None] = {}  # by group, shape and type
     for index, state in recorded["state"].items():
         if type(index) is not int or index not in of_index:
             raise Mismatch(f"{place}.state is for parameter {index!r}, which does not exist")
         number, parameter = of_index[index]
         kind = (number, parameter.shape, parameter.dtype)
         expected[kind] = expected[kind] if kind in expected else slots(optimizer, number, parameter)
-        compare(expected[kind], state, f"{place}.state.{index}")
-        if more := state.keys() - expected[kind].keys():
+        wanted = expected[kind]
+        compare(wanted, state, f"{place}.state.{index}")
+        if wanted is not None and (more := state.keys() - wanted.keys()):
             raise Mismatch(f"{place}.state.{index}.{min(map(str, more))} is nothing that this optimizer keeps")
     if not recorded["state"] and slots(optimizer, *next(iter(of_index.values()))):
         raise Mismatch(f"{place}.state is empty")
 
 
 @torch.no_grad()
-def slots(optimizer: Optimizer, number: int, parameter: Tensor) -> dict[str, Any]:
-    """Return the state that an optimizer keeps for a parameter of a group: a copy takes a step on zeros, on the CPU."""
+def slots(optimizer: Optimizer, number: int, parameter: Tensor) -> dict[str, Any] | None:
+    """Return the state that an optimizer keeps for a parameter of a group: a copy takes a step on zeros, on the CPU.
+
+    Returns None for an optimizer that cannot, such as L-BFGS, which needs a closure.
+    """
     zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, requires_grad=True)
     zeros.grad = torch.zeros_like(zeros)
     probe = copy.copy(optimizer)
     probe.state = defaultdict(dict)
     probe.param_groups = [{**optimizer.param_groups[number], "params": [zeros], "lr": 0.0, "capturable": False}]
-    probe.step()
+    try:
+        probe.step()
+    except Exception:  # of an optimizer of anybody
+        return None
     return dict(probe.state[zeros])
 
 
@@ -142,9 +148,7 @@ def compare(fresh: Any, recorded: Any, place: str, exact: bool = False) -> None:
             raise Mismatch(f"{place} is not a number of type {type(fresh).__name__}")
         if type(recorded) is int and not (0 if exact else -MOST) <= recorded <= MOST:
             raise Mismatch(f"{place} is out of range")
-    elif type(recorded) is not type(fresh) and not (
-        isinstance(fresh, list | tuple) and type(recorded) in (list, tuple)
-    ):
+    elif type(recorded) not in like(fresh):
         raise Mismatch(f"{place} is not of type {type(fresh).__name__}")
     elif isinstance(fresh, dict):
         for key, value in fresh.items():
@@ -156,6 +160,11 @@ def compare(fresh: Any, recorded: Any, place: str, exact: bool = False) -> None:
             raise Mismatch(f"{place} has {len(recorded)} parts where {len(fresh)} are needed")
         for i, (value, found) in enumerate(zip(fresh, recorded, strict=True)):
             compare(value, found, f"{place}.{i}", exact)
+
+
+def like(fresh: Any) -> tuple[type, ...]:
+    """Return the types that recorded state may have. Files keep no subclass of dict; torch makes lists of some tuples."""
+    return (dict,) if isinstance(fresh, dict) else (list, tuple) if isinstance(fresh, list | tuple) else (type(fresh),)
 
 
 def failed_to_restore(error: BaseException) -> bool:

@@ -249,12 +249,18 @@ def test_a_defect_elsewhere_is_no_damage_of_the_state(data, saved, tmp_path, mon
         fit(data, tmp_path / "run", 2 * STEPS, resume=True)
 
 
+def test_an_optimizer_that_needs_a_closure_is_not_tried():
+    weight = nn.Parameter(torch.ones(3, 4))
+    assert slots(torch.optim.LBFGS([weight]), 0, weight) is None
+
+
 @pytest.mark.parametrize("kind", ["Adagrad", "Adam", "Adafactor", "NAdam", "RMSprop", "Rprop", "SGD"])
 def test_what_an_optimizer_keeps_is_found_out_without_changing_it(kind):
     weight = nn.Parameter(torch.ones(3, 4))
     optimizer = getattr(torch.optim, kind)([weight], lr=0.1)
     before = copy.deepcopy(optimizer.state_dict())
     found = slots(optimizer, 0, weight)
+    assert found is not None
     torch.testing.assert_close(optimizer.state_dict(), before)
     assert torch.equal(weight, torch.ones(3, 4))
     weight.grad = torch.ones(3, 4)

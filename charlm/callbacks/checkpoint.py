@@ -93,8 +93,9 @@ class Checkpoint(L.Callback):
         self.loaded: dict[str, Any] = {}  # until the optimizers are made and it is held against them
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        check_progress(trainer, checkpoint, trainer.ckpt_path)
-        self.loaded, self.resumed_at = checkpoint, checkpoint["global_step"]
+        if trainer.state.fn == "fit":
+            check_progress(trainer, checkpoint, trainer.ckpt_path)
+            self.loaded, self.resumed_at = checkpoint, checkpoint["global_step"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.loaded:
