@@ -163,7 +163,7 @@ def compare(fresh: Any, recorded: Any, place: str, exact: bool = False) -> None:
 
 
 def like(fresh: Any) -> tuple[type, ...]:
-    """Return the types that recorded state may have. Files keep no subclass of dict; torch makes lists of some tuples."""
+    """Return the types of recorded state. Files keep no subclass of dict; torch turns some tuples to lists."""
     return (dict,) if isinstance(fresh, dict) else (list, tuple) if isinstance(fresh, list | tuple) else (type(fresh),)
 
 
