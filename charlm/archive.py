@@ -1,136 +1,259 @@
-"""Files of plain types and tensors: whole or refused, and read without trusting who wrote them.
+"""Checkpoint files: one safetensors file, whole or refused, read without trusting who wrote it. No pickle.
 
-A file is what `torch.save` writes, a zip, with the SHA-256 of just that as the comment of the zip, which other readers
-pass over. Before any memory is taken for its tensors, a file is held against its hash and against its own size.
+Layout of format 2, which every reader of safetensors understands:
+
+    8 bytes      length of the header, little-endian
+    header       {"__metadata__": {"charlm_format": "2", "sha256": "<64 digits>", "format": "pt", "content": "<JSON>"},
+                  "<name>": {"dtype": "F32", "shape": [...], "data_offsets": [begin, end]}, ...}, padded with spaces
+    tensors      without gaps, wide types first, so that each is aligned
+
+The weights have their names in the model. All other tensors are named by their place, such as
+`optimizer_states/0/state/3/exp_avg`. The SHA-256 is that of the whole file without the 64 digits of the hash itself.
+
+`content` holds the rest of what Lightning saves. For what JSON lacks, it has objects with one key: {"$tensor": name},
+{"$tuple": [...]}, {"$dict": [[key, value], ...]} for keys that are not text, {"$float": "<8 bytes, hex>"} for infinity
+and NaN, and {"$int": "0x..."} for integers of more than 64 bits.
 """
 
 import contextlib
 import hashlib
-import io
+import json
+import math
 import os
-import pickletools
+import re
+import struct
 import zipfile
-from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
-from torch._weights_only_unpickler import Unpickler
-from torch.storage import TypedStorage, UntypedStorage
 
 from charlm.disk import open_regular
-from charlm.errors import InputError, out_of_memory
+from charlm.errors import InputError, out_of_memory, printable
 
-LABEL = b"sha256:"
-COMMENT = len(LABEL) + 64  # bytes
-LENGTH = COMMENT.to_bytes(2, "little")
-SIGNATURE, END = b"PK\5\6", 22  # the first bytes of the last record of a zip, and all of its bytes before a comment
+FORMAT = 2
+BEGIN = b'{"__metadata__":{"charlm_format":"'
+PREFIX = BEGIN + b'%d","sha256":"' % FORMAT
+HASH_AT, HASH_SIZE = 8 + len(PREFIX), 64  # bytes
+LARGEST_HEADER = 2**24  # bytes; parsed JSON takes many times its size in memory
+DEEPEST = 64  # levels of nested containers
 CHUNK = 2**20
-PLAIN = {Tensor, dict, OrderedDict, list, tuple, set, str, int, float, bool, type(None)}
-# All that a pickle of plain types and tensors names. torch allows some more, which could ask for any memory.
-NAMES = {"collections OrderedDict", "torch._utils _rebuild_tensor_v2"}
-NAMES |= {
-    f"torch {kind}Storage"
-    for kind in ("Bool", "Byte", "Char", "Short", "Int", "Long", "Half", "BFloat16", "Float", "Double")
-}
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+ZIP, OLD_HASH = b"PK", re.compile(rb"sha256:[0-9a-f]{64}\Z")
+EARLIER = "was written by an earlier charlm, in a format that this one does not read"
+TORCH_SAVE = (
+    "is a zip as torch.save writes it, by Lightning itself or an earlier charlm, and no checkpoint of this charlm"
+)
 
 
 class Refused(Exception):
-    """Why a file is not used, to follow its name in a sentence."""
+    """The reason why a file is not used; it follows the file's name in a sentence."""
 
 
-class Memo(dict[int, Any]):
-    """What an unpickler has made and may take again.
+class Encoder:
+    """Turns nested plain data into JSON values, and collects its tensors by name."""
 
-    Tuples of tuples that are taken twice at each of many levels would take forever to hash, as a key of a dict.
-    """
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self.names: dict[Any, str] = {}  # of tensors by their place in memory, so that tied weights are stored once
 
-    def __getitem__(self, place: int) -> Any:
-        made = super().__getitem__(place)
-        if type(made) is tuple and any(type(item) is tuple for item in made):
-            raise Refused("takes a tuple of tuples twice, which no checkpoint needs: not loaded")
-        return made
+    def encode(self, node: Any, path: tuple[Any, ...] = ()) -> Any:
+        """Return the JSON value of what stands at `path`.
+
+        Raises:
+            InputError: for data of another type, with the name of the callback that it belongs to.
+        """
+        kind = type(node)
+        if len(path) > DEEPEST:
+            raise refusal(path[:3], f"containers nested deeper than {DEEPEST} levels")
+        if node is None or kind in (bool, str):
+            return node
+        if kind is int:
+            return node if abs(node) < 2**63 else {"$int": hex(node)}
+        if kind is float:
+            return node if math.isfinite(node) else {"$float": struct.pack(">d", node).hex()}
+        if isinstance(node, Tensor):
+            return {"$tensor": self.store(node, path)}
+        if kind is list:
+            return [self.encode(item, (*path, number)) for number, item in enumerate(node)]
+        if kind is tuple:
+            return {"$tuple": [self.encode(item, (*path, number)) for number, item in enumerate(node)]}
+        if isinstance(node, dict):
+            return self.encode_dict(node, path)
+        raise refusal(path, f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins."))
+
+    def encode_dict(self, node: dict[Any, Any], path: tuple[Any, ...]) -> Any:
+        if all(type(key) is str and not key.startswith("$") for key in node):
+            return {key: self.encode(value, (*path, key)) for key, value in node.items()}
+        if any(isinstance(key, Tensor) for key in node):
+            raise refusal(path, "a tensor as a key")
+        return {"$dict": [[self.encode(x, (*path, key)) for x in (key, value)] for key, value in node.items()]}
+
+    def store(self, tensor: Tensor, path: tuple[Any, ...]) -> str:
+        """Return the name under which the file holds a tensor."""
+        if type(tensor) not in (Tensor, torch.nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+            raise refusal(path, f"a {type(tensor).__name__} without plain numbers")
+        if tensor.dtype not in NAMES:
+            raise refusal(path, f"a tensor of type {tensor.dtype}")
+        place = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        if place not in self.names or not tensor.nbytes:
+            self.names[place] = name = self.unused(name_of(path))
+            self.tensors[name] = tensor
+        return self.names[place]
+
+    def unused(self, name: str) -> str:
+        while name in self.tensors or name == "__metadata__":
+            name += "_"
+        return name
 
 
-class Hashed:
-    """A file to write to, which hashes what it is given.
+def name_of(path: tuple[Any, ...]) -> str:
+    """Return a name for the tensor at `path`; that of a weight is its name in the model."""
+    if len(path) == 2 and path[0] == "state_dict":
+        path = (str(path[1]).removeprefix("model."),)
+    return "/".join(map(str, path)).encode("utf-8", "backslashreplace").decode()
 
-    An error waits for `check`: torch's writer, in C++, would go on after it and hide it behind one of its own.
-    """
 
-    def __init__(self, file: IO[bytes]):
-        self.file, self.sha256 = file, hashlib.sha256()
-        self.error: OSError | None = None
-
-    def write(self, data: bytes) -> int:
-        try:
-            if not self.error:
-                self.file.write(data)
-                self.sha256.update(data)
-        except OSError as error:
-            self.error = error
-        return len(data)
-
-    def flush(self) -> None:
-        """The file is flushed by who opened it."""
-
-    def check(self) -> None:
-        if self.error:
-            raise self.error
+def refusal(path: tuple[Any, ...], what: str) -> InputError:
+    """Return the error for something that no checkpoint can hold."""
+    first, *rest = [printable(str(part), 200) for part in path] or ["content"]
+    owner, place = (rest[0], rest[1:]) if first == "callbacks" and rest else ("", [first, *rest])
+    where = f"the state of the callback {owner}" * bool(owner) or "the checkpoint"
+    at = f" at {'.'.join(place)}" * bool(place)
+    return InputError(
+        f"{where} holds {what}{at}: charlm saves tensors, numbers, text, None, lists, tuples and dicts; convert it in "
+        f"state_dict()"
+    )
 
 
 def dump(content: dict[str, Any], file: IO[bytes]) -> None:
-    """Write `content`, and its hash behind it.
+    """Write a checkpoint to an empty file, tensor by tensor.
 
     Raises:
-        OSError: if there is no room for it, for example.
+        InputError: if `content` holds anything but plain data and tensors.
+        OSError: if the file cannot be written.
     """
-    hashed = Hashed(file)
-    torch.save(content, hashed)  # type: ignore[arg-type]
-    hashed.check()
-    file.seek(-2, os.SEEK_END)  # the length of the comment, zero until now
-    file.write(LENGTH + LABEL + hashed.sha256.hexdigest().encode())
+    encoder = Encoder()
+    tree = encoder.encode(content)
+    tensors = sorted(encoder.tensors.items(), key=lambda item: -item[1].element_size())
+    header: dict[str, Any] = {"__metadata__": {"charlm_format": str(FORMAT), "sha256": "0" * HASH_SIZE, "format": "pt"}}
+    header["__metadata__"]["content"] = json.dumps(tree, separators=(",", ":"), allow_nan=False)
+    end = 0
+    for name, tensor in tensors:
+        begin, end = end, end + tensor.nbytes
+        header[name] = {"dtype": NAMES[tensor.dtype], "shape": [*tensor.shape], "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > LARGEST_HEADER:
+        raise InputError(
+            f"the checkpoint holds {len(text):,} bytes beside its tensors, and {LARGEST_HEADER:,} are possible: keep "
+            f"long lists of numbers as tensors in state_dict()"
+        )
+    text = len(text).to_bytes(8, "little") + text
+    sha256 = hashlib.sha256(text[:HASH_AT] + text[HASH_AT + HASH_SIZE :])
+    file.write(text)
+    for _, tensor in tensors:
+        raw = bytes_of(tensor)
+        sha256.update(raw)
+        file.write(raw)
+    file.seek(HASH_AT)
+    file.write(sha256.hexdigest().encode())
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the numbers of a tensor in row-major order; a copy only if they are elsewhere or in another order."""
+    raw: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return memoryview(raw)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """The content of a file, on the CPU.
+    """Return the content of a checkpoint, on the CPU.
 
     Raises:
-        InputError: if it is missing, damaged, of another kind, or holds more than plain types and tensors.
+        InputError: if it is missing, damaged or of another kind.
     """
-    with opened(path) as file:
-        verify(file)
-        sketch(file)
-        file.seek(0)  # of the same open file, which another process may have replaced meanwhile
-        return torch.load(file, map_location="cpu", weights_only=True)
+    # The library returns views of the file, which another process may overwrite later.
+    return read(path, lambda tensors, name: tensors.get_tensor(name).clone())
 
 
 def outline(path: Path) -> dict[str, Any]:
-    """The content of a file, with tensors on the meta device: all but their numbers.
+    """Return the content of a checkpoint with tensors on the meta device, which take no memory.
+
+    Raises:
+        InputError: as for `load`.
+    """
+
+    def empty(tensors: Any, name: str) -> Tensor:
+        found = tensors.get_slice(name)
+        return torch.empty(found.get_shape(), dtype=DTYPES[found.get_dtype()], device="meta")
+
+    return read(path, empty)
+
+
+def read(path: Path, make: Callable[[Any, str], Tensor]) -> dict[str, Any]:
+    """Return the content of a checkpoint, whose tensors `make` takes from the library's reader by their names."""
+    with opened(path) as file:
+        if stored(file) != digest(file):
+            raise Refused("is damaged or cut off: its content does not match its SHA-256")
+        with safe_open(path, "pt") as tensors:  # checks the header: names, sizes and gaps
+            if not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+                raise Refused("was replaced while it was read: try again")
+            made = {name: make(tensors, name) for name in tensors.keys()}  # noqa: SIM118
+            text = tensors.metadata()["content"]
+        content = decode(json.loads(text, parse_constant=no_constant), made)
+        if type(content) is not dict:
+            raise Refused(f"holds a {type(content).__name__}, not a checkpoint")
+    return content
+
+
+def decode(node: Any, tensors: dict[str, Tensor], depth: int = 0) -> Any:
+    """Return the data of a JSON value that `Encoder.encode` made."""
+    if depth > DEEPEST:
+        raise Refused(f"is damaged: it is nested deeper than {DEEPEST} levels")
+    if type(node) is list:
+        return [decode(item, tensors, depth + 1) for item in node]
+    if type(node) is not dict:
+        return node
+    if len(node) != 1 or not (kind := next(iter(node))).startswith("$"):
+        return {key: decode(item, tensors, depth + 1) for key, item in node.items()}
+    value: Any = node[kind]
+    if kind == "$tensor":
+        return tensors[value]
+    if kind == "$tuple":
+        return tuple(decode(value, tensors, depth))
+    if kind == "$dict":
+        return {decode(key, tensors, depth + 1): decode(item, tensors, depth + 1) for key, item in value}
+    if kind == "$float":
+        return struct.unpack(">d", bytes.fromhex(value))[0]
+    if kind == "$int":
+        return int(value, 16)
+    raise Refused(f"is damaged or of another version: it holds {printable(kind, 80)}")
+
+
+def no_constant(word: str) -> None:
+    raise Refused(f"is damaged: {word} is no JSON")
+
+
+def stored_hash(path: Path) -> str:
+    """Return the SHA-256 that a checkpoint carries.
 
     Raises:
         InputError: as for `load`.
     """
     with opened(path) as file:
-        verify(file)
-        return sketch(file)
-
-
-def stored_hash(path: Path) -> str | None:
-    """The SHA-256 that a file carries; None for those of charlm's first versions, which carry none.
-
-    Raises:
-        InputError: as for `load`.
-    """
-    with opened(path) as file:
-        return find_hash(file)
+        return stored(file)
 
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """A file to read; whatever is wrong with it becomes one line with its name."""
+    """Open a file to read it; whatever is wrong with it becomes one line with its name."""
     try:
         with open_regular(path) as file:
             yield file
@@ -140,112 +263,73 @@ def opened(path: Path) -> Iterator[IO[bytes]]:
         raise InputError(f"{path} {reason}") from None
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror or error}") from error
-    except Exception as error:  # a damaged or foreign file fails in zip, pickle or torch in any way it likes
+    except Exception as error:  # a damaged or foreign file fails in json, safetensors or torch in any way it likes
         if out_of_memory(error):
             raise
         raise InputError(f"{path} is not a checkpoint of charlm, or is damaged") from error
 
 
-def verify(file: IO[bytes]) -> None:
-    """Hold a file against the hash that it carries, if it carries one."""
-    sha256 = find_hash(file)
-    if sha256 and sha256 != digest(file, file.seek(0, os.SEEK_END) - COMMENT - 2):
-        raise Refused("is damaged: its content is not what its hash says")
+def stored(file: IO[bytes]) -> str:
+    """Return the SHA-256 that a file carries at its beginning.
 
-
-def find_hash(file: IO[bytes]) -> str | None:
-    """What stands behind the end of the zip, which must be the end of the file."""
+    Raises:
+        Refused: if it is no checkpoint of this format.
+    """
+    size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    if file.read(2) != b"PK":
+    start = file.read(HASH_AT + HASH_SIZE)
+    if start.startswith(ZIP):
+        file.seek(max(0, size - 71))
+        raise Refused(EARLIER if OLD_HASH.match(file.read()) else TORCH_SAVE)
+    header, text = int.from_bytes(start[:8], "little"), start[8:]
+    if found := re.match(re.escape(BEGIN) + rb'(\d{1,9})"', text):
+        if int(found[1]) != FORMAT:
+            raise Refused(f"has format {int(found[1])}, and this charlm reads format {FORMAT}: use another charlm")
+    elif not text or not BEGIN.startswith(text[: len(BEGIN)]):
         raise Refused("is not a checkpoint: it is no file that python train.py wrote")
-    if not zipfile.is_zipfile(file):
-        raise Refused("is cut off: it begins as a checkpoint and has no end")
-    file.seek(max(0, file.seek(0, os.SEEK_END) - END - COMMENT))
-    tail = file.read()
-    if tail[-END:].startswith(SIGNATURE) and tail.endswith(b"\0\0"):
-        return None
-    if not (tail.startswith(SIGNATURE) and tail[:END].endswith(LENGTH) and tail[END:].startswith(LABEL)):
-        raise Refused("is cut off or damaged: it does not end with its hash")
-    return tail[END + len(LABEL) :].decode("ascii")
+    if len(start) < HASH_AT + HASH_SIZE or not HASH_SIZE < header <= min(LARGEST_HEADER, size - 8):
+        raise Refused("is cut off or damaged: it begins as a checkpoint and has no end")
+    return start[HASH_AT:].decode("ascii", "replace")
 
 
-def digest(file: IO[bytes], length: int) -> str:
-    """Of the first `length` bytes and the two zeros that `torch.save` wrote next."""
-    sha256, chunk = hashlib.sha256(), memoryview(bytearray(CHUNK))
+def digest(file: IO[bytes]) -> str:
+    """Return the SHA-256 of a file without the digits of its own hash."""
     file.seek(0)
-    while length > 0 and (n := file.readinto(chunk[: min(CHUNK, length)])):  # type: ignore[attr-defined]
+    sha256, chunk = hashlib.sha256(file.read(HASH_AT)), memoryview(bytearray(CHUNK))
+    file.seek(HASH_SIZE, os.SEEK_CUR)
+    while n := file.readinto(chunk):  # type: ignore[attr-defined]
         sha256.update(chunk[:n])
-        length -= n
-    sha256.update(b"\0\0")
     return sha256.hexdigest()
 
 
-def sketch(file: IO[bytes]) -> dict[str, Any]:
-    """The content with tensors on the meta device. Whatever a file claims, this takes no more memory than its size."""
-    with zipfile.ZipFile(file) as archive:
-        sizes = record_sizes(archive, file.seek(0, os.SEEK_END))
-        root = next(iter(sizes)).partition("/")[0]
-        pickled = archive.read(f"{root}/data.pkl")
-    for operation, argument, _ in pickletools.genops(pickled):
-        if operation.name == "GLOBAL" and argument not in NAMES:
-            raise Refused(f"names {ascii(argument)[1:80].replace(' ', '.')}, which no checkpoint needs: not loaded")
-        if operation.name == "PROTO" and argument != 2:
-            raise Refused("is of another pickle protocol than torch.save's")
-    storages: dict[str, UntypedStorage] = {}
+def load_lightning(path: Path) -> dict[str, Any]:
+    """Return the content of a file that Lightning's own `trainer.save_checkpoint` wrote, on the CPU.
 
-    def storage(pid: tuple[Any, ...]) -> TypedStorage:
-        _, kind, key, _, n = pid
-        if type(n) is not int or type(key) is not str:
-            raise Refused("is damaged: it claims a storage without a name or a size")
-        nbytes = sizes[f"{root}/data/{key}"]
-        if n * kind.dtype.itemsize != nbytes:
-            raise Refused(f"is damaged: it claims {n} numbers where {nbytes} bytes are")
-        untyped = storages.setdefault(key, UntypedStorage(nbytes, device="meta"))
-        return TypedStorage(wrap_storage=untyped, dtype=kind.dtype, _internal=True)
+    torch reads it without running its code. Before that, the zip must be one that torch writes: not compressed, no
+    record twice, no more in it than the size of the file.
 
-    unpickler = Unpickler(io.BytesIO(pickled), encoding="utf-8")
-    unpickler.memo = Memo()
-    unpickler.persistent_load = storage  # type: ignore[method-assign]
-    content = unpickler.load()
-    check_plain(content)
-    # A tensor that reaches beyond its storage makes torch enlarge it, which on the meta device is only a number.
-    if any(untyped.nbytes() != sizes[f"{root}/data/{key}"] for key, untyped in storages.items()):
-        raise Refused("is damaged: it claims tensors that are larger than what it holds")
-    if type(content) is not dict:
-        raise Refused(f"holds a {type(content).__name__}, not a checkpoint")
+    Raises:
+        InputError: if it is missing, damaged, of another kind, or from an earlier charlm.
+    """
+    with opened(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        with zipfile.ZipFile(file) as archive:
+            records = archive.infolist()
+        stored_only = all(r.compress_type == zipfile.ZIP_STORED and r.file_size == r.compress_size for r in records)
+        once = len({r.filename.lower() for r in records}) == len(records)  # torch finds records in any case
+        if not (records and stored_only and once and sum(r.file_size for r in records) <= size):
+            raise Refused("is not a checkpoint: its records are not as torch.save writes them")
+        file.seek(0)
+        content = torch.load(file, map_location="cpu", weights_only=True)
+        if type(content) is not dict or not isinstance(content.get("state_dict"), dict):
+            raise Refused("is not a checkpoint of Lightning: it has no state_dict")
+        record = content.get("charlm")
+        if isinstance(record, dict) and record.get("format") != FORMAT:
+            raise Refused(EARLIER)
     return content
 
 
-def record_sizes(archive: zipfile.ZipFile, size: int) -> dict[str, int]:
-    """Bytes of each record by its name, of an archive that every reader of zips understands alike."""
-    records = archive.infolist()
-    plain = all(
-        r.compress_type == zipfile.ZIP_STORED and r.file_size == r.compress_size and r.filename == r.orig_filename
-        for r in records
-    )
-    alone = len({r.filename.lower() for r in records}) == len(records)  # torch finds records in any case
-    if not records or not plain or not alone or records[0].header_offset:
-        raise Refused("is not a checkpoint: its records are not as torch.save writes them")
-    if sum(r.file_size for r in records) > size:
-        raise Refused("is damaged: it claims to hold more than its own size")
-    return {r.filename: r.file_size for r in records}
-
-
-def check_plain(content: Any) -> None:
-    """Look at everything in nested containers once, whatever holds itself or is held many times.
-
-    Raises:
-        Refused: for what is neither a tensor nor of a plain type.
-    """
-    seen, left = set(), [content]
-    while left:
-        node = left.pop()
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if type(node) not in PLAIN:
-            raise Refused(f"holds a {type(node).__name__}, and a checkpoint holds plain types and tensors only")
-        if isinstance(node, dict):
-            left += [*node.keys(), *node.values()]
-        elif isinstance(node, list | tuple | set):
-            left += node
+def is_zip(path: Path) -> bool:
+    """Return whether a file begins as those of torch.save do."""
+    with opened(path) as file:
+        return file.read(len(ZIP)) == ZIP

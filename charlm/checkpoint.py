@@ -17,20 +17,20 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from charlm import archive
+from charlm.archive import FORMAT
 from charlm.config import STRICT, check_node
 from charlm.disk import PARTIAL, check_kind, write_atomically
 from charlm.errors import InputError, out_of_memory, printable, warn
 from charlm.tokenizer import TOKENIZERS, CharTokenizer
 
-# The layout of `record`; raised when an older reader could not understand it.
-FORMAT = 1
 NAME, PREVIOUS = "last.ckpt", "previous.ckpt"  # two generations: damage to one file costs the steps between them
 BEST = "best.ckpt"
 COMPUTED = 2**28  # bytes, at most, of what a model computes from its settings and keeps beside its weights
 TOO_LARGE = "it names a larger model than it has weights for; use another checkpoint"
+Count = Annotated[int, Ge(0), Le(2**48)]  # of steps, bytes and the like: more would overflow in sums and products
 # What every checkpoint holds, beside what a run needs to go on: each place in the file, and its type.
 PARTS: dict[str, Any] = {
-    "global_step": Annotated[int, Ge(0)],
+    "global_step": Count,
     "state_dict": dict[str, Tensor],
     "charlm.format": Annotated[int, Ge(FORMAT), Le(FORMAT)],
     "charlm.config.model": dict[str, Any],
@@ -42,6 +42,16 @@ PARTS: dict[str, Any] = {
     "charlm.corpus.source": str,
     "charlm.corpus.sha256": str,
 }
+# What a run needs to go on; `charlm.restore` holds the rest of it against the trainer that goes on.
+TRAINING: dict[str, Any] = {
+    "validated_at": Annotated[int, Ge(-1), Le(2**48)],
+    "loops.fit_loop": dict[str, Any],
+    "callbacks": dict[str, dict[str, Any]],
+    "callbacks.Checkpoint.logged": dict[str, Count],
+    "optimizer_states": list[dict[str, Any]],
+    "lr_schedulers": list[dict[str, Any]],
+}
+AVERAGES: dict[str, Any] = {"ema.raw": dict[str, Tensor], "ema.updates": Count, "ema.updated_at": Count}
 
 
 @dataclass(frozen=True)
@@ -101,7 +111,7 @@ def newest(run_or_file: str | Path, reader: Callable[[Path], dict[str, Any]] | N
             return Newest(path, (reader or read)(path), damaged)
         except InputError as error:
             damaged.append(str(error))
-    raise InputError(f"{', and '.join(damaged)}: use another checkpoint, or train again")
+    raise InputError(f"{', and '.join(damaged)}: use another checkpoint, or train again, rerun=RUN")
 
 
 def found(run_or_file: str | Path, reader: Callable[[Path], dict[str, Any]] | None = None) -> Newest:
@@ -186,9 +196,21 @@ def checked(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     kept = content.get("charlm")
     if not isinstance(kept, dict) or not isinstance(content.get("state_dict"), dict):
         raise InputError(f"{path} is a checkpoint of another program, and charlm reads those that train.py writes")
-    if type(kept.get("format")) is int and kept["format"] > FORMAT:
-        raise InputError(f"{path} has format {kept['format']}, and this charlm reads format {FORMAT}: update charlm")
-    for place, hint in PARTS.items():
+    check_parts(path, content, PARTS)
+    return content
+
+
+def check_training(path: Path, content: dict[str, Any]) -> None:
+    """Check the parts of a checkpoint from which its run goes on.
+
+    Raises:
+        InputError: for the first that is missing or of another type.
+    """
+    check_parts(path, content, TRAINING | (AVERAGES if "ema" in content else {}))
+
+
+def check_parts(path: Path, content: dict[str, Any], parts: dict[str, Any]) -> None:
+    for place, hint in parts.items():
         try:
             part = reduce(lambda node, name: node[name], place.split("."), content)
             TypeAdapter(hint, config=STRICT).validate_python(part)
@@ -197,7 +219,6 @@ def checked(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         except ValidationError as error:
             what = error.errors(include_url=False, include_input=False)[0]["msg"]
             raise InputError(f"{path} is damaged or of another version: {place}: {what}") from None
-    return content
 
 
 def weights_of(content: dict[str, Any]) -> dict[str, Tensor]:

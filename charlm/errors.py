@@ -209,7 +209,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def interrupted(error: BaseException) -> bool:
-    """Is this what came of Ctrl-C, under another name? torch's writer has one of its own."""
+    """Return whether an error comes from Ctrl-C; libraries in C++ turn that into errors of their own."""
     return any(isinstance(one, KeyboardInterrupt) for one in chain(error))
 
 

@@ -194,7 +194,7 @@ def checkpoint(found: dict[str, Any]) -> RenderableType:
     settings = {k: v for k, v in found["model"].items() if not k.startswith("_")}
     lines = {
         "file": f"{quote(Path(found['checkpoint']))}, {found['bytes']:,} bytes",
-        "hash": f"{found['sha256']}, which its content has" if found["sha256"] else "none, as in older files",
+        "hash": f"{found['sha256']}, which its content has",
         "step": f"{found['step']:,}",
         "model": ", ".join([name_of(found["model"]), *(f"{k}={v}" for k, v in settings.items())]),
         "parameters": f"{found['parameters']:,}",

@@ -686,23 +686,25 @@ def test_a_file_of_another_kind_is_no_checkpoint_and_none_of_its_code_runs(refus
     ["os.system", "torch.nn.Linear", "charlm.model.bigram.nn.Linear", "charlm.model.nosuch.Model", "charlm.model", "5"],
 )
 def test_a_checkpoint_names_only_models_of_charlm(refused, call, trained, tmp_path, target):
-    import torch
+    from charlm import archive
+    from tests.hostile import write_checkpoint
 
-    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    content = archive.load(trained / "checkpoints" / "last.ckpt")
     content["charlm"]["config"]["model"]["_target_"] = target
-    torch.save(content, tmp_path / "stranger.ckpt")
+    write_checkpoint(content, tmp_path / "stranger.ckpt")
     told = refused(call, "generate", "stranger.ckpt")
     assert f"names {target} as its model" in told or "has no attribute 'nosuch'" in told
 
 
 @pytest.mark.parametrize("lost", ["tokenizer", "config", "corpus", "weights", "step", "format"])
 def test_a_checkpoint_that_lacks_a_part(refused, call, trained, tmp_path, lost):
-    import torch
+    from charlm import archive
+    from tests.hostile import write_checkpoint
 
-    content = torch.load(trained / "checkpoints" / "last.ckpt", weights_only=True)
+    content = archive.load(trained / "checkpoints" / "last.ckpt")
     part = {"weights": content["state_dict"], "step": content}.get(lost, content["charlm"])
     del part[{"weights": "model.token_embedding_table.weight", "step": "global_step"}.get(lost, lost)]
-    torch.save(content, tmp_path / "partial.ckpt")
+    write_checkpoint(content, tmp_path / "partial.ckpt")
     assert "partial.ckpt " in refused(call, "generate", "partial.ckpt")
 
 

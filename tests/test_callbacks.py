@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from charlm import checkpoint
+from charlm import archive, checkpoint
 from charlm.callbacks import EMA, AtomicCheckpointIO, Best, Checkpoint
 from charlm.callbacks.ema import wide
 from charlm.data import CharDataModule
@@ -111,7 +111,7 @@ def test_a_checkpoint_holds_the_average_and_beside_it_what_training_needs(fit, t
     """Also where it is written, at the same step, by an observer before the one that averages."""
     recorder, average = Recorder(), EMA(0.9, 10)
     fit([Checkpoint(str(tmp_path), saved), recorder, average], saved, val_check_interval=saved)
-    content = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    content = archive.load(tmp_path / "last.ckpt")
     (shown,), (raw,) = content["state_dict"].values(), content["ema"]["raw"].values()
     assert torch.allclose(shown.flatten().double(), averaged(recorder.trained, 0.9, 10)[20], atol=1e-6)
     assert torch.equal(raw.flatten(), recorder.trained[saved])
@@ -144,9 +144,7 @@ def test_figures_and_checkpoint_of_a_run_are_those_of_the_average(train, call, t
     assert json.loads(call("evaluate", "ema", "--split", "val", "--json").out)["val/loss"] == found["val/loss"]
     assert columns(tmp_path / "ema")["val/loss"][60] == pytest.approx(found["val/loss"], rel=1e-12)
     assert call("generate", "ema", "--length", "20").code == 0
-    plain, ema = (
-        torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True) for name in ("plain", "ema")
-    )
+    plain, ema = (archive.load(tmp_path / name / "checkpoints" / "last.ckpt") for name in ("plain", "ema"))
     for name, weight in plain["state_dict"].items():
         assert torch.equal(ema["ema"]["raw"][name], weight)
     for mine, its in zip(flatten(plain["optimizer_states"]), flatten(ema["optimizer_states"]), strict=True):
@@ -174,7 +172,7 @@ def test_two_processes_average_follow_the_clock_together_and_count_tokens_togeth
     for file in ("last.ckpt", "best.ckpt"):
         again = json.loads(call("evaluate", f"a/checkpoints/{file}", "--split", "val", "--json").out)
         assert again["val/loss"] == found["val/loss"]
-    assert torch.load(tmp_path / "a" / "checkpoints" / "last.ckpt", weights_only=True)["ema"]["updates"] == 3
+    assert archive.load(tmp_path / "a" / "checkpoints" / "last.ckpt")["ema"]["updates"] == 3
 
 
 def test_an_early_end_is_an_end(train, tmp_path, text_file):

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from charlm import archive
 from charlm.callbacks import BigramTable, Samples
 from charlm.callbacks.bigram_table import TAG, TOP, cell_of, draw_frame, left_of, paste, png
 from charlm.callbacks.samples import COLUMNS, as_markdown
@@ -314,7 +315,7 @@ def test_observers_change_no_weight(train, tmp_path, text_file):
     for name, observers in {"without": without, "more": [another]}.items():
         ended = train(*common, *observers, f"hydra.run.dir={name}")
         assert (ended.code, ended.err) == (0, "")
-        weights.append(torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+        weights.append(archive.load(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"])
     for other in weights[1:]:
         assert other.keys() == weights[0].keys()
         assert all(torch.equal(other[key], weights[0][key]) for key in other)

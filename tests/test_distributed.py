@@ -118,3 +118,19 @@ def test_torchrun_starts_a_process_on_each_of_two_addresses(tmp_path, text_file)
     assert "on each of 2 processes" in ends[0][0]
     assert ends[1][0] == ""  # one process speaks for all
     assert json.loads((tmp_path / "a" / "results.json").read_text())["train/tokens"] == 20 * 2 * 32 * 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_sharded_run_is_resumed_to_the_bit(two_processes, train, tmp_path, optimizer):
+    settings = ["trainer=fsdp", "model=gpt", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "threads=1"]
+    settings += ["data.batch_size=2", "data.block_size=8", "logger=none", f"optimizer={optimizer}"]
+    whole = two_processes("whole", *settings, "trainer.max_steps=12")
+    part = two_processes("part", *settings, "trainer.max_steps=6")
+    ended = train("resume=part", "trainer.max_steps=12", timeout=200)
+    assert (ended.code, ended.err) == (0, ""), ended.err
+    one, other = (checkpoint.read(folder / "checkpoints" / "last.ckpt") for folder in (whole, part))
+    for name in ("state_dict", "global_step"):
+        torch.testing.assert_close(one[name], other[name], rtol=0, atol=0)
+    for a, b in zip(one["optimizer_states"], other["optimizer_states"], strict=True):
+        torch.testing.assert_close(a["state"], b["state"], rtol=0, atol=0)

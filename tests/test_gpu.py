@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from charlm import archive
+
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 
 
@@ -24,7 +26,7 @@ def on_gpu(train, tmp_path, text_file):
 
 
 def state(folder: Path) -> dict[str, torch.Tensor]:
-    kept = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True, map_location="cpu")
+    kept = archive.load(folder / "checkpoints" / "last.ckpt")
     return kept["state_dict"]
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from charlm import archive
 from charlm.data.chunks import RandomChunks
 from charlm.data.datamodule import CharDataModule
 from charlm.evaluate import evaluate
@@ -186,7 +187,7 @@ def test_several_steps_at_once_leave_the_same_files(train, tmp_path, text_file):
         ended = train(*settings, f"steps_per_execution={steps}", f"hydra.run.dir={steps}")
         assert (ended.code, ended.err) == (0, "")
         folder = tmp_path / str(steps)
-        kept.append(torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True))
+        kept.append(archive.load(folder / "checkpoints" / "last.ckpt"))
         lines = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
         rows.append([{k: v for k, v in line.items() if k != "train/tokens_per_second"} for line in lines])
         found = json.loads((folder / "results.json").read_text())
@@ -214,7 +215,7 @@ def test_compiled_training_is_the_same_up_to_rounding(train, tmp_path, text_file
     for name, compiled in {"eager": "false", "compiled": "true"}.items():
         ended = train(*settings, f"compile={compiled}", f"hydra.run.dir={name}", timeout=280)
         assert (ended.code, ended.err) == (0, "")
-        states.append(torch.load(tmp_path / name / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+        states.append(archive.load(tmp_path / name / "checkpoints" / "last.ckpt")["state_dict"])
     assert states[0].keys() == states[1].keys()
     # Ten steps move a weight by up to 1e-2. Where its gradient is next to zero, Adam makes much of a rounding error.
     difference = torch.cat([(states[1][key] - states[0][key]).abs().flatten() for key in states[0]])

@@ -344,7 +344,7 @@ def test_a_signal_during_the_final_evaluation_stops_the_run_in_one_line_and_resu
 
 
 def test_ctrl_c_is_told_as_such_whatever_it_became(capsys):
-    """torch's writer fails with an error of its own where it is interrupted."""
+    """Libraries in C++ fail with an error of their own where they are interrupted."""
 
     @one_line_errors()
     def write() -> None:

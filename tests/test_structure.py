@@ -86,6 +86,7 @@ LAYERS = [
     "evaluate",
     "archive",
     "checkpoint",
+    "restore",
     "report",
 ]
 LAYERS += [

@@ -14,13 +14,17 @@ from charlm import archive
 from charlm.checkpoint import NAME, write
 from charlm.errors import DiskError, InputError
 from charlm.logger import CSV, TensorBoard
+from charlm.restore import check_optimizers, check_progress, damaged, failed_to_restore
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's files, written beside the target and renamed: a kill or a full disk costs only the new one.
+    """Lightning's checkpoints as files of charlm.archive, written beside the target and renamed.
+
+    A kill or a full disk costs only the new one.
 
     Raises:
         DiskError: when a checkpoint cannot be written; what stood there before is then untouched.
+        InputError: when it holds something that no checkpoint can hold, such as a callback's numpy array.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -36,25 +40,25 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             ) from error
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
-        """Never without the checks, whatever Lightning asks for."""
-        return archive.load(Path(path))
+        """Return the content of a checkpoint of charlm, or of one that Lightning wrote without this plugin."""
+        return (archive.load_lightning if archive.is_zip(Path(path)) else archive.load)(Path(path))
 
 
 def save(trainer: L.Trainer, path: Path) -> None:
     """Save a checkpoint together, or end together: only the first process writes, and knows whether it could.
 
     Raises:
-        DiskError: if it could not, in the first process; the others then end without a word.
+        InputError: if it could not, in the first process; the others then end without a word.
     """
     failure = None
     try:
         trainer.save_checkpoint(path)
-    except DiskError as error:
-        failure = str(error)
+    except InputError as error:  # DiskError is one
+        failure = error
         trainer.strategy.barrier()  # where the others wait for the end of saving
-    failure = trainer.strategy.broadcast(failure)
-    if failure:
-        raise DiskError(failure) if trainer.is_global_zero else SystemExit(DiskError.code)
+    code = trainer.strategy.broadcast(failure.code if failure else 0)
+    if code:
+        raise failure or SystemExit(code)
 
 
 def validates_now(trainer: L.Trainer) -> bool:
@@ -85,8 +89,18 @@ class Checkpoint(L.Callback):
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.saved_at, self.saved_when = -1, time.monotonic()
         self.logged: dict[str, int] = {}
+        self.resumed_at: int | None = None
+        self.loaded: dict[str, Any] = {}  # until the optimizers are made and it is held against them
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == "fit":
+            check_progress(trainer, checkpoint, trainer.ckpt_path)
+            self.loaded, self.resumed_at = checkpoint, checkpoint["global_step"]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self.loaded:
+            check_optimizers(trainer, self.loaded, trainer.ckpt_path)
+            self.loaded = {}
         if not trainer.ckpt_path:  # before anything is told of the first step
             fresh = [optimizer.state_dict() for optimizer in trainer.optimizers]
             self.save(trainer)
@@ -96,6 +110,8 @@ class Checkpoint(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.saved_when = time.monotonic()
+        if self.resumed_at not in (None, trainer.global_step):
+            raise damaged(trainer.ckpt_path, f"its loops count {trainer.global_step} steps, and not {self.resumed_at}")
         steps = trainer.strategy.all_gather(torch.tensor(trainer.global_step, device=trainer.strategy.root_device))
         if steps.min() != steps.max():
             raise InputError(
@@ -140,6 +156,10 @@ class Checkpoint(L.Callback):
                 self.logged = logger.position()
         save(trainer, self.path)
         self.saved_at, self.saved_when = trainer.global_step, time.monotonic()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        if failed_to_restore(exception):
+            raise damaged(trainer.ckpt_path, f"{type(exception).__name__}: {exception}") from exception
 
     def state_dict(self) -> dict[str, Any]:
         return {"logged": self.logged}

@@ -98,7 +98,7 @@ class EMA(L.Callback):
             return
         kept, average = checkpoint[KEY], checkpoint["state_dict"]
         self.updates, self.updated_at = kept["updates"], kept["updated_at"]
-        self.average = [average[name].clone() for name, _ in pl_module.named_parameters()]
+        self.average = [wide(average[name]).clone() for name, _ in pl_module.named_parameters()]
         pl_module.load_state_dict(kept["raw"])
 
 

@@ -205,7 +205,7 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
     Raises:
         InputError: for a change of what has begun, another text, or parts that charlm does not have.
     """
-    from charlm.checkpoint import check_weights, newest
+    from charlm.checkpoint import check_training, check_weights, newest
     from charlm.preflight.settings import check_settings, check_text
 
     if args.multirun:
@@ -225,6 +225,7 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
         check_run(recorded, content["charlm"]["config"], conf, changes(given))
         if content["charlm"]["config"]["model"]["_target_"].startswith("charlm."):
             check_weights(path, content)
+        check_training(path, content)
         cfg = resumed(recorded, content, changes(given))
         if finished(recorded, content, cfg):
             more = f"To go further: resume={recorded} trainer.max_steps=N"

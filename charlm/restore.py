@@ -1,0 +1,180 @@
+"""Hold the training state of a checkpoint against the fresh trainer that goes on with it, before Lightning restores it.
+
+Lightning and torch accept state of any shape and fail later, at a step that uses it.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.optim import Optimizer
+
+from charlm.errors import InputError, out_of_memory, printable
+
+MOST = 2**48  # of any count
+OURS = ("charlm.", "lightning.", "torch.")  # where callbacks and schedulers are from whose state keeps its shape
+CHANGING = ("capturable", "lr")  # settings of an optimizer that CUDA graphs and schedules change
+CONNECTOR = "lightning.pytorch.trainer.connectors.checkpoint_connector"  # the functions `*restore*` of Lightning
+
+
+class Mismatch(Exception):
+    """The first difference between recorded and fresh state; names a place in the file."""
+
+
+def damaged(path: Any, why: str) -> InputError:
+    run = Path(path).parent.parent
+    return InputError(
+        f"{path}: its training state is damaged or of another version ({printable(why, 300)}): remove it to go on from "
+        f"previous.ckpt, or begin again with rerun={run}"
+    )
+
+
+def check_progress(trainer: L.Trainer, content: dict[str, Any], path: Any) -> None:
+    """Hold recorded loops and callbacks against those of a trainer.
+
+    Raises:
+        InputError: for the first difference in keys or types.
+    """
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    try:
+        compare(trainer.fit_loop.state_dict(), content["loops"]["fit_loop"], "loops.fit_loop", exact=True)
+        for callback in callbacks:
+            key = callback.state_key
+            if type(callback).__module__.startswith(OURS) and key in content["callbacks"]:
+                compare(callback.state_dict(), content["callbacks"][key], f"callbacks.{key}")
+    except (Mismatch, LookupError, TypeError) as error:
+        raise damaged(path, str(error)) from None
+
+
+def check_optimizers(trainer: L.Trainer, content: dict[str, Any], path: Any) -> None:
+    """Hold recorded optimizers and schedules against those of a trainer.
+
+    Raises:
+        InputError: for the first difference in keys, types or shapes.
+    """
+    sharded = [*trainer.lightning_module.parameters()] if isinstance(trainer.strategy, ModelParallelStrategy) else []
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    try:
+        compare([None] * len(trainer.optimizers), content["optimizer_states"], "optimizer_states")
+        for number, optimizer in enumerate(trainer.optimizers):
+            # States that were sharded have numbers by the model's order, others by that of the optimizer.
+            numbered = sharded or [p for group in optimizer.param_groups for p in group["params"]]
+            check_optimizer(optimizer, content["optimizer_states"][number], f"optimizer_states.{number}", numbered)
+        known = [s.state_dict() if type(s).__module__.startswith(OURS) else {} for s in schedulers]
+        compare(known, content["lr_schedulers"], "lr_schedulers")
+    except (Mismatch, LookupError, TypeError) as error:
+        raise damaged(path, str(error)) from None
+
+
+def check_optimizer(optimizer: Optimizer, recorded: Any, place: str, order: Sequence[Tensor]) -> None:
+    """Hold the recorded state of one optimizer, whose parameters are numbered in `order`, against the optimizer.
+
+    Raises:
+        Mismatch: for the first difference.
+    """
+    groups, index_of = optimizer.param_groups, {id(p): index for index, p in enumerate(order)}
+    settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    compare({"state": {}, "param_groups": settings}, recorded, place)
+    of_index: dict[int, tuple[int, Tensor]] = {}
+    for number, (group, found) in enumerate(zip(groups, recorded["param_groups"], strict=True)):
+        for key, value in group.items():
+            fixed = isinstance(value, str | int | None) and key not in CHANGING
+            if fixed and (type(found[key]) is not type(value) or found[key] != value):
+                raise Mismatch(f"{place}.param_groups.{number}.{key} is not {value}")
+        mine = {index_of[id(p)]: (number, p) for p in group["params"]}
+        if [*map(repr, found["params"])] != [*map(repr, mine)]:
+            raise Mismatch(f"{place}.param_groups.{number}.params names other parameters")
+        of_index |= mine
+    expected: dict[Any, dict[str, Any] | None] = {}  # by group, shape and type
+    for index, state in recorded["state"].items():
+        if type(index) is not int or index not in of_index:
+            raise Mismatch(f"{place}.state is for parameter {index!r}, which does not exist")
+        number, parameter = of_index[index]
+        kind = (number, parameter.shape, parameter.dtype)
+        expected[kind] = expected[kind] if kind in expected else slots(optimizer, number, parameter)
+        wanted = expected[kind]
+        compare(wanted, state, f"{place}.state.{index}")
+        if wanted is not None and (more := state.keys() - wanted.keys()):
+            raise Mismatch(f"{place}.state.{index}.{min(map(str, more))} is nothing that this optimizer keeps")
+    if not recorded["state"] and slots(optimizer, *next(iter(of_index.values()))):
+        raise Mismatch(f"{place}.state is empty")
+
+
+@torch.no_grad()
+def slots(optimizer: Optimizer, number: int, parameter: Tensor) -> dict[str, Any] | None:
+    """Return the state that an optimizer keeps for a parameter of a group: a copy takes a step on zeros, on the CPU.
+
+    Returns None for an optimizer that cannot, such as L-BFGS, which needs a closure.
+    """
+    zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, requires_grad=True)
+    zeros.grad = torch.zeros_like(zeros)
+    probe = copy.copy(optimizer)
+    probe.state = defaultdict(dict)
+    probe.param_groups = [{**optimizer.param_groups[number], "params": [zeros], "lr": 0.0, "capturable": False}]
+    try:
+        probe.step()
+    except Exception:  # of an optimizer of anybody
+        return None
+    return dict(probe.state[zeros])
+
+
+def compare(fresh: Any, recorded: Any, place: str, exact: bool = False) -> None:
+    """Hold recorded state against fresh state: the same keys, lengths, shapes and types.
+
+    What is empty or None in the fresh state may have any content. More keys are possible, as those of a stateful
+    DataLoader.
+
+    Args:
+        exact: numbers are counts, from 0 up; else they may be of another type, as a rate that a schedule has changed.
+
+    Raises:
+        Mismatch: for the first difference.
+    """
+    if fresh is None:
+        return
+    number = type(fresh) in (int, float)
+    if isinstance(fresh, Tensor) or (number and not exact and isinstance(recorded, Tensor)):
+        shape = fresh.shape if isinstance(fresh, Tensor) else ()
+        if not isinstance(recorded, Tensor) or recorded.shape != shape or not recorded.is_floating_point():
+            raise Mismatch(f"{place} is not a tensor of shape {list(shape)}")
+    elif number:
+        if type(recorded) not in ((type(fresh),) if exact else (int, float)) or recorded != recorded:
+            raise Mismatch(f"{place} is not a number of type {type(fresh).__name__}")
+        if type(recorded) is int and not (0 if exact else -MOST) <= recorded <= MOST:
+            raise Mismatch(f"{place} is out of range")
+    elif type(recorded) not in like(fresh):
+        raise Mismatch(f"{place} is not of type {type(fresh).__name__}")
+    elif isinstance(fresh, dict):
+        for key, value in fresh.items():
+            if key not in recorded:
+                raise Mismatch(f"{place}.{key} is missing")
+            compare(value, recorded[key], f"{place}.{key}", exact)
+    elif isinstance(fresh, list | tuple) and fresh:
+        if len(recorded) != len(fresh):
+            raise Mismatch(f"{place} has {len(recorded)} parts where {len(fresh)} are needed")
+        for i, (value, found) in enumerate(zip(fresh, recorded, strict=True)):
+            compare(value, found, f"{place}.{i}", exact)
+
+
+def like(fresh: Any) -> tuple[type, ...]:
+    """Return the types of recorded state. Files keep no subclass of dict; torch turns some tuples to lists."""
+    return (dict,) if isinstance(fresh, dict) else (list, tuple) if isinstance(fresh, list | tuple) else (type(fresh),)
+
+
+def failed_to_restore(error: BaseException) -> bool:
+    """Return whether an error comes from Lightning's restoring of a state, and not from a mistake that has its line."""
+    if not isinstance(error, Exception) or isinstance(error, InputError) or out_of_memory(error):
+        return False
+    step = error.__traceback__
+    while step:
+        frame = step.tb_frame
+        if frame.f_globals.get("__name__") == CONNECTOR and "restore" in frame.f_code.co_name:
+            return True
+        step = step.tb_next
+    return False
