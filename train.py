@@ -76,17 +76,8 @@ def train(cfg: DictConfig, state: Newest | None, run: Run) -> tuple[dict[str, An
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     config = plain(cfg)
     record = checkpoint.record(config, data.tokenizer, data.corpus.card())
-    module = LanguageModel(
-        model,
-        instantiate(cfg.optimizer),
-        instantiate(cfg.scheduler),
-        record,
-        cfg.steps_per_execution,
-        cfg.compile,
-        cfg.cuda_graph,
-        cfg.seed,
-    )
-    throughput = Throughput()
+    module = LanguageModel(model, instantiate(cfg.optimizer), instantiate(cfg.scheduler), record, cfg.compile, cfg.seed)
+    throughput, speed = Throughput(), instantiate(cfg.speed)
     # A state is saved when all others are done with its step.
     observers = sorted(instantiate(cfg.callbacks).values(), key=lambda one: isinstance(one, Checkpoint))
     trainer: L.Trainer = instantiate(
@@ -99,11 +90,13 @@ def train(cfg: DictConfig, state: Newest | None, run: Run) -> tuple[dict[str, An
             Losses(cfg.run_dir),
             throughput,
             Stop(cfg.stop_at),
+            *([speed] if speed else []),
         ],
         plugins=[AtomicCheckpointIO()],
     )
     limit_tokens(trainer, cfg.max_tokens, data.batch_size * data.block_size)
-    run.tell(config, data.corpus.card(), trainer)
+    steps = speed.told(trainer, module, data.batch_size * data.block_size) if speed else "1 at a time: speed=off"
+    run.tell(config, data.corpus.card(), trainer, steps)
     if state and trainer.is_global_zero:
         tidy(Path(cfg.run_dir))
     for logger in trainer.loggers:
@@ -111,7 +104,7 @@ def train(cfg: DictConfig, state: Newest | None, run: Run) -> tuple[dict[str, An
             logger.resume(state.content["callbacks"]["Checkpoint"]["logged"])
         logger.log_hyperparams(hyperparameters(config, data))
     if trainer.is_global_zero:
-        terminal.header(config, data, module.model, trainer)
+        terminal.header(config, data, module.model, trainer, steps)
         for line in data.corpus.cautions():
             terminal.caution(line)
     # A state from before the first step holds nothing that is not made again.
@@ -143,8 +136,6 @@ def choose(cfg: DictConfig, model: nn.Module, data: CharDataModule) -> None:
     if cfg.threads == "auto":
         # Small steps gain nothing from threads, which wait twenty times as long for each other on busy cores.
         cfg.threads = torch.get_num_threads() if multiplications > 1e8 else 1
-    if cfg.steps_per_execution == "auto":
-        cfg.steps_per_execution = max(1, min(100, int(2e8 / multiplications)))
     cfg.trainer.precision = precision_for(cfg.trainer.precision, cfg.trainer.accelerator)
     on_cpu = cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     if on_cpu and cfg.trainer.precision.startswith("bf16") and data.block_size <= 256:
@@ -169,7 +160,7 @@ def finish(
     if module.validated_at != trainer.global_step:
         told |= {name: found[name] for name in VALIDATION}
     for logger in trainer.loggers:
-        logger.log_metrics(told, trainer.global_step)
+        logger.log_metrics(told, trainer.global_step - 1)  # Lightning numbers steps from 0
         logger.finalize(FINISHED)
     results = {
         "status": "finished",

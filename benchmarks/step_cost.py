@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from charlm.evaluate import mean_loss
 from charlm.model.gpt import GPT
-from charlm.module import forward_backward
 from charlm.optimizer.adamw import adamw
 
 VOCAB_SIZE, BATCH_SIZE, N_HEAD, N_EMBD = 65, 12, 4, 128
@@ -36,12 +36,12 @@ def measure(block_size: int, n_layer: int, device: str) -> tuple[float, float]:
     on_gpu = device == "cuda"
     before = resident()
     model = GPT(VOCAB_SIZE, block_size, n_layer, N_HEAD, N_EMBD).to(device)
-    [optimizer] = adamw(model, lr=1e-3, betas=[0.9, 0.99], eps=1e-8, weight_decay=0.1)
+    optimizer = adamw(model, lr=1e-3, betas=[0.9, 0.99], eps=1e-8, weight_decay=0.1)
     x, y = torch.randint(VOCAB_SIZE, (2, BATCH_SIZE, block_size), device=device)
     times = []
     for _ in range(13):
         start = time.perf_counter()
-        forward_backward(model, x, y, 1)
+        mean_loss(model, x, y).backward()
         optimizer.step()
         model.zero_grad()
         if on_gpu:

@@ -31,6 +31,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from charlm.callbacks import AtSteps
 from charlm.data.corpus import load_corpus
 from charlm.model.bigram import Bigram
 from charlm.model.gpt import GPT
@@ -112,7 +113,7 @@ def raw_step(task: Task, model: nn.Module, ids: torch.Tensor) -> Callable[[], No
 LOOPS = {"plain": plain_step, "raw": raw_step}
 
 
-class Turns(L.Callback):
+class Turns(AtSteps):
     """After every stretch of charlm's steps, each loop takes as many, in the same process.
 
     Args:
@@ -198,7 +199,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
     task, console = TASKS[args.model], Console()
-    variants = ("", *task.variants, *(["cuda_graph=true"] if args.accelerator == "gpu" else []))
+    variants = ("", *task.variants, *(["speed.cuda_graph=true"] if args.accelerator == "gpu" else []))
     text = load_corpus("text", args.corpus).text if args.corpus else load_corpus("tinyshakespeare").text
     races: dict[str, list[dict[str, float]]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as folder:

@@ -54,8 +54,10 @@ def steps_of(max_steps: int | Literal["auto"], max_tokens: int | None, max_time:
 
 
 def budget_of(trainer: "L.Trainer") -> Budget:
-    """By trainer.max_steps and by the clock of trainer.max_time, which each process has to itself."""
+    """By trainer.max_steps or max_epochs, and by the clock of trainer.max_time, which each process has to itself."""
     steps = trainer.max_steps if trainer.max_steps > 0 else None
+    if trainer.max_epochs not in (None, -1) and trainer.training:  # before, nobody knows how long an epoch is
+        steps = int(trainer.estimated_stepping_batches)
     timer = timer_of(trainer)
     left = timer.time_remaining() if timer else None
     if timer is None or left is None:
@@ -101,4 +103,6 @@ def stopped_by(trainer: "L.Trainer", max_steps: int) -> str:
     left = timer.time_remaining() if timer else None
     if trainer.global_step >= trainer.max_steps > 0:
         return "steps" if trainer.max_steps == max_steps else "tokens"
-    return "time" if left is not None and left <= 0 else "early stopping"
+    if left is not None and left <= 0:
+        return "time"
+    return "epochs" if trainer.current_epoch >= (trainer.max_epochs or -1) > 0 else "early stopping"

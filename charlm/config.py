@@ -28,17 +28,15 @@ ROOT = {
     "rerun": str | None,
     "seed": Seed,
     "threads": Annotated[int, Ge(1), Le(1024)] | Literal["auto"],
-    "steps_per_execution": Positive | Literal["auto"],
     "compile": bool,
-    "cuda_graph": bool,
     "max_tokens": Positive | None,
     "stop_at": Positive | None,
     "evaluate": list[str],
     "sample_length": Annotated[int, Ge(0), Le(1_000_000)],
     "run_dir": str,
 }
-GROUPS = {"data", "tokenizer", "model", "optimizer", "scheduler", "trainer", "callbacks", "logger"}
-MAY_BE_EMPTY = {"callbacks", "logger"}
+GROUPS = {"data", "tokenizer", "model", "optimizer", "scheduler", "trainer", "speed", "callbacks", "logger"}
+MAY_BE_EMPTY = {"speed", "callbacks", "logger"}
 # What train.py itself passes; the other parameters are settings. A partial's first parameter is passed by its user.
 PASSED = {
     "data": {"tokenizer"},

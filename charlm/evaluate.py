@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from charlm.data.chunks import IGNORE, EvalBatch, Windows
+from charlm.data.chunks import IGNORE, Windows
 from charlm.data.datamodule import CharDataModule, Pairs
 
 # Told how far an evaluation is: batches done, of how many.
@@ -74,15 +74,23 @@ class Score:
         }
 
 
-def window_losses(model: nn.Module, batch: EvalBatch) -> Tensor:
-    """The loss of each window, summed over the targets that it counts, in nats: (B,) float32."""
-    shortcut: Any = getattr(model, "nll", None)
+def token_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The loss of each target of x, y (B, T) in nats: (B, T) float32, 0 where the target is IGNORE."""
+    shortcut: Any = getattr(model, "loss", None)
     if shortcut:
-        found: Tensor = shortcut(batch.x, batch.y.clamp_min(0)).masked_fill(batch.y == IGNORE, 0.0)
-        return found.sum(1)
-    logits = model(batch.x)  # (B, T, V)
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), batch.y.flatten(), reduction="none", ignore_index=IGNORE)
-    return nll.view_as(batch.y).sum(1)
+        found: Tensor = shortcut(x, y)
+        return found
+    logits = model(x)  # (B, T, V)
+    nll = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none", ignore_index=IGNORE)
+    return nll.view_as(y)
+
+
+def mean_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """The mean loss of the targets of x, y (B, T) that are not IGNORE, in nats: what training minimizes."""
+    if hasattr(model, "loss"):
+        return token_losses(model, x, y).sum() / (y != IGNORE).sum()
+    logits = model(x)  # (B, T, V)
+    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=IGNORE)
 
 
 @torch.inference_mode()
@@ -95,9 +103,10 @@ def evaluate(model: nn.Module, windows: Windows, report: Reporter | None = None)
     model.eval()
     device = next(model.parameters()).device
     window_nll = torch.zeros(windows.n_windows, device=device)
-    for j, batch in enumerate(windows, start=1):
-        batch = EvalBatch(*(part.to(device) for part in batch))
-        window_nll[batch.windows] += window_losses(model, batch)
+    done = 0
+    for j, (x, y) in enumerate(windows, start=1):
+        window_nll[done : done + len(x)] = token_losses(model, x.to(device), y.to(device)).sum(1)
+        done += len(x)
         if report:
             report(j, len(windows))
     model.train(was_training)

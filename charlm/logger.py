@@ -64,6 +64,11 @@ class TensorBoard(TensorBoardLogger):
         self.open_session = True
 
     @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Lightning also tells of each step in which epoch it was, which is no curve to look at."""
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    @rank_zero_only
     def log_picture(self, tag: str, png: bytes, width: int, height: int, step: int) -> None:
         """A picture that is encoded already, for the IMAGES tab."""
         image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from charlm.errors import InputError, out_of_memory, printable
+from charlm.optimizer.muon import Several
 
 MOST = 2**48  # of any count
 OURS = ("charlm.", "lightning.", "torch.")  # where callbacks and schedulers are from whose state keeps its shape
@@ -112,6 +113,11 @@ def slots(optimizer: Optimizer, number: int, parameter: Tensor) -> dict[str, Any
 
     Returns None for an optimizer that cannot, such as L-BFGS, which needs a closure.
     """
+    if isinstance(optimizer, Several):
+        for one in optimizer.optimizers:
+            if number < len(one.param_groups):
+                return slots(one, number, parameter)
+            number -= len(one.param_groups)
     zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, requires_grad=True)
     zeros.grad = torch.zeros_like(zeros)
     probe = copy.copy(optimizer)

@@ -152,7 +152,7 @@ class Run:
             self.pulse.start()
         return self
 
-    def tell(self, config: dict[str, Any], corpus: dict[str, str | int], trainer: "L.Trainer") -> None:
+    def tell(self, config: dict[str, Any], corpus: dict[str, str | int], trainer: "L.Trainer", steps: str) -> None:
         """What was not known in the first second."""
         import torch
 
@@ -162,6 +162,7 @@ class Run:
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processes": trainer.world_size,
             "threads": torch.get_num_threads(),
+            "steps": steps,
         }
         self.step = lambda: trainer.global_step
         self.write()

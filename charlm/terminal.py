@@ -99,8 +99,14 @@ def caution(line: str) -> None:
     log.warning(line)
 
 
-def header(config: dict[str, Any], data: "CharDataModule", model: "nn.Module", trainer: "L.Trainer") -> None:
-    """Before a run: what is trained, on what, how, and where it is written."""
+def header(
+    config: dict[str, Any], data: "CharDataModule", model: "nn.Module", trainer: "L.Trainer", steps: str
+) -> None:
+    """Before a run: what is trained, on what, how, and where it is written.
+
+    Args:
+        steps: how they are taken, one by one or several at once.
+    """
     from charlm.budget import budget_of
 
     corpus, sizes = data.corpus, {name: len(ids) for name, ids in data.splits.items()}
@@ -115,7 +121,10 @@ def header(config: dict[str, Any], data: "CharDataModule", model: "nn.Module", t
         + (f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""),
         "training": f"{budget_of(trainer).told(tokens, sizes['train'])}, "
         f"{name_of(optimizer)} at lr {optimizer['lr']:g}, {name_of(config['scheduler'])}, seed {config['seed']}",
-        "device": ", ".join([describe_device(trainer.strategy.root_device), trainer.precision, *shortcuts(config)]),
+        "device": ", ".join(
+            [describe_device(trainer.strategy.root_device), trainer.precision, *["compiled"] * config["compile"]]
+        ),
+        "speed": steps,
         "folder": quote(Path(config["run_dir"])),
     }
     table = Table.grid(padding=(0, 2))
@@ -135,17 +144,6 @@ def describe_device(device: "torch.device") -> str:
         if device.type == "cpu"
         else str(device)
     )
-
-
-def shortcuts(config: dict[str, Any]) -> list[str]:
-    """What makes a run faster than step by step."""
-    together = config["steps_per_execution"]
-    told = {
-        "compiled": config["compile"],
-        "steps as CUDA graphs": config["cuda_graph"],
-        f"up to {together} steps at once": together > 1,
-    }
-    return [words for words, applies in told.items() if applies]
 
 
 @contextmanager

@@ -480,8 +480,8 @@ def test_val_is_always_evaluated_since_runs_are_compared_by_it(refused, check, t
         (["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=999"], "processes on the CPU"),
         (["trainer.strategy=nosuch"], "trainer.strategy=nosuch is not possible"),
         (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn is not possible"),
-        (["cuda_graph=true"], "cuda_graph=true is for one NVIDIA GPU"),
-        (["cuda_graph=true", "model=mixture"], "cuda_graph=true needs steps of one size"),
+        (["speed.cuda_graph=true"], "speed.cuda_graph=true is for one NVIDIA GPU"),
+        (["speed.cuda_graph=true", "model=mixture"], "speed.cuda_graph=true needs steps of one size"),
         (["trainer.strategy=fsdp"], "choose auto, or trainer=ddp or fsdp"),
     ],
 )
@@ -718,3 +718,20 @@ def test_evaluating_wants_the_text_of_the_run(refused, train, call, text_file):
     text_file.write_text(text)
     ended = call("evaluate", "run", "--json")
     assert ended.code == 0, ended.err
+
+
+@pytest.mark.parametrize(
+    "flag",
+    ["limit_val_batches=0.5", "limit_val_batches=2", "fast_dev_run=true", "overfit_batches=3", "barebones=true"],
+)
+def test_flags_that_would_make_figures_of_a_part_are_refused_with_the_reason(check, refused, flag):
+    told = refused(check, f"+trainer.{flag}")
+    name, _, value = flag.partition("=")
+    assert told.startswith(
+        f"charlm: trainer.{name}={value.capitalize() if value == 'true' else value} is not possible: "
+    )
+
+
+@pytest.mark.parametrize("flag", ["+trainer.limit_train_batches=7", "trainer.max_epochs=2", "trainer.num_nodes=1"])
+def test_flags_that_work_are_taken(check, flag):
+    check(flag)

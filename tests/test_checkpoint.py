@@ -30,7 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from charlm import archive, checkpoint
-from charlm.callbacks import AtomicCheckpointIO, Checkpoint
+from charlm.callbacks import AtomicCheckpointIO, AtSteps, Checkpoint
 from charlm.errors import DiskError, InputError
 from charlm.model.bigram import Bigram
 from charlm.model.gpt import GPT
@@ -413,7 +413,7 @@ def test_a_run_whose_disk_becomes_full_ends_with_one_line(tmp_path, text_file, d
 def test_a_clock_saves_beside_the_steps_and_changes_no_bit(fit, tmp_path):  # noqa: F811
     saved: dict[str, list[int]] = {}
 
-    class Noted(Checkpoint):
+    class Noted(Checkpoint, AtSteps):
         """Notes when it saves."""
 
         def save(self, trainer: Any) -> None:

@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -27,11 +28,29 @@ def test_a_batch_depends_on_seed_rank_and_number_alone(seed, rank, numbers):
     ids = torch.arange(1000)
     asked_in_any_order = RandomChunks(ids, 4, 3, seed, rank)
     for k in numbers:
-        fresh = RandomChunks(ids, 4, 3, seed, rank, start=k)
-        for number, (x, y) in enumerate(zip(*next(iter(fresh)), strict=True), start=k):
+        fresh = RandomChunks(ids, 4, 3, seed, rank, batches_per_epoch=k + 5, first=partial(int, k))
+        for number, (x, y) in enumerate(fresh, start=k):
             again_x, again_y = asked_in_any_order.batch(number)
             assert torch.equal(x, again_x)
             assert torch.equal(y, again_y)
+
+
+def test_epochs_follow_each_other_without_a_batch_left_out_or_repeated():
+    chunks = RandomChunks(torch.arange(1000), 4, 3, seed=0, batches_per_epoch=7)
+    assert len(chunks) == 7
+    served = [batch for _ in range(3) for batch in chunks]
+    assert len(served) == 21
+    for k, (x, y) in enumerate(served):
+        assert all(torch.equal(a, b) for a, b in zip((x, y), chunks.batch(k), strict=True))
+
+
+@given(st.integers(0, 600), st.integers(0, 600), st.integers(1, 40))
+def test_gathers_are_the_batches_several_at_once(k, n, batch_size):
+    chunks = RandomChunks(torch.arange(1000), 64, batch_size, seed=0)
+    gathered = [batch for xs, ys in chunks.gathers(k, k + n) for batch in zip(xs, ys, strict=True)]
+    assert len(gathered) == n
+    for number in {0, n // 2, n - 1} if n else set():
+        assert all(torch.equal(a, b) for a, b in zip(gathered[number], chunks.batch(k + number), strict=True))
 
 
 def test_seeds_ranks_and_numbers_each_give_other_chunks():
@@ -63,7 +82,7 @@ def test_every_target_is_counted_exactly_once(split, data):
     counted = []
     for rank in range(world_size):
         windows = Windows(ids, block_size, stride, tokens_per_batch, rank, world_size)
-        for x, y, _ in windows:
+        for x, y in windows:
             assert x.shape == y.shape == (len(x), block_size)
             assert torch.equal(y[y != IGNORE], x[y != IGNORE] + 1)
             counted += y[y != IGNORE].tolist()
@@ -74,9 +93,9 @@ def test_every_target_is_counted_exactly_once(split, data):
 def test_a_stride_promises_context(split, data):
     n, block_size = split
     stride = data.draw(st.integers(1, block_size))
-    for x, y, window in Windows(torch.arange(n), block_size, stride):
+    for number, (x, y) in enumerate(Windows(torch.arange(n), block_size, stride, block_size)):
         context = torch.arange(1, block_size + 1).expand_as(x)
-        later = window > 0
+        later = slice(None) if number else slice(0)
         assert bool((context[later][y[later] != IGNORE] > block_size - stride).all())
 
 
@@ -90,17 +109,14 @@ def test_batches_do_not_depend_on_the_number_of_ranks(split, world_size, tokens_
     shared = [batch for step in zip(*ranks, strict=True) for batch in step]
     for one, other in zip(alone, shared, strict=False):
         assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-    for x, y, _ in shared[len(alone) :]:
+    for x, y in shared[len(alone) :]:
         assert len(x) > 0
         assert bool((y == IGNORE).all())
 
 
 def test_counts_are_those_of_the_batches():
     windows = Windows(torch.arange(101), 8, 3, tokens_per_batch=40)
-    counts = torch.zeros(windows.n_windows, dtype=torch.long)
-    for _, y, number in windows:
-        counts[number] = (y != IGNORE).sum(1)
-    assert torch.equal(counts, windows.counts())
+    assert torch.equal(torch.cat([(y != IGNORE).sum(1) for _, y in windows]), windows.counts())
 
 
 @pytest.mark.parametrize("make", [lambda ids: RandomChunks(ids, 8, 1, 0), lambda ids: Windows(ids, 8)])

@@ -345,7 +345,7 @@ def test_an_engine_that_is_not_installed_is_told_with_what_to_install(monkeypatc
 
 def test_processes_that_found_different_states_do_not_train_together(tmp_path):
     """As on two machines that do not share a disk."""
-    trainer = SimpleNamespace(global_step=100, strategy=SimpleNamespace(root_device="cpu"))
+    trainer = SimpleNamespace(global_step=100, loggers=[], strategy=SimpleNamespace(root_device="cpu"))
     trainer.strategy.all_gather = lambda step: torch.stack([step, torch.tensor(0)])
     with pytest.raises(InputError, match=r"different steps, .100, 0.: is .* on a disk that all machines share"):
         Checkpoint(str(tmp_path / "checkpoints")).on_train_start(trainer, None)  # type: ignore[arg-type]

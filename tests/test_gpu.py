@@ -48,14 +48,14 @@ def test_a_step_as_a_cuda_graph_is_the_same_step(on_gpu, model):
     """Also with a schedule, which changes a number that the graph reads, with accumulation and with clipping."""
     settings = [f"model={model}", "scheduler=linear", "scheduler.warmup_steps=5", "trainer.precision=32-true"]
     settings += ["trainer.accumulate_grad_batches=2", "trainer.gradient_clip_val=0.5", "optimizer.lr=1e-3"]
-    assert largest_difference(on_gpu("a", *settings), on_gpu("b", *settings, "cuda_graph=true")) < 1e-6
+    assert largest_difference(on_gpu("a", *settings), on_gpu("b", *settings, "speed.cuda_graph=true")) < 1e-6
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("model", ["bigram", "gpt", "transformerpp", "mixture"])
 def test_compiled_training_reaches_the_same_loss(on_gpu, model):
     settings = [f"model={model}", "trainer.precision=32-true", "optimizer.lr=1e-3"]
-    ways = {"eager": [], "compiled": ["compile=true"], "graph": ["compile=true", "cuda_graph=true"]}
+    ways = {"eager": [], "compiled": ["compile=true"], "graph": ["compile=true", "speed.cuda_graph=true"]}
     if model == "mixture":
         del ways["graph"]
     folders = [on_gpu(name, *settings, *way) for name, way in ways.items()]

@@ -131,14 +131,15 @@ def test_decoding_with_counts_is_the_forward_pass():
 
 
 def test_networks_learn_alone_and_are_averaged():
-    model, (idx, targets) = a_model(), (a_text()[None, 20:32], a_text()[None, 21:33])
+    model: Any = a_model()
+    idx, targets = a_text()[None, 20:32], a_text()[None, 21:33]
     each = [logits.softmax(-1) for logits in model.eval().each(idx)]
     assert not torch.allclose(each[0], each[1], atol=0.01)
     mean = torch.stack(each).mean(0)
     assert torch.allclose(model(idx).softmax(-1), mean, atol=1e-6)
     expected = -mean.gather(-1, targets[..., None])[..., 0].log()
-    assert torch.allclose(model.nll(idx, targets), expected, atol=1e-5)
-    model.train().nll(idx, targets).mean().backward()
+    assert torch.allclose(model.loss(idx, targets), expected, atol=1e-5)
+    model.train().loss(idx, targets).mean().backward()
     for network, logits in zip(model.networks, model.each(idx), strict=True):
         alone = torch.autograd.grad(F.cross_entropy(logits.mT, targets) / 2, list(network.parameters()))
         for parameter, gradient in zip(network.parameters(), alone, strict=True):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from charlm import checkpoint
 from charlm.generate import generate
+from charlm.model.bigram import LARGEST_TABLE, Bigram
 from charlm.model.gpt import GPT
 from charlm.model.gru import GRU
 from charlm.model.lstm import LSTM
@@ -74,7 +75,7 @@ SIZED = [case for case in CASES if build(case, **SMALL).block_size is not None]
 # More than block_size characters, as they have no more positions; a bigram has none.
 REFUSING = [case for case in SIZED if case in DECODING and case != "bigram"]
 ENDLESS = [case for case in CASES if case not in SIZED]
-SHORT = [case for case in CASES if hasattr(build(case, **SMALL), "nll")]
+SHORT = [case for case in CASES if hasattr(build(case, **SMALL), "loss")]
 every_model = pytest.mark.parametrize("case", CASES)
 every_decoding_model = pytest.mark.parametrize("case", DECODING)
 
@@ -464,7 +465,8 @@ def test_every_setting_of_a_yaml_is_one_of_its_model():
 def test_the_short_way_to_a_loss_is_that_of_the_logits(case):
     model, idx, targets = small(case), ids(3, BLOCK), ids(3, BLOCK, seed=1)
     found = []
-    for nll in (model.nll(idx, targets), F.cross_entropy(model(idx).mT, targets, reduction="none")):
+    targets[0, 2] = -100  # which does not count
+    for nll in (model.loss(idx, targets), F.cross_entropy(model(idx).mT, targets, reduction="none")):
         gradients = torch.autograd.grad(nll.mean(), list(model.parameters()))
         found.append([nll, *gradients])
     for short, long in zip(*found, strict=True):
@@ -473,11 +475,20 @@ def test_the_short_way_to_a_loss_is_that_of_the_logits(case):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(("b", "t"), [(1, 1), (3, 5), (16, 8), (64, 33)])
-def test_the_gradient_that_a_bigram_has_at_once_is_that_of_autograd_to_the_bit(b, t, dtype):
+def test_the_gradient_of_a_bigrams_loss_is_that_of_autograd_to_the_bit(b, t, dtype):
     model, idx, targets = build("bigram").to(dtype), ids(b, t), ids(b, t, seed=1)
-    loss = model.nll(idx, targets).mean()
-    loss.backward()
     [table] = model.parameters()
-    gradient, table.grad = table.grad, None
-    torch.testing.assert_close(model.backward(idx, targets), loss)
-    assert torch.equal(table.grad, gradient)
+    ours = model.loss(idx, targets)
+    log_p = F.log_softmax(table, -1, dtype=torch.float32).flatten()
+    theirs = -log_p.gather(0, torch.add(targets, idx, alpha=VOCAB).flatten()).view_as(idx)
+    assert torch.equal(ours, theirs)
+    gradients = [torch.autograd.grad(losses.sum() / losses.numel(), table) for losses in (ours, theirs)]
+    assert torch.equal(gradients[0][0], gradients[1][0])
+
+
+def test_a_bigram_of_many_symbols_has_the_loss_of_its_logits():
+    model = Bigram(LARGEST_TABLE + 1)
+    idx, targets = ids(2, 5, vocab_size=LARGEST_TABLE + 1), ids(2, 5, seed=1, vocab_size=LARGEST_TABLE + 1)
+    targets[0, 0] = -100
+    expected = F.cross_entropy(model(idx).mT, targets, reduction="none")
+    torch.testing.assert_close(model.loss(idx, targets), expected)

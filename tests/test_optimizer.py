@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from charlm.model.bigram import Bigram
-from charlm.optimizer.adamw import AdamW, adamw
+from charlm.optimizer.adamw import AdamW, adamw, decay_groups
 from charlm.optimizer.muon import hidden_matrices, muon
 
 V, C = 7, 6
@@ -81,7 +81,7 @@ def test_adamw_is_that_of_pytorch_to_the_bit(used):
     if used:
         for model in (ours, theirs):
             del model.unused
-    (our_optimizer,), their_optimizer = adamw(ours, **ADAMW), pytorchs(theirs)
+    our_optimizer, their_optimizer = adamw(ours, **ADAMW), pytorchs(theirs)
     schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, 12) for o in (our_optimizer, their_optimizer)]
     for number in range(12):
         step(ours, [our_optimizer], number)
@@ -89,7 +89,7 @@ def test_adamw_is_that_of_pytorch_to_the_bit(used):
         for schedule in schedules:
             schedule.step()
         assert alike(ours, theirs)
-        assert bool(our_optimizer.kept) == used  # type: ignore[attr-defined]
+        assert bool(our_optimizer.kept) == used
         if number == 6:
             our_optimizer.load_state_dict(through_a_file(our_optimizer.state_dict()))
     mine, its = our_optimizer.state_dict(), their_optimizer.state_dict()
@@ -100,7 +100,7 @@ def test_adamw_is_that_of_pytorch_to_the_bit(used):
 
 def test_a_gradient_that_is_missing_once_changes_nothing_there():
     ours, theirs = Net(), Net()
-    optimizers: list[torch.optim.Optimizer] = [*adamw(ours, **ADAMW), pytorchs(theirs)]
+    optimizers: list[torch.optim.Optimizer] = [adamw(ours, **ADAMW), pytorchs(theirs)]
     for number in range(6):
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             step(model, [], number)
@@ -116,7 +116,7 @@ def test_a_gradient_that_is_missing_once_changes_nothing_there():
 
 def test_a_rate_that_is_a_tensor_counts_as_its_number():
     ours, theirs = Net(), Net()
-    (our_optimizer,), their_optimizer = adamw(ours, **ADAMW), pytorchs(theirs)
+    our_optimizer, their_optimizer = adamw(ours, **ADAMW), pytorchs(theirs)
     for group in our_optimizer.param_groups:
         group["lr"] = torch.tensor(group["lr"])
     for number in range(4):
@@ -130,7 +130,7 @@ def test_a_rate_that_is_a_tensor_counts_as_its_number():
 @pytest.mark.parametrize("tied", [False, True])
 def test_every_parameter_has_one_optimizer_and_only_matrices_decay(make, tied):
     model = Net(tied)
-    groups = [group for optimizer in make(model) for group in optimizer.param_groups]
+    groups = make(model).param_groups
     chosen = [p for group in groups for p in group["params"]]
     assert len(chosen) == len({id(p) for p in chosen})
     assert {id(p) for p in chosen} == {id(p) for p in model.parameters() if p.requires_grad}
@@ -144,7 +144,8 @@ def test_muon_takes_the_hidden_matrices(tied):
     names = {id(p): name for name, p in model.named_parameters()}
     hidden = {"layers.0.weight", "layers.1.weight", "rnn.weight_ih_l0", "rnn.weight_hh_l0", "unused.weight"}
     assert {names[id(p)] for p in hidden_matrices(model)} == hidden
-    first, second = muon(model, **MUON)
+    optimizer: Any = muon(model, **MUON)
+    first, second = optimizer.optimizers
     assert {names[id(p)] for group in first.param_groups for p in group["params"]} == hidden
     assert isinstance(second, AdamW)
     assert [group["lr"] for group in first.param_groups] == [0.01]
@@ -155,22 +156,49 @@ def test_a_model_without_hidden_matrices_is_trained_as_by_adamw():
     one, other = Bigram(V), Bigram(V)
     other.load_state_dict(one.state_dict())
     by_muon, by_adamw = muon(one, **MUON | {"adamw_lr": 0.01}), adamw(other, **ADAMW)
-    assert len(by_muon) == 1
+    assert isinstance(by_muon, AdamW)
     for number in range(3):
-        step(one, by_muon, number)
-        step(other, by_adamw, number)
+        step(one, [by_muon], number)
+        step(other, [by_adamw], number)
     assert alike(one, other)
 
 
 def test_a_model_of_hidden_matrices_alone_needs_no_adamw():
-    assert [type(optimizer) for optimizer in muon(nn.Linear(C, C, bias=False), **MUON)] == [torch.optim.Muon]
+    assert type(muon(nn.Linear(C, C, bias=False), **MUON)) is torch.optim.Muon
+
+
+def test_several_optimizers_as_one_keep_their_state_and_follow_a_schedule():
+    """Against each of them by itself, and through a file."""
+    ours, theirs = Net(), Net()
+    one = muon(ours, **MUON)
+    by_itself = [
+        torch.optim.Muon(
+            hidden_matrices(theirs), lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
+        ),
+        AdamW(decay_groups(rest_of(theirs), 0.1), lr=0.003, betas=(0.9, 0.95)),
+    ]
+    schedules = [torch.optim.lr_scheduler.LinearLR(o, 1.0, 0.1, 8) for o in (one, *by_itself)]
+    for number in range(8):
+        step(ours, [one], number)
+        step(theirs, by_itself, number)
+        for schedule in schedules:
+            schedule.step()
+        assert alike(ours, theirs)
+        if number == 4:
+            one.load_state_dict(through_a_file(one.state_dict()))
+    assert len(one.state_dict()["state"]) == sum(len(o.state_dict()["state"]) for o in by_itself)
+
+
+def rest_of(model: nn.Module) -> list[nn.Parameter]:
+    hidden = {id(p) for p in hidden_matrices(model)}
+    return [p for p in model.parameters() if p.requires_grad and id(p) not in hidden]
 
 
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
 def test_a_step_of_muon_is_momentum_made_orthogonal(adjust):
     """Against the singular vectors themselves: PyTorch's iteration brings singular values to between 0.5 and 1.5."""
     model = nn.Linear(8, 5, bias=False)
-    (optimizer,) = muon(model, **MUON | {"adjust_lr_fn": adjust, "weight_decay": 0.0})
+    optimizer = muon(model, **MUON | {"adjust_lr_fn": adjust, "weight_decay": 0.0})
     before, gradient = model.weight.detach().clone(), torch.randn(5, 8, generator=torch.Generator().manual_seed(1))
     model.weight.grad = gradient.clone()
     optimizer.step()
@@ -184,7 +212,7 @@ def test_a_step_of_muon_is_momentum_made_orthogonal(adjust):
 
 def test_the_hidden_matrices_take_the_steps_of_pytorchs_muon():
     ours, theirs = Net(), Net()
-    optimizers = muon(ours, **MUON)
+    optimizer = muon(ours, **MUON)
     reference = torch.optim.Muon(
         hidden_matrices(theirs), lr=0.01, weight_decay=0.1, momentum=0.9, adjust_lr_fn="match_rms_adamw"
     )
@@ -192,7 +220,7 @@ def test_the_hidden_matrices_take_the_steps_of_pytorchs_muon():
         step(ours, [], number)
         for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
             its.grad = None if mine.grad is None else mine.grad.clone()
-        for optimizer in [*optimizers, reference]:
-            optimizer.step()
+        optimizer.step()
+        reference.step()
         for mine, its in zip(hidden_matrices(ours), hidden_matrices(theirs), strict=True):
             assert torch.equal(mine, its)

@@ -24,7 +24,7 @@ from tests.conftest import PRELOAD, ROOT, become
 TRAIN = str(ROOT / "train.py")
 TINY = ["trainer=cpu", "threads=1", "data=text", "trainer.max_steps=40", "evaluate=[val]", "sample_length=20"]
 # So many lines that a pipe of one page cannot hold them: a run that nobody reads waits.
-TALKATIVE = ["trainer.max_steps=1500", "steps_per_execution=10", "callbacks.progress.seconds_between_lines=1e-9"]
+TALKATIVE = ["trainer.max_steps=1500", "speed.steps_per_execution=10", "callbacks.progress.seconds_between_lines=1e-9"]
 
 
 def record(folder: Path) -> dict[str, Any]:

@@ -137,7 +137,8 @@ def test_only_what_was_chosen_is_a_setting(make, tmp_path):
     """
     gpt = {"_target_": "charlm.model.gpt.GPT", "block_size": 64, "n_layer": 4}
     for seed in (1, 2):
-        make(f"a{seed}", 2.0 + seed / 100, seed, steps_per_execution=seed, record={"command": "python train.py"})
+        chosen = {"threads": seed, "speed__steps_per_execution": seed}  # by the machine
+        make(f"a{seed}", 2.0 + seed / 100, seed, record={"command": "python train.py"}, **chosen)
         make(f"b{seed}", 1.5 + seed / 100, seed, model=gpt, data__block_size=64)
     study = read_study([tmp_path])
     assert set(study.swept) == {"model", "data.block_size"}  # which two command lines named

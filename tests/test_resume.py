@@ -31,7 +31,7 @@ SETTINGS = [
     *("model=gpt", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.dropout=0.2"),
     *("trainer=cpu", "threads=1", "data=text", "data.batch_size=2", "data.block_size=8"),
     *("scheduler=warmup_cosine", "scheduler.warmup_steps=5", "trainer.gradient_clip_val=0.5"),
-    *("trainer.max_steps=40", "trainer.val_check_interval=15", "trainer.log_every_n_steps=5"),
+    *("trainer.max_steps=40", "trainer.val_check_interval=30", "trainer.log_every_n_steps=5"),
     *("trainer.accumulate_grad_batches=2", "callbacks=[default,ema,best]", "callbacks.checkpoint.every_n_steps=7"),
     *("callbacks.samples.length=20", "sample_length=20", "evaluate=[val]"),
 ]
@@ -46,9 +46,9 @@ ENDS: dict[str, signal.Signals | None] = {
 TWO = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2"]
 # Where a run can be ended: a function that is called there, and how often it is in a run.
 PLACES = {
-    "step": ("charlm.module", "cross_entropy", 80),
-    "validation": ("charlm.module", "window_losses", 6),
-    "evaluation": ("charlm.evaluate", "window_losses", 3),
+    "step": ("charlm.module", "mean_loss", 80),
+    "validation": ("charlm.module", "token_losses", 6),
+    "evaluation": ("charlm.evaluate", "token_losses", 3),
     "write": ("os", "fsync", 30),
     "rename": ("os", "replace", 18),
 }

@@ -2,8 +2,10 @@
 
 import ast
 import inspect
+import os
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -91,11 +93,11 @@ LAYERS = [
 ]
 LAYERS += [
     "trainer",
-    "cuda_graph",
     "module",
     "logger",
     "terminal",
     "callbacks",
+    "speed",
     "run",
     "resume",
     "reproduce",
@@ -157,6 +159,22 @@ def test_a_report_does_not_load_lightning_nor_the_rest_the_plots():
         "import sys, charlm.study.text, charlm.terminal; sys.exit(bool({'lightning', 'matplotlib'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_one_can_do_without_the_fast_path(tmp_path):
+    """Nothing of charlm/speed is imported with speed=off: without the folder, a run has the same losses."""
+    shutil.copytree(ROOT / "charlm", tmp_path / "charlm", ignore=shutil.ignore_patterns("speed", "__pycache__"))
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    shutil.copy(ROOT / "train.py", tmp_path)
+    losses = []
+    for tree, speed in ((ROOT, "auto"), (tmp_path, "off")):
+        run = tmp_path / f"run-{speed}"
+        command = [sys.executable, str(tree / "train.py"), f"speed={speed}", f"hydra.run.dir={run}", "data=pydoc"]
+        env = os.environ | {"PYTHONPATH": str(tree)}
+        subprocess.run([*command, "trainer.max_steps=120", "trainer=cpu"], env=env, check=True, capture_output=True)
+        losses.append((run / "losses.f32").read_bytes())
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 4 * 120
 
 
 def test_generation_does_not_load_lightning():

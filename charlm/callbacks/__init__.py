@@ -1,9 +1,6 @@
-"""Observers of training: adding or removing one leaves the trained weights bitwise the same.
+"""Observers of training: adding or removing one leaves the trained weights bitwise the same."""
 
-What Lightning hands to an observer as a batch are several at once, x and y (n, B, T): for a small model, asking for
-them one by one would take a fifth of a step.
-"""
-
+from charlm.callbacks.at_steps import AtSteps
 from charlm.callbacks.best import Best
 from charlm.callbacks.bigram_table import BigramTable
 from charlm.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
@@ -16,6 +13,7 @@ from charlm.callbacks.throughput import Throughput
 
 __all__ = [
     "EMA",
+    "AtSteps",
     "AtomicCheckpointIO",
     "Best",
     "BigramTable",

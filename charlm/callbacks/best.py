@@ -19,6 +19,8 @@ class Best(L.Callback):
         self.step: int | None = None
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         loss = float(trainer.callback_metrics["val/loss"])
         if loss < self.loss:  # which NaN is not
             self.loss, self.step = loss, trainer.global_step

@@ -11,6 +11,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
 from charlm import archive
+from charlm.callbacks.at_steps import AtSteps
 from charlm.checkpoint import NAME, write
 from charlm.errors import DiskError, InputError
 from charlm.logger import CSV, TensorBoard
@@ -61,13 +62,20 @@ def save(trainer: L.Trainer, path: Path) -> None:
         raise failure or SystemExit(code)
 
 
+def between_steps(trainer: L.Trainer) -> bool:
+    """Are there no gradients that wait for those of other batches? They are in no state."""
+    return not trainer.fit_loop._should_accumulate()
+
+
 def validates_now(trainer: L.Trainer) -> bool:
     """Does a validation follow this step? A state saved before it would resume after it, and leave it out."""
     every: Any = trainer.val_check_batch
-    return trainer.enable_validation and trainer.global_step % every == 0
+    loop = trainer.fit_loop.epoch_loop
+    since = loop.batch_progress.total if trainer.check_val_every_n_epoch is None else loop.batch_progress.current
+    return loop._should_check_val_epoch() and since.ready % every == 0
 
 
-class Checkpoint(L.Callback):
+class Checkpoint(AtSteps):
     """Keeps the newest state of the run in `dirpath`/last.ckpt, and the one before it in previous.ckpt.
 
     The first is saved before the first step. It has to come after the other observers, whose state and logs are then
@@ -79,6 +87,8 @@ class Checkpoint(L.Callback):
             processes must agree, and so look at the clock only where the trainer logs.
     """
 
+    every_n_steps: int
+
     def __init__(
         self,
         dirpath: str,
@@ -89,6 +99,7 @@ class Checkpoint(L.Callback):
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.saved_at, self.saved_when = -1, time.monotonic()
         self.logged: dict[str, int] = {}
+        self.unlogged: dict[str, float] = {}
         self.resumed_at: int | None = None
         self.loaded: dict[str, Any] = {}  # until the optimizers are made and it is held against them
 
@@ -112,6 +123,9 @@ class Checkpoint(L.Callback):
         self.saved_when = time.monotonic()
         if self.resumed_at not in (None, trainer.global_step):
             raise damaged(trainer.ckpt_path, f"its loops count {trainer.global_step} steps, and not {self.resumed_at}")
+        for logger in trainer.loggers:
+            if self.unlogged and isinstance(logger, TensorBoard | CSV):
+                logger.log_metrics(self.unlogged, trainer.global_step - 1)
         steps = trainer.strategy.all_gather(torch.tensor(trainer.global_step, device=trainer.strategy.root_device))
         if steps.min() != steps.max():
             raise InputError(
@@ -131,9 +145,12 @@ class Checkpoint(L.Callback):
             self.save_if_due(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.save_if_due(trainer)
+        if not trainer.sanity_checking:
+            self.save_if_due(trainer)
 
     def save_if_due(self, trainer: L.Trainer) -> None:
+        if not between_steps(trainer):
+            return
         due = trainer.global_step % self.every_n_steps == 0 or self.overdue(trainer)
         at_its_end = trainer.global_step >= trainer.max_steps > 0  # what others do there comes before
         if due and not at_its_end:
@@ -154,6 +171,7 @@ class Checkpoint(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoard | CSV):
                 self.logged = logger.position()
+        self.unlogged = unlogged(trainer)
         save(trainer, self.path)
         self.saved_at, self.saved_when = trainer.global_step, time.monotonic()
 
@@ -162,4 +180,15 @@ class Checkpoint(L.Callback):
             raise damaged(trainer.ckpt_path, f"{type(exception).__name__}: {exception}") from exception
 
     def state_dict(self) -> dict[str, Any]:
-        return {"logged": self.logged}
+        return {"logged": self.logged, "unlogged": self.unlogged}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.unlogged = {str(name): float(value) for name, value in state_dict["unlogged"].items()}
+
+
+def unlogged(trainer: Any) -> dict[str, float]:
+    """What a step has told, and Lightning will log once all of its hooks have been called: after its state is saved."""
+    total, connector = trainer.fit_loop.epoch_loop.batch_progress.total, trainer._logger_connector
+    if total.processed == total.completed or not connector.should_update_logs:
+        return {}
+    return {name: float(value) for name, value in connector.metrics["log"].items()}

@@ -10,10 +10,12 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
+from charlm.callbacks.at_steps import AtSteps
+
 KEY = "ema"  # of a checkpoint
 
 
-class EMA(L.Callback):
+class EMA(AtSteps):
     """Validations, exhibits, final figures and checkpoints take the averaged weights; training goes on with its own.
 
     A checkpoint holds the average where readers look for weights and those of training beside it, to resume from.
@@ -27,6 +29,8 @@ class EMA(L.Callback):
         every_n_steps: how often the average is updated, which counts for as many steps.
     """
 
+    every_n_steps: int
+
     def __init__(self, decay: Annotated[float, Gt(0), Lt(1)] = 0.999, every_n_steps: Annotated[int, Ge(1)] = 10):
         self.decay, self.every_n_steps = decay, every_n_steps
         self.updates = self.updated_at = 0
@@ -35,6 +39,9 @@ class EMA(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.average = [average.to(pl_module.device) for average in self.average]  # if there is one, from a file
+
+    def before_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.take_out(pl_module)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.take_out(pl_module)

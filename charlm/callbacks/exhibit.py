@@ -26,7 +26,8 @@ class Exhibit(L.Callback):
             self.look(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        self.look(trainer, pl_module)
+        if not trainer.sanity_checking:
+            self.look(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
         self.look(trainer, pl_module)

@@ -5,6 +5,7 @@ import io
 import math
 import os
 from array import array
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,18 +14,18 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from charlm.callbacks.at_steps import AtSteps
 from charlm.callbacks.checkpoint import Checkpoint
 from charlm.callbacks.ema import KEY
 from charlm.callbacks.throughput import Throughput
 from charlm.disk import write_atomically
 from charlm.errors import DiskError, Diverged
-from charlm.module import LanguageModel
 from charlm.report import LOSSES, VALIDATIONS, read_validations
 
 MOST = 1000  # that wait to be looked at
 
 
-class Losses(L.Callback):
+class Losses(AtSteps):
     """Looks at losses wherever the trainer logs, as looking makes a GPU wait, and before anything is saved.
 
     A state with weights that are not finite is never saved. It has to come after an average of weights.
@@ -34,32 +35,50 @@ class Losses(L.Callback):
         DiskError: if the losses cannot be written.
     """
 
-    every_n_steps = None  # whenever Lightning has its turn
-
     def __init__(self, run_dir: str):
         self.file = Path(run_dir, LOSSES)
         self.open: IO[bytes] | None = None
+        self.losses: list[Tensor] = []  # of the newest steps, until they are looked at
+        self.told_of = 0  # steps
+        self.begun = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What followed the state that the run goes on from will be told again."""
+        self.told_of, self.begun = trainer.global_step, True
         if trainer.is_global_zero:
             self.open = self.file.open("ab", buffering=0)
             kept = min(self.open.tell() // 4, trainer.global_step)
             self.open.truncate(4 * kept)
             self.open.write(array("f", [math.nan]) * (trainer.global_step - kept))  # which a broken disk has lost
 
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: LanguageModel, *_: Any) -> None:  # type: ignore[override]
-        settings: Any = trainer
-        if trainer.global_step % settings.log_every_n_steps == 0 or len(pl_module.losses) >= MOST:
-            self.look(trainer, pl_module)
+    def after_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, losses: Sequence[Tensor]) -> None:
+        self.losses += losses
+        self.told_of = trainer.global_step
 
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: LanguageModel, checkpoint: Any) -> None:  # type: ignore[override]
-        self.look(trainer, pl_module)
+    def on_before_backward(self, trainer: Any, pl_module: L.LightningModule, loss: Tensor) -> None:
+        self.newest = loss.detach() * trainer.accumulate_grad_batches  # by which Lightning divides it
+
+    def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, *_: Any) -> None:
+        if self.note(trainer) and (trainer.global_step % trainer.log_every_n_steps == 0 or len(self.losses) >= MOST):
+            self.look(trainer)
+
+    def note(self, trainer: L.Trainer) -> bool:
+        """Note the loss of a step that was made since, if there is one; also ahead of others' hooks, which may save."""
+        if trainer.global_step == self.told_of:
+            return False
+        self.losses.append(self.newest)
+        self.told_of = trainer.global_step
+        return True
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Any) -> None:
+        if self.begun:
+            self.note(trainer)
+        self.look(trainer)
         raw = checkpoint[KEY]["raw"].values() if KEY in checkpoint else []
         look_at_weights(trainer, [*pl_module.parameters(), *raw])
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        self.look(trainer, pl_module)
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.look(trainer)
         look_at_weights(trainer, list(pl_module.parameters()))
 
     def teardown(self, *_: Any, **__: Any) -> None:
@@ -68,14 +87,14 @@ class Losses(L.Callback):
 
     on_exception = teardown
 
-    def look(self, trainer: L.Trainer, module: LanguageModel) -> None:
-        if not module.losses:
+    def look(self, trainer: L.Trainer) -> None:
+        if not self.losses:
             return
-        on_cpu = module.losses[0].device.type == "cpu"  # another device is better asked once
-        found = [loss.item() for loss in module.losses] if on_cpu else torch.stack(module.losses).tolist()
+        on_cpu = self.losses[0].device.type == "cpu"  # another device is better asked once
+        found = [loss.item() for loss in self.losses] if on_cpu else torch.stack(self.losses).tolist()
         losses = array("f", found)
-        first = trainer.global_step - len(losses) + 1
-        module.losses.clear()
+        first = self.told_of - len(losses) + 1
+        self.losses.clear()
         if self.open:
             left = memoryview(losses).cast("B")
             try:
@@ -97,8 +116,6 @@ class Validations(L.Callback):
         DiskError: if it cannot be written.
     """
 
-    every_n_steps = None  # whenever Lightning has its turn
-
     def __init__(self, run_dir: str, throughput: Throughput):
         self.folder, self.throughput = Path(run_dir), throughput
 
@@ -111,7 +128,7 @@ class Validations(L.Callback):
             write_atomically(self.folder / VALIDATIONS, lambda file: file.write(text.getvalue().encode()))
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not trainer.sanity_checking:
             row = trainer.global_step, self.throughput.seconds, float(trainer.callback_metrics["val/loss"])
             try:
                 with (self.folder / VALIDATIONS).open("a") as file:

@@ -10,20 +10,19 @@ from rich.progress import Progress as Bar
 from torch import Tensor
 
 from charlm.budget import budget_of
+from charlm.callbacks.at_steps import AtSteps
 from charlm.terminal import console, told_steps
 
 # A person reads no faster, and every look at the loss waits for the device.
 SECONDS_BETWEEN_LOOKS = 0.25
 
 
-class Progress(L.Callback):
+class Progress(AtSteps):
     """Shows step, loss, speed, the last validation and the time left; at the end, the time it took.
 
     Args:
         seconds_between_lines: where the output is not a terminal.
     """
-
-    every_n_steps = None  # it looks at the clock
 
     def __init__(self, seconds_between_lines: Annotated[float, Gt(0)] = 5.0):
         self.pace = SECONDS_BETWEEN_LOOKS if console.is_terminal else seconds_between_lines
@@ -56,7 +55,7 @@ class Progress(L.Callback):
         batch: tuple[Tensor, Tensor],
         batch_idx: int,
     ) -> None:
-        self.newest = outputs["loss"], batch[0][0].numel()
+        self.newest = outputs["loss"], batch[0].numel()
         now = time.perf_counter()
         if now < self.next_look:
             return
@@ -65,6 +64,7 @@ class Progress(L.Callback):
 
     def show(self, trainer: L.Trainer) -> None:
         loss, chunk_tokens = self.newest
+        loss = loss * trainer.accumulate_grad_batches  # by which Lightning divides it
         step, seconds = trainer.global_step, time.perf_counter() - self.start
         self.shown_at = step
         steps_per_second = (step - self.first_step) / seconds

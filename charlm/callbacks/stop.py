@@ -10,14 +10,15 @@ import torch
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
 
 from charlm import posix, streams, terminal
-from charlm.callbacks.checkpoint import Checkpoint, validates_now
+from charlm.callbacks.at_steps import AtSteps
+from charlm.callbacks.checkpoint import Checkpoint, between_steps, validates_now
 
 # The last two are what Slurm is asked to send ahead of the end: sbatch --signal=USR1@60, and submitit for USR2.
 SIGNALS = posix.signals("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 NAMES = {streams.SIGPIPE: "SIGPIPE"} | {number: number.name for number in SIGNALS}
 
 
-class Stop(L.Callback):
+class Stop(AtSteps):
     """Ends the process with 128 + the signal's number, as a shell tells it. A second Ctrl-C stops at once.
 
     It has to come after the checkpoints, so that there is one of the step just made.
@@ -51,11 +52,13 @@ class Stop(L.Callback):
             self.leave(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not trainer.global_step >= trainer.max_steps > 0:
+        if not trainer.sanity_checking and not trainer.global_step >= trainer.max_steps > 0:
             self.leave(trainer)
 
     def leave(self, trainer: L.Trainer, at_end: bool = False) -> None:
         """All processes together, whichever of them was told to."""
+        if not at_end and not between_steps(trainer):
+            return
         number = self.received
         # After its last step a run needs no reader to finish: results.json is worth more than the exit.
         if not number and streams.reader_left and not at_end:

@@ -6,14 +6,14 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from charlm.callbacks.at_steps import AtSteps
 
-class Throughput(L.Callback):
+
+class Throughput(AtSteps):
     """Logs `train/tokens_per_second` as often as the trainer logs; `tokens` and `seconds` are of the whole run.
 
     It has to be the last of the callbacks, so that its clock starts after what the others do before a step.
     """
-
-    every_n_steps = None  # it counts, however many there were
 
     def __init__(self) -> None:
         self.tokens = 0
@@ -33,14 +33,13 @@ class Throughput(L.Callback):
         batch_idx: int,
     ) -> None:
         settings: Any = trainer
-        step, tokens_per_step = trainer.global_step, batch[0][0].numel() * trainer.world_size
+        step, tokens_per_step = trainer.global_step, batch[0].numel() * trainer.world_size
         tokens_per_step *= settings.accumulate_grad_batches
         self.tokens = step * tokens_per_step
         self.end = time.perf_counter()
-        if step % settings.log_every_n_steps == 0:
+        if step % settings.log_every_n_steps == 0 and step > self.step_then:
             rate = (step - self.step_then) * tokens_per_step / (self.end - self.since)
-            for logger in trainer.loggers:
-                logger.log_metrics({"train/tokens_per_second": rate}, step)
+            pl_module.log("train/tokens_per_second", rate)
             self.since, self.step_then = self.end, step
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -3,8 +3,7 @@
 Shape legend: B chunks in a batch, T = block_size.
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -30,22 +29,34 @@ def gather_chunks(ids: Tensor, starts: Tensor, block_size: int) -> tuple[Tensor,
 
 
 class RandomChunks:
-    """An endless stream of training batches; batch k is a pure function of (seed, rank, k).
+    """Training batches at random places of a text, in epochs; batch k is a pure function of (seed, rank, k).
 
     There is no state to save: a run continues at any k, and no two ranks share a stream.
 
     Args:
         ids: the training split, (N,), any integer type, on the device where batches are wanted.
-        start: the first batch of an iteration.
+        batches_per_epoch: in one iteration.
+        first: tells the number of the batch that an iteration begins with; None: the one after the last iteration's.
 
     Raises:
         InputError: if the split is shorter than block_size + 1.
     """
 
-    def __init__(self, ids: Tensor, block_size: int, batch_size: int, seed: int, rank: int = 0, start: int = 0):
+    def __init__(
+        self,
+        ids: Tensor,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        rank: int = 0,
+        batches_per_epoch: int = 500,
+        first: Callable[[], int] | None = None,
+    ):
         check_length(ids, block_size, "train")
         self.ids, self.block_size, self.batch_size = ids, block_size, batch_size
-        self.seed, self.rank, self.start = seed, rank, start
+        self.seed, self.rank = seed, rank
+        self.batches_per_epoch, self.first = batches_per_epoch, first
+        self._epochs = 0
         self._draw = -1
         self._starts = torch.empty(0)
 
@@ -69,22 +80,34 @@ class RandomChunks:
         """Inputs and targets of batch k, (B, T) each."""
         return gather_chunks(self.ids, self.starts(k), self.block_size)
 
+    def __len__(self) -> int:
+        return self.batches_per_epoch
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batch `start` and all that follow, several at a time: (n, B, T) each."""
-        k, together = self.start, max(1, TOKENS_PER_GATHER // (self.batch_size * self.block_size))
-        while True:
+        """Inputs and targets of one batch after the other, (B, T) each, to the end of the epoch."""
+        k = self.first() if self.first else self._epochs * len(self)
+        self._epochs += 1
+        for xs, ys in self.gathers(k, k + len(self)):
+            yield from zip(xs, ys, strict=True)
+
+    def state_dict(self) -> dict[str, int]:
+        """Nothing: batch k is what it is, and `first` tells where to go on. It says to Lightning that one can."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """See `state_dict`."""
+
+    def gathers(self, k: int, end: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches k to end - 1, as many at a time as one gather may fetch: (n, B, T) each.
+
+        A gather costs as much as a step of a small model, whether it fetches one batch or a dozen.
+        """
+        together = max(1, TOKENS_PER_GATHER // (self.batch_size * self.block_size))
+        while k < end:
             draw, row = divmod(k, BATCHES_PER_DRAW)
-            starts = self.draw(draw)[row : row + together]  # (n, B)
-            yield gather_chunks(self.ids, starts, self.block_size)  # (n, B, T)
+            starts = self.draw(draw)[row : row + min(together, end - k)]  # (n, B)
+            yield gather_chunks(self.ids, starts, self.block_size)
             k += len(starts)
-
-
-class EvalBatch(NamedTuple):
-    """Windows to score: inputs (B, T), targets (B, T) with IGNORE where not counted, window numbers (B,)."""
-
-    x: Tensor
-    y: Tensor
-    windows: Tensor
 
 
 class Windows:
@@ -132,23 +155,25 @@ class Windows:
         before = ((windows - 1) * self.stride + self.block_size).where(windows > 0, 0)
         return end - before
 
-    def batch(self, j: int) -> EvalBatch:
-        """Batch j of the split; past the last one, that one again with nothing to count."""
+    def batch(self, j: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of batch j, (B, T) each; IGNORE is where a target does not count.
+
+        Past the last one, that one again with nothing to count.
+        """
         first = min(j, self.n_batches - 1) * self.batch_size
         windows = torch.arange(first, min(first + self.batch_size, self.n_windows), device=self.ids.device)
         starts = (windows * self.stride).clamp_max(self.n_targets - self.block_size)
         x, y = gather_chunks(self.ids, starts, self.block_size)
         if self.stride == self.block_size and j < self.n_batches - 1:
-            return EvalBatch(x, y, windows)  # all of it counts
+            return x, y  # all of it counts
         counted = self.counted(windows) if j < self.n_batches else torch.zeros_like(windows)
         place = torch.arange(self.block_size, device=y.device)
-        y = y.masked_fill(place < (self.block_size - counted)[:, None], IGNORE)
-        return EvalBatch(x, y, windows)
+        return x, y.masked_fill(place < (self.block_size - counted)[:, None], IGNORE)
 
     def __len__(self) -> int:
         return -(-self.n_batches // self.world_size)
 
-    def __iter__(self) -> Iterator[EvalBatch]:
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         for j in range(len(self)):
             yield self.batch(j * self.world_size + self.rank)
 

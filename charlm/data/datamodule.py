@@ -8,8 +8,8 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
-from charlm.data.chunks import EvalBatch, RandomChunks, Windows, check_length
-from charlm.data.corpus import Corpus, load_corpus
+from charlm.data.chunks import RandomChunks, Windows, check_length
+from charlm.data.corpus import CORPORA, Corpus, load_corpus
 from charlm.errors import InputError
 from charlm.tokenizer import CharTokenizer
 
@@ -37,7 +37,7 @@ class CharDataModule(L.LightningDataModule):
     """A text, cut into contiguous train, val and test splits, served as chunks of block_size characters.
 
     Args:
-        corpus: the name of a corpus (see `charlm.data.corpus`).
+        corpus: the name of a corpus (see `charlm.data.corpus`); None: the one that `path` names, or text.
         path: the file, folder or glob that `corpus=text` reads.
         fallback: the corpus, one that needs no download, to train on where this one cannot be had; None makes that
             an error.
@@ -46,6 +46,8 @@ class CharDataModule(L.LightningDataModule):
         val_fraction, test_fraction: the part of the text, at its end, that is kept for val, and after it for test.
         min_context: characters that evaluation shows a model, at least, for each target, of its block_size at most;
             where 1 suffices, windows do not overlap. Losses compare across block sizes if it is the same.
+        batches_per_epoch: after which Lightning calls it an epoch: random chunks have no natural end. Rounded up to
+            whole optimizer steps where the trainer accumulates gradients.
         seed: of the random chunks.
         tokenizer: makes a tokenizer from the whole text.
 
@@ -55,22 +57,25 @@ class CharDataModule(L.LightningDataModule):
 
     def __init__(
         self,
-        corpus: str,
-        block_size: Annotated[int, Ge(1)],
-        batch_size: Annotated[int, Ge(1)],
+        corpus: str | None = None,
+        block_size: Annotated[int, Ge(1)] = 8,
+        batch_size: Annotated[int, Ge(1)] = 32,
         path: str | None = None,
         fallback: Literal["pydoc"] | None = None,
         val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1,
         test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0,
         min_context: Annotated[int, Ge(1)] = 1,
+        batches_per_epoch: Annotated[int, Ge(1)] = 500,
         seed: Annotated[int, Ge(0)] = 0,
         tokenizer: Callable[[str], CharTokenizer] = CharTokenizer.from_text,
     ):
         super().__init__()
+        if corpus is None:
+            corpus, path = (path, None) if path in CORPORA else ("text", path)
         self.corpus_name, self.path, self.fallback = corpus, path, fallback
         self.block_size, self.batch_size = block_size, batch_size
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
-        self.min_context, self.seed = min_context, seed
+        self.min_context, self.batches_per_epoch, self.seed = min_context, batches_per_epoch, seed
         self.make_tokenizer = tokenizer
         self.tokens_at_once = 8_192  # in a batch of an evaluation
         self.splits: dict[str, Tensor] = {}
@@ -90,6 +95,12 @@ class CharDataModule(L.LightningDataModule):
         self.corpus = load_corpus(self.corpus_name, self.path)
         self.tokenizer = self.make_tokenizer(self.corpus.text)
         self.splits = self.split(self.tokenizer.encode(self.corpus.text))
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of symbols of the text, which is read for it if it was not yet."""
+        self.setup()
+        return self.tokenizer.vocab_size
 
     def split(self, ids: Tensor) -> dict[str, Tensor]:
         """Contiguous views, in the order of the text: train, val and, if asked for, test."""
@@ -123,15 +134,18 @@ class CharDataModule(L.LightningDataModule):
         return device if sum(ids.nbytes for ids in self.splits.values()) <= free / 4 else torch.device("cpu")
 
     def train_dataloader(self) -> RandomChunks:
-        """An endless stream of (x, y), several batches at a time, (n, B, T); another one on each rank.
-
-        A resumed run goes on where it was.
-        """
+        """Batches (x, y), (B, T) int64 each, in epochs; others on each rank. A resumed run goes on where it was."""
         device, rank, _ = self.place()
         ids = self.splits["train"].to(self.home(device))
         trainer: Any = self.trainer
-        start = trainer.global_step * trainer.accumulate_grad_batches if trainer else 0
-        return RandomChunks(ids, self.block_size, self.batch_size, self.seed, rank, start)
+        per_step = trainer.accumulate_grad_batches if trainer else 1
+        n = -(-self.batches_per_epoch // per_step) * per_step
+
+        def first() -> int:
+            made: int = trainer.fit_loop.epoch_loop.batch_progress.total.ready  # in all, also before a resumption
+            return 0 if trainer.overfit_batches else made
+
+        return RandomChunks(ids, self.block_size, self.batch_size, self.seed, rank, n, first if trainer else None)
 
     def val_dataloader(self) -> Windows:
         """The whole val split once, shared among the ranks."""
@@ -170,5 +184,4 @@ class CharDataModule(L.LightningDataModule):
         """Batches are made on the device; only those of a corpus that did not fit travel."""
         if batch[0].device == device:
             return batch
-        moved = (part.to(device, non_blocking=True) for part in batch)
-        return EvalBatch(*moved) if isinstance(batch, EvalBatch) else tuple(moved)
+        return tuple(part.to(device, non_blocking=True) for part in batch)

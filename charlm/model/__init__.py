@@ -8,8 +8,8 @@ goes on after what `state` has seen, None at the beginning, without computing th
 state is used up when it is passed on; no gradients flow through it; with a `block_size`, at most that many characters
 fit in.
 
-Where there is a shorter way to a loss than through logits, it has `nll(idx, targets) -> (B, T)`, and with a shorter way
-than autograd's to a gradient, `backward(idx, targets) -> mean loss`.
+Where there is a shorter way to a loss than through logits, it has `loss(idx, targets) -> (B, T)`: the loss of each
+target in nats, as cross entropy of `forward` gives it, and 0 where a target is negative and does not count.
 
 One that counts has `count(ids)`, which is given the training split, (N,), before the first step.
 

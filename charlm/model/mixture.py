@@ -306,14 +306,16 @@ class Mixture(nn.Module):
         """idx (B, T) int64 with T of at most block_size -> logits (B, T, V)."""
         return averaged(self.each(idx))
 
-    def nll(self, idx: Tensor, targets: Tensor) -> Tensor:
+    def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """idx, targets (B, T) int64 -> the loss of each target, in nats (B, T); in training, the mean of the networks'.
 
         What is averaged would let one network rest on another; so each learns as if it were alone.
         """
         each = log_probabilities(self.each(idx))  # (M, B, T, V)
-        found = each.gather(-1, targets.expand(len(each), *targets.shape)[..., None])[..., 0]
-        return -(found.mean(0) if self.training else found.logsumexp(0) - math.log(len(each)))
+        known = targets.clamp_min(0).expand(len(each), *targets.shape)
+        found = each.gather(-1, known[..., None])[..., 0]
+        found = found.mean(0) if self.training else found.logsumexp(0) - math.log(len(each))
+        return -found.masked_fill(targets < 0, 0.0)
 
     def each(self, idx: Tensor) -> list[Tensor]:
         """idx (B, T) -> the logits (B, T, V) of each network."""

@@ -13,14 +13,14 @@ Betas = Annotated[list[Beta], Len(2, 2), doc("two numbers of at least 0 and belo
 
 def adamw(
     model: nn.Module,
-    lr: Annotated[float, Gt(0)],
-    betas: Betas,
-    eps: Annotated[float, Gt(0)],
-    weight_decay: Annotated[float, Ge(0)],
-) -> list[torch.optim.Optimizer]:
+    lr: Annotated[float, Gt(0)] = 1e-3,
+    betas: Betas = [0.9, 0.999],  # noqa: B006
+    eps: Annotated[float, Gt(0)] = 1e-8,
+    weight_decay: Annotated[float, Ge(0)] = 0.01,
+) -> "AdamW":
     """AdamW for every parameter. Only what has two dimensions decays: matrices and embeddings, not gains and biases."""
     parameters = [p for p in model.parameters() if p.requires_grad]
-    return [AdamW(decay_groups(parameters, weight_decay), lr=lr, betas=tuple(betas), eps=eps)]
+    return AdamW(decay_groups(parameters, weight_decay), lr=lr, betas=tuple(betas), eps=eps)
 
 
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
@@ -43,16 +43,21 @@ class AdamW(torch.optim.AdamW):
 
     def __init__(self, params: Any, **settings: Any):
         super().__init__(params, **settings, fused=True)
+        # Gradients of 16-mixed are unscaled before hooks and clipping see them, not by the kernel.
+        self._step_supports_amp_scaling = False
 
     def step(self, closure: Any = None) -> Any:
         """Update every parameter: bit for bit what PyTorch's own does."""
         if torch.is_grad_enabled():
             with torch.no_grad():
                 return self.step(closure)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         gradients: list[list[Any]] = [[p.grad for p in parameters] for _, parameters, *_ in self.kept]
-        unusual = closure is not None or hasattr(self, "grad_scale") or any(g is None for gs in gradients for g in gs)
-        if not self.kept or unusual:
-            loss = super().step(closure)
+        if not self.kept or any(g is None for gs in gradients for g in gs):
+            super().step()
             self.keep()
             return loss
         for (group, parameters, averages, squares, steps), grads in zip(self.kept, gradients, strict=True):
@@ -60,7 +65,7 @@ class AdamW(torch.optim.AdamW):
             beta1, beta2 = group["betas"]
             settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
             torch._fused_adamw_(parameters, grads, averages, squares, [], steps, beta1=beta1, beta2=beta2, **settings)
-        return None
+        return loss
 
     # PyTorch would put its profiler's label and hooks around each step, which take as long as the kernel of a bigram.
     step.hooked = True  # type: ignore[attr-defined]

@@ -1,10 +1,12 @@
 """Muon: momentum, made orthogonal, for the hidden matrices (Jordan et al. 2024); AdamW for the rest."""
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Gt
 from torch import nn
+from torch.optim import Optimizer
 
 from charlm.optimizer.adamw import AdamW, Beta, Betas, decay_groups
 
@@ -19,7 +21,7 @@ def muon(
     betas: Betas,
     eps: Annotated[float, Gt(0)],
     weight_decay: Annotated[float, Ge(0)],
-) -> list[torch.optim.Optimizer]:
+) -> Optimizer:
     """PyTorch's Muon for the hidden matrices, if the model has any, and AdamW for all other parameters, if any.
 
     Args:
@@ -35,13 +37,46 @@ def muon(
     hidden = hidden_matrices(model)
     chosen = {id(p) for p in hidden}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in chosen]
-    made: list[torch.optim.Optimizer] = []
+    made: list[Optimizer] = []
     if hidden:
         settings = {"momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": adjust_lr_fn}
         made.append(torch.optim.Muon(hidden, lr=lr, weight_decay=weight_decay, **settings))  # type: ignore[arg-type]
     if rest:
         made.append(AdamW(decay_groups(rest, weight_decay), lr=adamw_lr, betas=tuple(betas), eps=eps))
-    return made
+    return made[0] if len(made) == 1 else Several(made)
+
+
+class Several(Optimizer):
+    """Optimizers of different parameters as one, which is what Lightning and learning-rate schedules take.
+
+    Its groups and its state are theirs: a rate that is set here is set there.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]):
+        self.optimizers = optimizers
+        super().__init__([p for one in optimizers for group in one.param_groups for p in group["params"]], {})
+        self.param_groups = [group for one in optimizers for group in one.param_groups]
+        for one in optimizers:
+            one.state = self.state
+
+    def step(self, closure: Any = None) -> Any:
+        """Let each of them update its parameters."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for one in self.optimizers:
+            one.step()
+        return loss
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        groups = iter(self.param_groups)
+        for one in self.optimizers:
+            one.param_groups = [next(groups) for _ in one.param_groups]
+            one.state = self.state
+            if isinstance(one, AdamW):
+                one.kept = []  # all of it is elsewhere now
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

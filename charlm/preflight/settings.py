@@ -25,6 +25,15 @@ from charlm.errors import InputError, one_line, out_of_memory
 from charlm.trainer import FSDP, precision_for
 
 MOST_TENSORS = 5_000  # twelve for each layer of a Transformer
+# Flags of Lightning's that a run cannot have: the value that changes nothing, and why no other.
+REFUSED: dict[str, tuple[Any, str]] = {
+    "limit_val_batches": (1.0, "validations of a run are whole, or their losses are not its own: validate less often"),
+    "limit_test_batches": (1.0, "a run tests nothing by Lightning: choose splits with evaluate=[val,test]"),
+    "limit_predict_batches": (1.0, "a run predicts nothing by Lightning: see charlm generate"),
+    "fast_dev_run": (False, "it keeps nothing of a run: say trainer.max_steps=5"),
+    "overfit_batches": (0, "its losses are of a few batches: train on a short text, data=text data.path=FILE"),
+    "barebones": (False, "it takes away loggers and checkpoints: say logger=none callbacks=none"),
+}
 # Who starts processes on several machines leaves one of these in the environment.
 STARTED_BY = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "NODE_RANK", "GROUP_RANK"}
 
@@ -42,6 +51,9 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
         raise InputError(f"evaluate={plain['evaluate']} leaves out val, by which runs are compared: add it")
     if trainer["max_steps"] == -1 and not any((trainer["max_time"], plain["max_tokens"], plain["stop_at"])):
         raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
+    for flag, (usual, reason) in REFUSED.items():
+        if trainer.get(flag) not in (None, usual):
+            raise InputError(f"trainer.{flag}={trainer[flag]} is not possible: {reason}")
     check_places(plain)
     check_average(plain)
     if elsewhere:  # where each job checks this by itself
@@ -233,22 +245,28 @@ def check_average(plain: dict[str, Any]) -> None:
 
 
 def check_shortcuts(plain: dict[str, Any]) -> None:
-    """Can this machine do what compile and cuda_graph ask for?
+    """Can this machine do what compile and speed.cuda_graph ask for?
 
     Raises:
         InputError: if not.
     """
     trainer = plain["trainer"]
     on_gpu = torch.cuda.is_available() and trainer["accelerator"] != "cpu"
-    if plain["cuda_graph"]:
+    if (plain["speed"] or {}).get("cuda_graph"):
         if hasattr(config.resolve("model", plain["model"]["_target_"]), "count"):
-            raise InputError("cuda_graph=true needs steps of one size, and what was counted has many: leave it false")
+            raise InputError(
+                "speed.cuda_graph=true needs steps of one size, and what was counted has many: leave it false"
+            )
         if not on_gpu or trainer["strategy"] != "auto" or trainer["devices"] not in (1, "1", "auto"):
-            raise InputError("cuda_graph=true is for one NVIDIA GPU: leave it false here, or say trainer=gpu")
+            raise InputError("speed.cuda_graph=true is for one NVIDIA GPU: leave it false here, or say trainer=gpu")
+        if trainer["accumulate_grad_batches"] > 1:
+            raise InputError("speed.cuda_graph=true takes one batch a step: say trainer.accumulate_grad_batches=1")
         if trainer["precision"] == "16-mixed":
-            raise InputError("cuda_graph=true and trainer.precision=16-mixed exclude each other: choose bf16-mixed")
+            raise InputError(
+                "speed.cuda_graph=true and trainer.precision=16-mixed exclude each other: choose bf16-mixed"
+            )
         if plain["optimizer"]["_target_"] != "charlm.optimizer.adamw.adamw":
-            raise InputError("cuda_graph=true needs numbers that live on the GPU: choose optimizer=adamw")
+            raise InputError("speed.cuda_graph=true needs numbers that live on the GPU: choose optimizer=adamw")
     if plain["compile"] and not on_gpu:
         from torch._inductor.cpp_builder import get_cpp_compiler
         from torch._inductor.exc import InvalidCxxCompiler

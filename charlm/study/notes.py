@@ -12,7 +12,13 @@ from charlm.study.runs import Run, ordered, shown
 ALIKE = 1.02  # as many tokens, as a run ends with the step that reaches them, which may go beyond
 MOST_DAMAGED = 10  # that are named
 # What ends a run, and the setting that tells when.
-LIMITS = {"steps": "trainer.max_steps", "tokens": "max_tokens", "time": "trainer.max_time", "early stopping": ""}
+LIMITS = {
+    "steps": "trainer.max_steps",
+    "tokens": "max_tokens",
+    "time": "trainer.max_time",
+    "epochs": "trainer.max_epochs",
+}
+LIMITS |= {"early stopping": ""}
 
 
 class Note(NamedTuple):

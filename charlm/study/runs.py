@@ -28,7 +28,7 @@ STATES = (*FAILED, "finished", "pruned", "running", "waiting")
 # No settings: where a run is and how it was begun; what follows the machine, unless somebody asked for it; and the
 # text, which is told by its name and its hash.
 PLACES = {"run_dir", "resume", "rerun", "stop_at", "seed"}
-CHOSEN = {"threads", "steps_per_execution"}
+CHOSEN = {"threads", "speed.steps_per_execution"}
 TEXT = {"data.corpus", "data.path", "data.fallback"}
 TYPED = ("experiment", "callbacks")  # choices of which a configuration keeps only what they set
 

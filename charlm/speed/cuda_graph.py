@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from charlm.module import Batch
 from charlm.optimizer.adamw import AdamW
 
-Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) each
 WARM_UP = 3  # steps that run as they are, while optimizers, libraries and compilers allocate what they keep
 
 

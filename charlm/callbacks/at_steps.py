@@ -1,0 +1,23 @@
+"""What a callback must be for several optimizer steps to pass between two calls of it."""
+
+from collections.abc import Sequence
+
+import lightning as L
+from torch import Tensor
+
+
+class AtSteps(L.Callback):
+    """A callback whose batch hooks are needed at some steps only. Whoever derives from it directly promises that.
+
+    The grouped steps of `charlm.speed` end at each multiple of `every_n_steps`, which Lightning takes with all of its
+    hooks; None: any step will do. Of the steps before, a callback is told here. Without grouped steps Lightning calls
+    the batch hooks at each batch, and none of these.
+    """
+
+    every_n_steps: int | None = None
+
+    def before_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Called before grouped steps."""
+
+    def after_steps(self, trainer: L.Trainer, pl_module: L.LightningModule, losses: Sequence[Tensor]) -> None:
+        """Called after grouped steps, with the loss of each."""

@@ -1,0 +1,103 @@
+"""When several steps may pass at once: only where nobody could tell the difference."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import (
+    DeviceStatsMonitor,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+    Timer,
+    TQDMProgressBar,
+)
+from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.strategies import SingleDeviceStrategy
+
+from charlm.callbacks.at_steps import AtSteps
+from charlm.data import CharDataModule
+from charlm.module import LanguageModel
+
+# Hooks of each batch, and of each step. Of callbacks, those of AtSteps and of the classes below may have some.
+HOOKS = (
+    "on_train_batch_start",
+    "on_train_batch_end",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+)
+# What a subclass of LanguageModel may not have replaced.
+OF_MODULE = (
+    *HOOKS,
+    "training_step",
+    "forward",
+    "backward",
+    "optimizer_step",
+    "optimizer_zero_grad",
+    "configure_gradient_clipping",
+    "clip_gradients",
+    "lr_scheduler_step",
+    "on_before_batch_transfer",
+    "transfer_batch_to_device",
+    "on_after_batch_transfer",
+    "seed_batch",
+)
+OF_DATA = ("train_dataloader", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
+
+# Callbacks of Lightning that look at batches, and the steps between two at which they do something. What the trainer
+# logs is due anyway; clocks and progress bars are told the truth at whichever step they look.
+LOOKS: dict[type[L.Callback], Callable[[Any], int]] = {
+    LearningRateMonitor: lambda _: 0,
+    DeviceStatsMonitor: lambda _: 0,
+    Timer: lambda _: 0,
+    TQDMProgressBar: lambda bar: bar.refresh_rate if bar.refresh_rate > 1 else 0,
+    RichProgressBar: lambda _: 0,
+    ModelCheckpoint: lambda checkpoint: checkpoint._every_n_train_steps,
+}
+
+
+def steps_of(callback: L.Callback) -> Iterator[int]:
+    """At multiples of these steps, Lightning must call the callback."""
+    every = (
+        callback.every_n_steps if isinstance(callback, AtSteps) else LOOKS.get(type(callback), lambda _: 0)(callback)
+    )
+    if every:
+        yield every
+
+
+def reason_against(trainer: Any, module: L.LightningModule) -> str | None:
+    """Return why each step must be Lightning's own, as words that follow a colon; None if it need not."""
+    data = trainer.datamodule
+    if not isinstance(module, LanguageModel):
+        return f"{type(module).__name__} is no LanguageModel"
+    if changed := replaced(module, LanguageModel, OF_MODULE):
+        return f"{type(module).__name__} has {changed} of its own"
+    if data is not None and (not isinstance(data, CharDataModule) or (replaced(data, CharDataModule, OF_DATA))):
+        return f"{type(data).__name__} serves the batches"
+    if trainer.world_size > 1 or not isinstance(trainer.strategy, SingleDeviceStrategy):
+        return f"strategy {type(trainer.strategy).__name__}"
+    if getattr(trainer.precision_plugin, "scaler", None):
+        return f"precision {trainer.precision} scales each gradient"
+    for flag, usual in {"limit_train_batches": 1.0, "overfit_batches": 0, "fast_dev_run": False}.items():
+        if getattr(trainer, flag) != usual:
+            return f"{flag}={getattr(trainer, flag)} limits or repeats batches"
+    if type(trainer.profiler) is not PassThroughProfiler:
+        return f"{type(trainer.profiler).__name__} looks at each step"
+    for callback in trainer.callbacks:
+        known = AtSteps in type(callback).__bases__ or type(callback) in LOOKS
+        if not known and (hooks := replaced(callback, L.Callback, HOOKS)):
+            return f"{type(callback).__name__} has {hooks}, and so needs every batch"
+    for config in trainer.lr_scheduler_configs:
+        if config.interval == "step" and (config.frequency != 1 or config.reduce_on_plateau):
+            return f"{type(config.scheduler).__name__} is not stepped at every step"
+    return None
+
+
+def replaced(thing: object, base: type, names: tuple[str, ...]) -> str | None:
+    """The first of `names` that a thing, or its class, does otherwise than `base`."""
+    for name in names:
+        if name in vars(thing) or getattr(type(thing), name) is not getattr(base, name):
+            return name
+    return None

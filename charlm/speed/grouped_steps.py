@@ -1,0 +1,170 @@
+"""Several optimizer steps between two of Lightning's."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Annotated, Any, Literal
+
+import lightning as L
+import torch
+from annotated_types import Ge
+from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
+from torch import Tensor
+
+from charlm.callbacks.at_steps import AtSteps
+from charlm.data.chunks import RandomChunks
+from charlm.module import Batch, LanguageModel
+from charlm.speed.conditions import reason_against, steps_of
+from charlm.speed.cuda_graph import CUDAGraph
+
+MOST = 100  # steps in a group: a signal waits for its end
+
+
+class GroupedSteps(L.Callback):
+    """Takes steps in groups, wherever that is the same as one by one.
+
+    Each step between two of Lightning's does what Lightning's would, in the same order: zero_grad, forward, backward,
+    clip, optimizer, schedule. `charlm.speed.conditions` says when there are any.
+
+    Args:
+        steps_per_execution: steps in a group, at most; auto: as many as take hardly any time. Changes only the speed.
+        cuda_graph: on one GPU, capture the step once and replay it.
+    """
+
+    def __init__(self, steps_per_execution: Annotated[int, Ge(1)] | Literal["auto"] = "auto", cuda_graph: bool = False):
+        self.steps_per_execution, self.cuda_graph = steps_per_execution, cuda_graph
+        self.loop: _TrainingEpochLoop | None = None
+
+    def most(self, model: torch.nn.Module, tokens_per_batch: int) -> int:
+        """How many steps a group has at most."""
+        if self.steps_per_execution != "auto":
+            return self.steps_per_execution
+        # What a forward pass multiplies; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
+        multiplications = sum(p.numel() for p in model.parameters()) * tokens_per_batch
+        return max(1, min(MOST, int(2e8 / multiplications)))
+
+    def told(self, trainer: L.Trainer, module: LanguageModel, tokens_per_batch: int) -> str:
+        """How steps are taken, and why so, in words for a person."""
+        against = reason_against(trainer, module)
+        if against:
+            return f"1 step at a time: {against}"
+        most = self.most(module.model, tokens_per_batch)
+        told = f"up to {most} steps at once" if most > 1 else "1 step at a time: more at once would not be faster"
+        return f"{told}, as CUDA graphs" if self.cuda_graph and most > 1 else told
+
+    def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
+        """Let Lightning's loop take a group of steps before each of its own."""
+        loader = trainer.train_dataloader
+        if type(loader) is not RandomChunks or reason_against(trainer, pl_module):
+            return
+        most = self.most(pl_module.model, loader.batch_size * loader.block_size)  # type: ignore[arg-type]
+        if most == 1:
+            return
+        self.loop = trainer.fit_loop.epoch_loop
+        steps = Steps(trainer, pl_module, self.cuda_graph)  # type: ignore[arg-type]
+        advance = self.loop.advance
+
+        def grouped(fetcher: _PrefetchDataFetcher) -> None:
+            n = 0 if self.loop.restarting else steps_before_due(trainer, most)  # type: ignore[union-attr]
+            if n > 0:
+                steps.take(n, fetcher)
+            advance(fetcher)
+
+        self.loop.advance = grouped  # type: ignore[method-assign]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.give_back()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self.give_back()
+
+    def give_back(self) -> None:
+        if self.loop is not None:
+            del self.loop.advance  # the instance's, which hides that of its class
+        self.loop = None
+
+
+def steps_before_due(trainer: Any, most: int) -> int:
+    """How many steps there are before the next that something is due at, which is Lightning's; `most` - 1 at most."""
+    loop, per_step = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
+    made, made_in_all, step = loop.batch_progress.current.ready, loop.batch_progress.total.ready, loop.global_step
+    if made % per_step or trainer.fit_loop._skip_backward:
+        return 0
+    batches = [trainer.num_training_batches - made]  # the last of the epoch is due
+    if trainer.enable_validation and trainer.val_check_batch:
+        since = made_in_all if trainer.check_val_every_n_epoch is None else made
+        batches.append(trainer.val_check_batch - since % trainer.val_check_batch)
+    due = [math.ceil(n / per_step) for n in batches if n < math.inf]
+    due.append(trainer.log_every_n_steps - loop._batches_that_stepped % trainer.log_every_n_steps)
+    if trainer.max_steps > 0:
+        due.append(trainer.max_steps - step)
+    for callback in trainer.callbacks:
+        due += [every - step % every for every in steps_of(callback)]
+    return min(most, *due) - 1
+
+
+class Steps:
+    """Optimizer steps as a plain loop takes them, counted as Lightning counts its own."""
+
+    def __init__(self, trainer: Any, module: LanguageModel, cuda_graph: bool):
+        self.trainer = trainer
+        self.module = module
+        self.optimizer = trainer.optimizers[0]
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.callbacks = [c for c in trainer.callbacks if isinstance(c, AtSteps)]
+        self.clips = self.trainer.gradient_clip_val is not None
+        graphed = CUDAGraph(self.step, [self.optimizer], module.device) if cuda_graph else None
+        self.run: Callable[[Sequence[Batch]], Tensor] = graphed or self.step
+        self.graphed = cuda_graph
+        self.k = 0  # the number of the next batch
+
+    def take(self, n: int, fetcher: _PrefetchDataFetcher) -> None:
+        """Take n steps on the batches that Lightning would have fetched for them."""
+        trainer, loop, per_step = self.trainer, self.trainer.fit_loop.epoch_loop, self.trainer.accumulate_grad_batches
+        batches: Iterator[Batch] = fetcher.iterator._iterator.iterators[0]  # type: ignore[union-attr]
+        schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.interval == "step"]
+        for callback in self.callbacks:
+            callback.before_steps(trainer, self.module)
+        losses, first = [], loop.batch_progress.total.ready
+        with torch.enable_grad():
+            for self.k in range(first, first + n * per_step, per_step):
+                fetched = [self.on_device(next(batches)) for _ in range(per_step)]
+                self.module.seed_batch(self.k)
+                loss = self.run(fetched)
+                losses.append(loss.clone() if self.graphed else loss)  # a graph's next replay overwrites it
+                for scheduler in schedulers:
+                    scheduler.step()
+        count(loop, n, n * per_step, len(schedulers))
+        fetcher.fetched += n * per_step
+        for callback in self.callbacks:
+            callback.after_steps(trainer, self.module, losses)
+
+    def on_device(self, batch: Batch) -> Batch:
+        x, y = batch
+        return x.to(self.module.device, non_blocking=True), y.to(self.module.device, non_blocking=True)
+
+    def step(self, batches: Sequence[Batch]) -> Tensor:
+        """One optimizer step on the mean loss of batches from number k on. Returns the loss of the last one."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        for i, (x, y) in enumerate(batches):
+            if i > 0:  # the first is seeded outside, where a graph leaves it possible
+                self.module.seed_batch(self.k + i)
+            with self.trainer.precision_plugin.train_step_context():  # anew, as autocast keeps the weights that it cast
+                loss = self.module.mean_loss(self.module.model, x, y) / len(batches)
+            loss.backward()
+        if self.clips:
+            trainer = self.trainer
+            self.module.clip_gradients(self.optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+        self.optimizer.step()
+        return loss.detach() * len(batches)
+
+
+def count(loop: Any, steps: int, batches: int, schedulers: int) -> None:
+    """Tell Lightning's loop of the steps that it did not take."""
+    loop.batch_progress.increment_by(batches)
+    optimizer = loop.automatic_optimization.optim_progress.optimizer
+    optimizer.step.increment_by(steps)
+    optimizer.zero_grad.increment_by(steps)
+    loop.scheduler_progress.increment_by(steps * schedulers)
+    loop._batches_that_stepped += steps
