@@ -6,7 +6,8 @@
 All train the same model without validation. charlm is `python train.py` with its default logging, progress and
 checkpoints. On shared cores one process may find its neighbours busier than the next: so the loops run inside of
 charlm's process, and all take turns, a stretch of some steps each. A round is a fresh process, and its figures are
-medians over the stretches, the first few left out.
+medians over the stretches, the first few left out. `stock Lightning` is a module with automatic optimization as its
+documentation shows one, on the same batches, logging to TensorBoard at each step that is due.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -32,6 +34,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from charlm.callbacks import AtSteps
+from charlm.data import CharDataModule
 from charlm.data.corpus import load_corpus
 from charlm.model.bigram import Bigram
 from charlm.model.gpt import GPT
@@ -57,8 +60,16 @@ class Task:
     variants: tuple[str, ...]  # more settings of charlm, each on its own
 
 
+STOCK = "stock Lightning"
+OBSERVED = (
+    "+callbacks.rates._target_=lightning.pytorch.callbacks.LearningRateMonitor "
+    "+callbacks.kept._target_=lightning.pytorch.callbacks.ModelCheckpoint +callbacks.kept.dirpath=kept "
+    "trainer.enable_checkpointing=true trainer.enable_progress_bar=true"
+)
+SHOWN = {OBSERVED: "charlm, LearningRateMonitor, ModelCheckpoint and Lightning's bar", STOCK: STOCK}
+
 TASKS = {
-    "bigram": Task(Bigram, 32, 8, 3000, 100, 1e-2, None, (), ("compile=true",)),
+    "bigram": Task(Bigram, 32, 8, 3000, 100, 1e-2, None, (), ("speed=off", STOCK, OBSERVED, "compile=true")),
     "gpt": Task(
         lambda vocab_size: GPT(vocab_size, block_size=64, n_layer=4, n_head=4, n_embd=128),
         12,
@@ -153,6 +164,43 @@ class Turns(AtSteps):
         Path(self.path).write_text(json.dumps(self.seconds))
 
 
+class Stock(L.LightningModule):
+    """Lightning as its documentation shows it."""
+
+    def __init__(self, task: Task, vocab_size: int):
+        super().__init__()
+        self.task, self.model = task, task.model(vocab_size)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x, y = batch
+        loss = F.cross_entropy(self.model(x).flatten(0, 1), y.flatten())
+        self.log("train/loss", loss, prog_bar=True)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.task.lr, fused=True)
+
+
+def train_stock(task_name: str, corpus: str, path: str, threads: int) -> None:
+    """Train by stock Lightning in this process, with the loops beside it."""
+    torch.set_num_threads(threads)
+    task = TASKS[task_name]
+    data = CharDataModule("text", task.block_size, task.batch_size, path=corpus)
+    data.setup()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_steps=task.steps,
+        limit_val_batches=0,
+        gradient_clip_val=task.clip,
+        logger=TensorBoardLogger(Path(path).parent),
+        callbacks=[Turns(task_name, path)],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(Stock(task, data.tokenizer.vocab_size), data)
+
+
 def now(device: torch.device) -> float:
     """Seconds, once all that was begun is done."""
     if device.type == "cuda":
@@ -184,7 +232,10 @@ def race(task_name: str, variant: str, corpus: Path, threads: int, accelerator: 
         overrides = [f"{key}={value}" for key, value in settings.items()]
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parent)}
         command = [sys.executable, str(TRAIN), *task.settings, *overrides, *variant.split()]
-        subprocess.run(command, env=env, check=True, capture_output=True)
+        if variant == STOCK:
+            command = [sys.executable, __file__, "--stock", str(corpus), str(path), "--model", task_name]
+            command += ["--threads", str(threads)]
+        subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
         seconds = json.loads(path.read_text())
     # Compilers, caches and allocators need a while to get warm.
     return {name: statistics.median(values[WARMUP:]) / task.stretch * 1e6 for name, values in seconds.items()}
@@ -197,7 +248,12 @@ def main() -> None:
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--corpus", help="a text file; default: Tiny Shakespeare")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--stock", nargs=2, help="corpus and result of a stock run, here: for the script itself")
     args = parser.parse_args()
+    if args.stock:
+        corpus_file, result_file = args.stock
+        train_stock(args.model, corpus_file, result_file, args.threads)
+        return
     task, console = TASKS[args.model], Console()
     variants = ("", *task.variants, *(["speed.cuda_graph=true"] if args.accelerator == "gpu" else []))
     text = load_corpus("text", args.corpus).text if args.corpus else load_corpus("tinyshakespeare").text
@@ -214,7 +270,9 @@ def main() -> None:
     for variant, rounds in races.items():
         ratios = [sorted(r["charlm"] / r[loop] for r in rounds) for loop in LOOPS]
         shown = (f"{statistics.median(r):.2f} ({r[0]:.2f} to {r[-1]:.2f})" for r in ratios)
-        table.add_row(f"charlm {variant}", f"{statistics.median(r['charlm'] for r in rounds):.0f}", *shown)
+        table.add_row(
+            SHOWN.get(variant, f"charlm {variant}"), f"{statistics.median(r['charlm'] for r in rounds):.0f}", *shown
+        )
     size = f"B={task.batch_size} T={task.block_size}, {args.threads} thread{'s' * (args.threads > 1)}"
     console.print(
         f"{args.model}, {size}, {task.steps} steps of each, {args.rounds} rounds; medians (lowest to highest)"
