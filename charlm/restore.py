@@ -21,7 +21,11 @@ from charlm.optimizer.muon import Several
 MOST = 2**48  # of any count
 OURS = ("charlm.", "lightning.", "torch.")  # where callbacks and schedulers are from whose state keeps its shape
 CHANGING = ("capturable", "lr")  # settings of an optimizer that CUDA graphs and schedules change
-CONNECTOR = "lightning.pytorch.trainer.connectors.checkpoint_connector"  # the functions `*restore*` of Lightning
+# Where Lightning restores a state: its modules, and what is in the names of the functions. A loader follows later.
+RESTORING = {
+    "lightning.pytorch.trainer.connectors.checkpoint_connector": "restore",
+    "lightning.pytorch.loops.fit_loop": "load_combined_loader_states",
+}
 
 
 class Mismatch(Exception):
@@ -180,7 +184,7 @@ def failed_to_restore(error: BaseException) -> bool:
     step = error.__traceback__
     while step:
         frame = step.tb_frame
-        if frame.f_globals.get("__name__") == CONNECTOR and "restore" in frame.f_code.co_name:
+        if RESTORING.get(frame.f_globals.get("__name__", ""), " ") in frame.f_code.co_name:
             return True
         step = step.tb_next
     return False

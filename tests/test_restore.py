@@ -194,6 +194,8 @@ MALFORMED: list[tuple[tuple[Any, ...], Any, str]] = [
     (("lr_schedulers", 0, "last_epoch"), "x", "last_epoch is not a number"),
     (("loops",), KeyError, "no loops"),
     (FIT, [], "loops.fit_loop"),
+    ((*FIT, "state_dict", "combined_loader"), 5, "TypeError"),
+    ((*FIT, "state_dict", "combined_loader"), ESCAPE, "stateful loaders"),
     ((*STEP, "total", "completed"), 3, "count 3 steps, and not 4"),
     ((*OPTIMIZER, "param_groups", 0, "ns_steps"), 0.5, "ns_steps is not 5"),
     ((*OPTIMIZER, "param_groups", 0, "momentum"), float("nan"), "momentum is not a number"),
