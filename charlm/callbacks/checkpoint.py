@@ -13,7 +13,7 @@ from torch import Tensor
 from charlm import archive
 from charlm.callbacks.at_steps import AtSteps
 from charlm.checkpoint import NAME, write
-from charlm.errors import DiskError, InputError
+from charlm.errors import DiskError, Diverged, InputError
 from charlm.logger import CSV, TensorBoard
 from charlm.restore import check_optimizers, check_progress, damaged, failed_to_restore
 
@@ -54,6 +54,8 @@ def save(trainer: L.Trainer, path: Path) -> None:
     failure = None
     try:
         trainer.save_checkpoint(path)
+    except Diverged:  # which all processes have found, each by itself
+        raise
     except InputError as error:  # DiskError is one
         failure = error
         trainer.strategy.barrier()  # where the others wait for the end of saving
