@@ -40,11 +40,10 @@ class Losses(AtSteps):
         self.open: IO[bytes] | None = None
         self.losses: list[Tensor] = []  # of the newest steps, until they are looked at
         self.told_of = 0  # steps
-        self.begun = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What followed the state that the run goes on from will be told again."""
-        self.told_of, self.begun = trainer.global_step, True
+        self.told_of = trainer.global_step
         if trainer.is_global_zero:
             self.open = self.file.open("ab", buffering=0)
             kept = min(self.open.tell() // 4, trainer.global_step)
@@ -71,8 +70,7 @@ class Losses(AtSteps):
         return True
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: Any) -> None:
-        if self.begun:
-            self.note(trainer)
+        self.note(trainer)
         self.look(trainer)
         raw = checkpoint[KEY]["raw"].values() if KEY in checkpoint else []
         look_at_weights(trainer, [*pl_module.parameters(), *raw])

@@ -1,6 +1,6 @@
 """When several steps may pass at once: only where nobody could tell the difference."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
@@ -58,13 +58,12 @@ LOOKS: dict[type[L.Callback], Callable[[Any], int]] = {
 }
 
 
-def steps_of(callback: L.Callback) -> Iterator[int]:
-    """At multiples of these steps, Lightning must call the callback."""
-    every = (
-        callback.every_n_steps if isinstance(callback, AtSteps) else LOOKS.get(type(callback), lambda _: 0)(callback)
-    )
-    if every:
-        yield every
+def steps_between(callback: L.Callback) -> int:
+    """Return n if Lightning must call the callback at each multiple of n steps; 0 if any step will do."""
+    if isinstance(callback, AtSteps):
+        return callback.every_n_steps or 0
+    look = LOOKS.get(type(callback))
+    return look(callback) if look else 0
 
 
 def reason_against(trainer: Any, module: L.LightningModule) -> str | None:

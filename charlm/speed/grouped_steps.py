@@ -1,7 +1,7 @@
 """Several optimizer steps between two of Lightning's."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, Literal
 
 import lightning as L
@@ -14,7 +14,7 @@ from torch import Tensor
 from charlm.callbacks.at_steps import AtSteps
 from charlm.data.chunks import RandomChunks
 from charlm.module import Batch, LanguageModel
-from charlm.speed.conditions import reason_against, steps_of
+from charlm.speed.conditions import reason_against, steps_between
 from charlm.speed.cuda_graph import CUDAGraph
 
 MOST = 100  # steps in a group: a signal waits for its end
@@ -98,8 +98,7 @@ def steps_before_due(trainer: Any, most: int) -> int:
     due.append(trainer.log_every_n_steps - loop._batches_that_stepped % trainer.log_every_n_steps)
     if trainer.max_steps > 0:
         due.append(trainer.max_steps - step)
-    for callback in trainer.callbacks:
-        due += [every - step % every for every in steps_of(callback)]
+    due += [every - step % every for callback in trainer.callbacks if (every := steps_between(callback))]
     return min(most, *due) - 1
 
 
@@ -113,9 +112,7 @@ class Steps:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.callbacks = [c for c in trainer.callbacks if isinstance(c, AtSteps)]
         self.clips = self.trainer.gradient_clip_val is not None
-        graphed = CUDAGraph(self.step, [self.optimizer], module.device) if cuda_graph else None
-        self.run: Callable[[Sequence[Batch]], Tensor] = graphed or self.step
-        self.graphed = cuda_graph
+        self.graph = CUDAGraph(self.step, [self.optimizer], module.device) if cuda_graph else None
         self.k = 0  # the number of the next batch
 
     def take(self, n: int, fetcher: _PrefetchDataFetcher) -> None:
@@ -130,8 +127,10 @@ class Steps:
             for self.k in range(first, first + n * per_step, per_step):
                 fetched = [self.on_device(next(batches)) for _ in range(per_step)]
                 self.module.seed_batch(self.k)
-                loss = self.run(fetched)
-                losses.append(loss.clone() if self.graphed else loss)  # a graph's next replay overwrites it
+                loss = (
+                    self.graph(fetched).clone() if self.graph else self.step(fetched)
+                )  # its next replay overwrites it
+                losses.append(loss)
                 for scheduler in schedulers:
                     scheduler.step()
         count(loop, n, n * per_step, len(schedulers))
