@@ -150,7 +150,9 @@ def terminable() -> Iterator[None]:
     in_main_thread = threading.current_thread() is threading.main_thread()
     ours = [number for number in numbers if in_main_thread and signal.getsignal(number) == signal.SIG_DFL]
 
-    def end(number: int, frame: FrameType | None) -> NoReturn:
+    def end(number: int, frame: FrameType | None) -> None:
+        if isinstance(sys.exception(), SystemExit):  # already ending, and run.json has to say by what: by the first
+            return
         # A closing terminal sends SIGHUP twice, and the second must not interrupt the end that the first began.
         for one in ours:
             signal.signal(one, signal.SIG_IGN)

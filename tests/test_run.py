@@ -102,6 +102,17 @@ def test_run_json_is_there_before_the_first_step_and_tells_of_the_end(begun, tra
     assert found["step"] == checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
 
 
+def test_further_signals_do_not_come_before_run_json_tells_of_the_first(begun, tmp_path):
+    begun.line("step")
+    begun.send_signal(signal.SIGTERM)
+    while told(tmp_path / "run")["status"] == "running" and begun.process.is_alive():
+        begun.send_signal(signal.SIGTERM)  # as a batch system does
+        time.sleep(0.001)
+    begun.end()
+    found = told(tmp_path / "run")
+    assert (found["status"], found["reason"]) == ("stopped", "SIGTERM")
+
+
 def test_a_killed_run_is_told_as_such_by_the_next(begun, train, tmp_path):
     begun.line("step")
     begun.kill()
