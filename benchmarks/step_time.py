@@ -6,8 +6,9 @@
 All train the same model without validation. charlm is `python train.py` with its default logging, progress and
 checkpoints. On shared cores one process may find its neighbours busier than the next: so the loops run inside of
 charlm's process, and all take turns, a stretch of some steps each. A round is a fresh process, and its figures are
-medians over the stretches, the first few left out. `stock Lightning` is a module with automatic optimization as its
-documentation shows one, on the same batches, logging to TensorBoard at each step that is due.
+medians over the stretches, the first few left out. Two rows train by `Trainer.fit` instead of train.py, with nothing
+but a TensorBoard logger: charlm's LanguageModel, and stock Lightning, a module with automatic optimization as its
+documentation shows one, on the same batches.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ from charlm.data import CharDataModule
 from charlm.data.corpus import load_corpus
 from charlm.model.bigram import Bigram
 from charlm.model.gpt import GPT
+from charlm.module import LanguageModel
+from charlm.optimizer.adamw import adamw
 
 CHARACTERS = 200_000  # of the text: what follows a run's last step, and is not timed, then takes less long
 WARMUP = 3  # stretches
@@ -60,16 +64,16 @@ class Task:
     variants: tuple[str, ...]  # more settings of charlm, each on its own
 
 
-STOCK = "stock Lightning"
+STOCK, ORDINARY = "stock Lightning", "LanguageModel, with no callbacks of charlm"
 OBSERVED = (
     "+callbacks.rates._target_=lightning.pytorch.callbacks.LearningRateMonitor "
     "+callbacks.kept._target_=lightning.pytorch.callbacks.ModelCheckpoint +callbacks.kept.dirpath=kept "
     "trainer.enable_checkpointing=true trainer.enable_progress_bar=true"
 )
-SHOWN = {OBSERVED: "charlm, LearningRateMonitor, ModelCheckpoint and Lightning's bar", STOCK: STOCK}
+SHOWN = {OBSERVED: "charlm, LearningRateMonitor, ModelCheckpoint and Lightning's bar", STOCK: STOCK, ORDINARY: ORDINARY}
 
 TASKS = {
-    "bigram": Task(Bigram, 32, 8, 3000, 100, 1e-2, None, (), ("speed=off", STOCK, OBSERVED, "compile=true")),
+    "bigram": Task(Bigram, 32, 8, 3000, 100, 1e-2, None, (), ("speed=off", STOCK, ORDINARY, OBSERVED, "compile=true")),
     "gpt": Task(
         lambda vocab_size: GPT(vocab_size, block_size=64, n_layer=4, n_head=4, n_embd=128),
         12,
@@ -181,8 +185,8 @@ class Stock(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=self.task.lr, fused=True)
 
 
-def train_stock(task_name: str, corpus: str, path: str, threads: int) -> None:
-    """Train by stock Lightning in this process, with the loops beside it."""
+def train_without_hydra(kind: str, task_name: str, corpus: str, path: str, threads: int) -> None:
+    """Train by Lightning alone in this process, taking turns with the loops."""
     torch.set_num_threads(threads)
     task = TASKS[task_name]
     data = CharDataModule("text", task.block_size, task.batch_size, path=corpus)
@@ -198,7 +202,10 @@ def train_stock(task_name: str, corpus: str, path: str, threads: int) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Stock(task, data.tokenizer.vocab_size), data)
+    module: L.LightningModule = Stock(task, data.vocab_size)
+    if kind == ORDINARY:
+        module = LanguageModel(task.model(data.vocab_size), partial(adamw, lr=task.lr))
+    trainer.fit(module, data)
 
 
 def now(device: torch.device) -> float:
@@ -232,8 +239,8 @@ def race(task_name: str, variant: str, corpus: Path, threads: int, accelerator: 
         overrides = [f"{key}={value}" for key, value in settings.items()]
         env = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(Path(__file__).parent)}
         command = [sys.executable, str(TRAIN), *task.settings, *overrides, *variant.split()]
-        if variant == STOCK:
-            command = [sys.executable, __file__, "--stock", str(corpus), str(path), "--model", task_name]
+        if variant in (STOCK, ORDINARY):
+            command = [sys.executable, __file__, "--fit", variant, str(corpus), str(path), "--model", task_name]
             command += ["--threads", str(threads)]
         subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True)
         seconds = json.loads(path.read_text())
@@ -248,11 +255,11 @@ def main() -> None:
     parser.add_argument("--accelerator", choices=["cpu", "gpu"], default="cpu")
     parser.add_argument("--corpus", help="a text file; default: Tiny Shakespeare")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--stock", nargs=2, help="corpus and result of a stock run, here: for the script itself")
+    parser.add_argument("--fit", nargs=3, help="module, corpus and result of one run here: for the script itself")
     args = parser.parse_args()
-    if args.stock:
-        corpus_file, result_file = args.stock
-        train_stock(args.model, corpus_file, result_file, args.threads)
+    if args.fit:
+        kind, corpus_file, result_file = args.fit
+        train_without_hydra(kind, args.model, corpus_file, result_file, args.threads)
         return
     task, console = TASKS[args.model], Console()
     variants = ("", *task.variants, *(["speed.cuda_graph=true"] if args.accelerator == "gpu" else []))

@@ -36,6 +36,8 @@ from charlm.optimizer.adamw import adamw
 from charlm.optimizer.muon import muon
 from charlm.scheduler import constant, linear, warmup_cosine
 from charlm.speed import GroupedSteps
+from charlm.speed.grouped_steps import Steps
+from charlm.speed.table_gradient import table_gradient
 
 LR, STEPS = 1e-2, 40
 
@@ -212,6 +214,37 @@ def test_grouped_steps_are_those_of_lightning_to_the_bit(fit, data, case):
 @pytest.mark.parametrize("case", [case for case in EVERY[::4] if case not in PAIRWISE], ids=", ".join)
 def test_more_grouped_steps_are_those_of_lightning_to_the_bit(fit, data, case):
     check_equal(both_ways(fit, data, case))
+
+
+@pytest.mark.parametrize("flags", ["as it is", "clipping", "clipping values"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_the_gradient_of_a_table_needs_no_autograd(fit, data, monkeypatch, optimizer, flags):
+    monkeypatch.setattr(Steps, "autograd", None)
+    check_equal(both_ways(fit, data, ("bigram", optimizer, "cosine", flags, "32-true")))
+
+
+@pytest.mark.parametrize("case", ["hook", "frozen", "subclass", "loss of its own", "anomalies", "half", "accumulating"])
+def test_autograd_is_left_out_only_where_nobody_could_tell(fit, data, case):
+    class Subclass(Bigram):
+        pass
+
+    model = (Subclass if case == "subclass" else Bigram)(data.vocab_size)
+    table = model.token_embedding_table.weight
+    gradients: list[torch.Tensor] = []
+    if case == "hook":
+        table.register_hook(gradients.append)
+    if case == "loss of its own":
+        model.loss = model.loss  # as a user may replace it
+    table.requires_grad_(case != "frozen")
+    module = LanguageModel(model, make_adamw if case != "frozen" else lambda m: torch.optim.SGD([table], lr=LR))
+    settings = {"accumulate_grad_batches": 2 if case == "accumulating" else 1}
+    settings |= {"precision": "bf16-true"} if case == "half" else {}
+    module.trainer = trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **settings)
+    with torch.autograd.set_detect_anomaly(case == "anomalies"):
+        assert table_gradient(trainer, module, 32) is None
+    if case == "hook":
+        fit(module=module)
+        assert len(gradients) == STEPS
 
 
 def test_steps_are_grouped_where_nothing_is_due(fit):

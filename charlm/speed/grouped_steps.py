@@ -16,6 +16,7 @@ from charlm.data.chunks import RandomChunks
 from charlm.module import Batch, LanguageModel
 from charlm.speed.conditions import reason_against, steps_between
 from charlm.speed.cuda_graph import CUDAGraph
+from charlm.speed.table_gradient import table_gradient
 
 MOST = 100  # steps in a group: a signal waits for its end
 
@@ -61,7 +62,7 @@ class GroupedSteps(L.Callback):
         if most == 1:
             return
         self.loop = trainer.fit_loop.epoch_loop
-        steps = Steps(trainer, pl_module, self.cuda_graph)  # type: ignore[arg-type]
+        steps = Steps(trainer, pl_module, loader, self.cuda_graph)  # type: ignore[arg-type]
         advance = self.loop.advance
 
         def grouped(fetcher: _PrefetchDataFetcher) -> None:
@@ -105,9 +106,12 @@ def steps_before_due(trainer: Any, most: int) -> int:
 class Steps:
     """Optimizer steps as a plain loop takes them, counted as Lightning counts its own."""
 
-    def __init__(self, trainer: Any, module: LanguageModel, cuda_graph: bool):
+    def __init__(self, trainer: Any, module: LanguageModel, loader: RandomChunks, cuda_graph: bool):
         self.trainer = trainer
         self.module = module
+        self.travel = loader.ids.device != module.device  # batches, of a corpus that does not fit on the GPU
+        self.shortcut = table_gradient(trainer, module, loader.batch_size * loader.block_size)
+        self.backward = self.shortcut or self.autograd
         self.optimizer = trainer.optimizers[0]
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.callbacks = [c for c in trainer.callbacks if isinstance(c, AtSteps)]
@@ -123,14 +127,15 @@ class Steps:
         for callback in self.callbacks:
             callback.before_steps(trainer, self.module)
         losses, first = [], loop.batch_progress.total.ready
-        with torch.enable_grad():
+        with torch.set_grad_enabled(not self.shortcut):
             for self.k in range(first, first + n * per_step, per_step):
-                fetched = [self.on_device(next(batches)) for _ in range(per_step)]
-                self.module.seed_batch(self.k)
-                loss = (
-                    self.graph(fetched).clone() if self.graph else self.step(fetched)
-                )  # its next replay overwrites it
-                losses.append(loss)
+                fetched = [next(batches) for _ in range(per_step)]
+                if self.travel:
+                    fetched = [self.module.transfer_batch_to_device(b, self.module.device, 0) for b in fetched]
+                if not self.shortcut:  # which draws nothing at random
+                    self.module.seed_batch(self.k)
+                # The next replay of a graph overwrites its loss.
+                losses.append(self.graph(fetched).clone() if self.graph else self.step(fetched))
                 for scheduler in schedulers:
                     scheduler.step()
         count(loop, n, n * per_step, len(schedulers))
@@ -138,24 +143,25 @@ class Steps:
         for callback in self.callbacks:
             callback.after_steps(trainer, self.module, losses)
 
-    def on_device(self, batch: Batch) -> Batch:
-        x, y = batch
-        return x.to(self.module.device, non_blocking=True), y.to(self.module.device, non_blocking=True)
-
     def step(self, batches: Sequence[Batch]) -> Tensor:
         """One optimizer step on the mean loss of batches from number k on. Returns the loss of the last one."""
         for parameter in self.parameters:
             parameter.grad = None
+        loss = self.backward(batches)
+        if self.clips:
+            trainer = self.trainer
+            self.module.clip_gradients(self.optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
+        self.optimizer.step()
+        return loss
+
+    def autograd(self, batches: Sequence[Batch]) -> Tensor:
+        """Add up the gradients of batches, each divided by their number. Returns the loss of the last one."""
         for i, (x, y) in enumerate(batches):
             if i > 0:  # the first is seeded outside, where a graph leaves it possible
                 self.module.seed_batch(self.k + i)
             with self.trainer.precision_plugin.train_step_context():  # anew, as autocast keeps the weights that it cast
                 loss = self.module.mean_loss(self.module.model, x, y) / len(batches)
             loss.backward()
-        if self.clips:
-            trainer = self.trainer
-            self.module.clip_gradients(self.optimizer, trainer.gradient_clip_val, trainer.gradient_clip_algorithm)
-        self.optimizer.step()
         return loss.detach() * len(batches)
 
 
