@@ -5,11 +5,11 @@ import io
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 from tensorboard.plugins.hparams.api_pb2 import Status
@@ -168,3 +168,11 @@ def hyperparameters(config: dict[str, Any], data: CharDataModule) -> dict[str, s
     flat |= {f"trainer.{key}": config["trainer"][key] for key in TRAINER_SETTINGS}
     plain = (str, int, float, bool)
     return {key: value if isinstance(value, plain) else str(value) for key, value in flat.items() if value is not None}
+
+
+def begin_logs(loggers: Sequence[Logger], config: dict[str, Any], data: CharDataModule, state: Any) -> None:
+    """Log the settings of a run; if it goes on from a checkpoint, first remove the rows that follow it."""
+    for logger in loggers:
+        if state and isinstance(logger, TensorBoard | CSV):
+            logger.resume(state.content["callbacks"]["Checkpoint"]["logged"])
+        logger.log_hyperparams(hyperparameters(config, data))

@@ -102,7 +102,7 @@ def caution(line: str) -> None:
 def header(
     config: dict[str, Any], data: "CharDataModule", model: "nn.Module", trainer: "L.Trainer", steps: str
 ) -> None:
-    """Before a run: what is trained, on what, how, and where it is written.
+    """Before a run: what is trained, on what, how, where it is written, and what to look out for.
 
     Args:
         steps: how they are taken, one by one or several at once.
@@ -132,6 +132,8 @@ def header(
         table.add_row(Text(name, style="bold cyan"), Text(value, overflow="fold"))
     say(table)
     console.print()
+    for line in corpus.cautions():
+        caution(line)
 
 
 def describe_device(device: "torch.device") -> str:

@@ -1,12 +1,16 @@
-"""What Lightning's Trainer lacks: fully sharded training on any device, and a precision that suits the device."""
+"""What Lightning's Trainer lacks: fully sharded training on any device, and values for settings that are `auto`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
+
+from charlm.budget import steps_of
+from charlm.data import CharDataModule
 
 
 class FSDP(ModelParallelStrategy):
@@ -61,3 +65,28 @@ def precision_for(precision: str, accelerator: str) -> str:
         accelerator != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
     )
     return "bf16-mixed" if on_gpu else "32-true"
+
+
+def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
+    """Replace each `auto` in a run's settings, as this machine and the size of a step suggest, and set up PyTorch.
+
+    Also replaces `data.path` by the absolute path where the text was found.
+    """
+    cfg.trainer.max_steps = steps_of(cfg.trainer.max_steps, cfg.max_tokens, cfg.trainer.max_time)
+    if cfg.data.path:
+        cfg.data.path = data.corpus.source
+    # What a forward pass multiplies; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
+    multiplications = sum(p.numel() for p in model.parameters()) * data.batch_size * data.block_size
+    if model.block_size == 1:  # a table: to look up more at once takes no memory, and a batch costs more than that
+        data.tokens_at_once = 65_536
+    if cfg.threads == "auto":
+        # Small steps gain nothing from threads, which wait twenty times as long for each other on busy cores.
+        cfg.threads = torch.get_num_threads() if multiplications > 1e8 else 1
+    torch.set_num_threads(cfg.threads)
+    # Where algorithms are deterministic, PyTorch also fills all new memory: a tenth of a GPT's step, for nothing.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    cfg.trainer.precision = precision_for(cfg.trainer.precision, cfg.trainer.accelerator)
+    on_cpu = cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    if on_cpu and cfg.trainer.precision.startswith("bf16") and data.block_size <= 256:
+        # So short, PyTorch's fused attention takes a CPU up to four times as long in bf16 as the plain one.
+        torch.backends.cuda.enable_flash_sdp(False)  # of all devices, for all its name

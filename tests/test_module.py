@@ -234,10 +234,10 @@ def test_autograd_is_left_out_only_where_nobody_could_tell(fit, data, case):
     if case == "hook":
         table.register_hook(gradients.append)
     if case == "loss of its own":
-        model.loss = model.loss  # as a user may replace it
+        vars(model)["loss"] = model.loss  # as a user may replace it
     table.requires_grad_(case != "frozen")
     module = LanguageModel(model, make_adamw if case != "frozen" else lambda m: torch.optim.SGD([table], lr=LR))
-    settings = {"accumulate_grad_batches": 2 if case == "accumulating" else 1}
+    settings: dict[str, Any] = {"accumulate_grad_batches": 2 if case == "accumulating" else 1}
     settings |= {"precision": "bf16-true"} if case == "half" else {}
     module.trainer = trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, **settings)
     with torch.autograd.set_detect_anomaly(case == "anomalies"):

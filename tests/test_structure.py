@@ -97,6 +97,7 @@ LAYERS += [
     "logger",
     "terminal",
     "callbacks",
+    "results",
     "speed",
     "run",
     "resume",

@@ -1,5 +1,9 @@
 """Observers of training: adding or removing one leaves the trained weights bitwise the same."""
 
+from collections.abc import Mapping
+
+import lightning as L
+
 from charlm.callbacks.at_steps import AtSteps
 from charlm.callbacks.best import Best
 from charlm.callbacks.bigram_table import BigramTable
@@ -24,4 +28,32 @@ __all__ = [
     "Stop",
     "Throughput",
     "Validations",
+    "in_order",
 ]
+
+
+def in_order(
+    observers: Mapping[str, L.Callback] | None,
+    run_dir: str,
+    throughput: Throughput,
+    stop_at: int | None = None,
+    speed: L.Callback | None = None,
+) -> list[L.Callback]:
+    """Return all callbacks of a run, in the order in which Lightning has to call them.
+
+    Args:
+        observers: those that the settings name.
+        stop_at: the step to stop after.
+        speed: what groups steps.
+    """
+    given = [*(observers or {}).values()]
+    savers = [callback for callback in given if isinstance(callback, Checkpoint)]
+    return [
+        Validations(run_dir, throughput),  # no checkpoint is ahead of its file
+        *(callback for callback in given if callback not in savers),
+        *savers,  # a state is saved when all others are done with its step
+        Losses(run_dir),
+        throughput,  # its clock starts after what the others do before a step
+        Stop(stop_at),
+        *([speed] if speed else []),
+    ]

@@ -1,0 +1,51 @@
+"""The final figures of a run: what results.json holds."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import nn
+
+from charlm import report, terminal
+from charlm.budget import stopped_by
+from charlm.callbacks import Throughput
+from charlm.data import CharDataModule
+from charlm.evaluate import figures
+from charlm.generate import write
+from charlm.logger import FINISHED
+from charlm.module import VALIDATION
+
+
+def finish(
+    config: dict[str, Any], data: CharDataModule, model: nn.Module, trainer: L.Trainer, throughput: Throughput
+) -> tuple[dict[str, Any], str]:
+    """Evaluate a trained model exactly. Returns the results, which go to the dashboard as well, and a sample."""
+    model = model.to(trainer.strategy.root_device)
+    with terminal.tracked("evaluating") as progress:
+        found = figures(model, data, config["evaluate"], report=progress)
+    # The curves reach the last step. HPARAMS shows the first names of the alphabet: among them should be the verdict.
+    logged = {"final/val/loss": found["val/loss"]}
+    module: Any = trainer.lightning_module
+    if module.validated_at != trainer.global_step:
+        logged |= {name: found[name] for name in VALIDATION}
+    for logger in trainer.loggers:
+        logger.log_metrics(logged, trainer.global_step - 1)  # Lightning numbers steps from 0
+        logger.finalize(FINISHED)
+    results = {
+        "status": "finished",
+        "corpus": data.corpus.name,
+        "model": report.name_of(config["model"]),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "seed": config["seed"],
+        "min_context": data.min_context,
+        "device": str(trainer.strategy.root_device),
+        "steps": trainer.global_step,
+        "stopped_by": stopped_by(trainer, config["trainer"]["max_steps"]),
+        "train/tokens": throughput.tokens,
+        "train/seconds": throughput.seconds,
+        "train/tokens_per_second": throughput.tokens_per_second,
+        **found,
+    }
+    with torch.inference_mode():
+        sample = "".join(write(model, data.tokenizer, config["sample_length"], seed=config["seed"]))
+    return results, sample
