@@ -151,8 +151,9 @@ def terminable() -> Iterator[None]:
     ours = [number for number in numbers if in_main_thread and signal.getsignal(number) == signal.SIG_DFL]
 
     def end(number: int, frame: FrameType | None) -> None:
-        if isinstance(sys.exception(), SystemExit):  # already ending, and run.json has to say by what: by the first
-            return
+        error = sys.exception()
+        if error and any(isinstance(one, SystemExit) for one in chain(error)):
+            return  # the process ends already, and run.json has to say by what
         # A closing terminal sends SIGHUP twice, and the second must not interrupt the end that the first began.
         for one in ours:
             signal.signal(one, signal.SIG_IGN)
