@@ -8,7 +8,9 @@ import difflib
 import importlib.util
 import inspect
 import pkgutil
+import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -16,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 from annotated_types import DocInfo, Ge, Gt, Le, Len, Lt, Predicate, doc
 from pydantic import ConfigDict, PydanticUserError, StringConstraints, TypeAdapter, ValidationError
 
-from charlm.errors import InputError
+from charlm.errors import InputError, chain
 
 HYDRA_KEYS = {"_target_": str, "_partial_": bool, "_args_": list, "_recursive_": bool, "_convert_": str}
 Positive = Annotated[int, Ge(1)]
@@ -210,6 +212,21 @@ def annotations(target: Any) -> dict[str, Any]:
         return get_type_hints(target.__init__ if inspect.isclass(target) else target, include_extras=True)
     except (NameError, TypeError):
         return {}
+
+
+@contextmanager
+def arguments_as_settings(group: str, node: dict[str, Any]) -> Iterator[None]:
+    """Let a mistake name its arguments as the command line does: `data.block_size`, and not `block_size`."""
+    names = "|".join(inspect.signature(resolve(group, node["_target_"])).parameters)
+    try:
+        yield
+    except Exception as error:
+        for mistake in chain(error):
+            if isinstance(mistake, ValueError) and mistake.args:
+                # An argument that is also an English word is meant only where a value follows.
+                found = rf"(?<![\w./])(?=(?:{names})(?!\w))(?=\w*(?:_\w|=))"
+                mistake.args = (re.sub(found, f"{group}.", str(mistake.args[0])), *mistake.args[1:])
+        raise
 
 
 def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[str]:

@@ -68,7 +68,7 @@ def scheduled(
     """
     if budget.steps is not None and warmup_steps >= budget.steps:
         raise ValueError(
-            f"scheduler.warmup_steps={warmup_steps} leaves nothing of a run of {budget.steps} steps: "
+            f"warmup_steps={warmup_steps} leaves nothing of a run of {budget.steps} steps: "
             f"choose fewer, or a longer run"
         )
     known: dict[int, float] = {}  # of the newest step: the groups of an optimizer must not read the clock in turn

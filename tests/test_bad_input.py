@@ -370,11 +370,11 @@ def test_the_command_itself_tells_a_mistake_in_one_line(refused, train, text_fil
 
 
 def test_a_text_needs_a_path(refused, check):
-    assert "data.path is missing" in refused(check, "data=text")
+    assert "data.corpus=text needs a path: say data.path=FILE" in refused(check, "data=text")
 
 
 def test_a_named_corpus_takes_no_path(refused, check):
-    assert "data=text" in refused(check, "data=pydoc", "data.path=x.txt")
+    assert "say data.corpus=text" in refused(check, "data=pydoc", "data.path=x.txt")
 
 
 def test_an_unknown_corpus_lists_the_known(refused, check):

@@ -122,5 +122,5 @@ def test_counts_are_those_of_the_batches():
 @pytest.mark.parametrize("make", [lambda ids: RandomChunks(ids, 8, 1, 0), lambda ids: Windows(ids, 8)])
 def test_a_split_needs_one_character_more_than_a_block(make):
     make(torch.arange(9))
-    with pytest.raises(InputError, match=r"has 8 characters, and data\.block_size=8 needs at least 9"):
+    with pytest.raises(InputError, match=r"has 8 characters, and block_size=8 needs at least 9"):
         make(torch.arange(8))

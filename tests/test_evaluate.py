@@ -188,5 +188,5 @@ def test_one_model_has_one_loss_at_every_block_size_that_shows_it_as_much():
 
 
 def test_a_window_cannot_show_more_than_it_holds():
-    with pytest.raises(InputError, match=r"data.min_context=9 is more than data.block_size=8 characters can show"):
+    with pytest.raises(InputError, match=r"^min_context=9 is more than block_size=8 characters can show"):
         CharDataModule("pydoc", 8, 1, min_context=9).setup()

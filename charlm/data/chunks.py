@@ -181,6 +181,6 @@ class Windows:
 def check_length(ids: Tensor, block_size: int, split: str) -> None:
     if len(ids) < block_size + 1:
         raise InputError(
-            f"the {split} split has {len(ids)} characters, and data.block_size={block_size} needs at least "
-            f"{block_size + 1}: choose a smaller data.block_size, a longer text or other split fractions"
+            f"the {split} split has {len(ids)} characters, and block_size={block_size} needs at least "
+            f"{block_size + 1}: choose a smaller block_size, a longer text or other split fractions"
         )

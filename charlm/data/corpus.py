@@ -57,7 +57,7 @@ def tinyshakespeare(path: str | None = None) -> Corpus:
     A file with another hash is refused; a download reaches its place only whole.
     """
     if path is not None:
-        raise InputError(f"data.path={path}: Tiny Shakespeare needs no path; for your own text say data=text")
+        raise InputError(f"path={path}: Tiny Shakespeare needs no path; for your own text say corpus=text")
     folder = os.environ.get("CHARLM_DATA")
     local = Path(folder, "tinyshakespeare", "input.txt") if folder else None
     if local is not None and local.is_file():
@@ -65,7 +65,7 @@ def tinyshakespeare(path: str | None = None) -> Corpus:
         if (found := hashlib.sha256(raw).hexdigest()) != SHAKESPEARE_SHA256:
             raise InputError(
                 f"{local} is not Tiny Shakespeare: its sha256 begins {found[:12]} and not {SHAKESPEARE_SHA256[:12]}; "
-                f"replace it, or read it under its own name with data=text data.path={local}"
+                f"replace it, or read it under its own name with corpus=text path={local}"
             )
         return Corpus("tinyshakespeare", raw.decode(), str(local))
     fetched = download_shakespeare()
@@ -120,7 +120,7 @@ def describe(error: OSError) -> str:
 def pydoc(path: str | None = None) -> Corpus:
     """The language reference that every CPython carries for `help()`: English prose, with no download."""
     if path is not None:
-        raise InputError(f"data.path={path}: the pydoc corpus needs no path; for your own text say data=text")
+        raise InputError(f"path={path}: the pydoc corpus needs no path; for your own text say corpus=text")
     from pydoc_data import topics
 
     text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
@@ -133,7 +133,7 @@ def text(path: str | None = None) -> Corpus:
     Several files are read in the order of their names, each ending in a newline.
     """
     if not path:
-        raise InputError("data.path is missing: say data.path=FILE, data.path=FOLDER or data.path='GLOB'")
+        raise InputError("corpus=text needs a path: say path=FILE, path=FOLDER or path='GLOB'")
     files = find_text(path)
     parts = [read_text(file) for file in files]
     if not any(parts):
@@ -154,14 +154,14 @@ def find_text(path: str) -> list[Path]:
             kinds = " ".join(TEXT_SUFFIXES)
             raise InputError(
                 f"no text in the folder {path}: looked for {kinds} (also .gz), in it and below; "
-                f"name other files by a glob, such as data.path='{place / '**' / '*.py'}'"
+                f"name other files by a glob, such as path='{place / '**' / '*.py'}'"
             )
     elif has_magic(str(path)):
         files = [Path(f) for f in glob(str(place), recursive=True) if os.path.isfile(f)]
         if not files:
-            raise InputError(f"data.path={path} matches no file: check the pattern, ** stands for any folders")
+            raise InputError(f"path={path} matches no file: check the pattern, ** stands for any folders")
     else:
-        raise InputError(f"data.path={path} does not exist: give a file, a folder or a glob (looked in {os.getcwd()})")
+        raise InputError(f"path={path} does not exist: give a file, a folder or a glob (looked in {os.getcwd()})")
     return sorted(files)
 
 
@@ -193,5 +193,5 @@ def load_corpus(name: str, path: str | None = None) -> Corpus:
         CorpusUnavailable: if it cannot be had from here.
     """
     if name not in CORPORA:
-        raise InputError(f"data.corpus={name} is unknown: choose one of {', '.join(CORPORA)}")
+        raise InputError(f"corpus={name} is unknown: choose one of {', '.join(CORPORA)}")
     return CORPORA[name](path)

@@ -89,7 +89,7 @@ class CharDataModule(L.LightningDataModule):
             return
         if self.min_context > self.block_size:
             raise InputError(
-                f"data.min_context={self.min_context} is more than data.block_size={self.block_size} characters can "
+                f"min_context={self.min_context} is more than block_size={self.block_size} characters can "
                 f"show: make it {self.block_size} at most"
             )
         self.corpus = load_corpus(self.corpus_name, self.path)
@@ -106,7 +106,7 @@ class CharDataModule(L.LightningDataModule):
         """Contiguous views, in the order of the text: train, val and, if asked for, test."""
         if self.val_fraction + self.test_fraction >= 1:
             raise InputError(
-                f"data.val_fraction={self.val_fraction} and data.test_fraction={self.test_fraction} leave nothing to "
+                f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} leave nothing to "
                 f"train on: their sum must be below 1"
             )
         n = len(ids)

@@ -113,8 +113,8 @@ class GPT(nn.Module):
         super().__init__()
         if n_embd % n_head:
             raise ValueError(
-                f"model.n_embd={n_embd} cannot be shared out to model.n_head={n_head} heads: "
-                f"choose a multiple of {n_head} as model.n_embd, or another model.n_head"
+                f"n_embd={n_embd} cannot be shared out to n_head={n_head} heads: "
+                f"choose a multiple of {n_head} as n_embd, or another n_head"
             )
         self.block_size, self.dropout, self.heads = block_size, dropout, (n_head, n_embd // n_head)
         self.token_embedding = nn.Embedding(vocab_size, n_embd)  # also scores, as the last step
@@ -167,6 +167,6 @@ class GPT(nn.Module):
         if end > self.block_size:
             raise ValueError(
                 f"{end} characters are more than the {self.block_size} positions of this model: "
-                f"give it the last {self.block_size}, or choose a larger model.block_size"
+                f"give it the last {self.block_size}, or choose a larger block_size"
             )
         return self.token_embedding(idx) + self.position_embedding.weight[start:end]

@@ -130,8 +130,8 @@ class TransformerPP(nn.Module):
         super().__init__()
         if n_embd % (2 * n_head):
             raise ValueError(
-                f"model.n_embd={n_embd} cannot be shared out to model.n_head={n_head} heads of pairs of channels: "
-                f"choose a multiple of {2 * n_head} as model.n_embd, or another model.n_head"
+                f"n_embd={n_embd} cannot be shared out to n_head={n_head} heads of pairs of channels: "
+                f"choose a multiple of {2 * n_head} as n_embd, or another n_head"
             )
         self.block_size, self.dropout, self.mlp = block_size, dropout, mlp
         self.heads = n_head, n_embd // n_head
@@ -195,6 +195,6 @@ class TransformerPP(nn.Module):
         if end > self.block_size:
             raise ValueError(
                 f"{end} characters are more than the {self.block_size} positions of this model: "
-                f"give it the last {self.block_size}, or choose a larger model.block_size"
+                f"give it the last {self.block_size}, or choose a larger block_size"
             )
         return self.token_embedding(idx), self.cos[start:end], self.sin[start:end]

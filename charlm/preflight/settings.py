@@ -97,9 +97,11 @@ def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> None:
     own = plain["model"]["_target_"].startswith("charlm.")
     try:
         with torch.device("meta"), limited_tensors():  # shapes without numbers: at once, and in no memory
-            model = instantiate(plain["model"], vocab_size=2)
+            with config.arguments_as_settings("model", plain["model"]):
+                model = instantiate(plain["model"], vocab_size=2)
             model(torch.zeros(1, plain["data"]["block_size"], dtype=torch.long))
-        instantiate(plain["scheduler"])(torch.optim.SGD([torch.zeros(1)]), budget_of(trainer))
+        with config.arguments_as_settings("scheduler", plain["scheduler"]):
+            instantiate(plain["scheduler"])(torch.optim.SGD([torch.zeros(1)]), budget_of(trainer))
     except ValueError as error:
         raise InputError(one_line(error)) from error
     except InstantiationException as error:
@@ -172,9 +174,10 @@ def check_text(plain: dict[str, Any]) -> list[str]:
         InputError: for a text that cannot be had or is too short, or a split that there is not.
     """
     data = instantiate(plain["data"], tokenizer=instantiate(plain["tokenizer"]))
-    data.setup()
-    for split in plain["evaluate"]:
-        data.windows(split)
+    with config.arguments_as_settings("data", plain["data"]):
+        data.setup()
+        for split in plain["evaluate"]:
+            data.windows(split)
     return [*data.corpus.cautions()]
 
 
