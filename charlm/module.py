@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from charlm.budget import Budget, budget_of
 from charlm.data import CharDataModule
 from charlm.data.chunks import IGNORE
-from charlm.errors import InputError
+from charlm.errors import Diverged, InputError
 from charlm.evaluate import Score, evaluate, mean_loss, token_losses
 from charlm.generate import write
 from charlm.optimizer.adamw import adamw
@@ -88,6 +88,18 @@ class LanguageModel(L.LightningModule):
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         if (self.global_step + 1) % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             self.log("train/lr", float(optimizer.param_groups[0]["lr"]))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Raise Diverged for a loss that is not finite, where the trainer logs: to look at it makes a GPU wait."""
+        step, loss = self.global_step, outputs.get("loss")
+        every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        if loss is None or (step % every and step != self.trainer.max_steps):
+            return
+        if not self.trainer.strategy.reduce_boolean_decision(bool(loss.isfinite())):
+            raise Diverged(
+                f"{Diverged.words}: the loss of step {step:,} is infinite or not a number; try a lower learning rate, "
+                f"or Trainer(gradient_clip_val=1)"
+            )
 
     def on_train_start(self) -> None:
         self.generator = generator_of(self.device)

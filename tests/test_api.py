@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import charlm
 from charlm import Bigram, CharDataModule, LanguageModel
 from charlm.errors import InputError
+from charlm.speed import GroupedSteps
 from charlm.tokenizer import CharTokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -173,6 +174,15 @@ def test_weights_are_averaged_by_lightning(data):
     average = L.pytorch.callbacks.StochasticWeightAveraging(1e-2, swa_epoch_start=1)
     trainer_of(max_epochs=4, limit_val_batches=0, callbacks=[average]).fit(module, data)
     assert not torch.equal(bigram.token_embedding_table.weight, first)
+
+
+@pytest.mark.parametrize("callbacks", [[], [GroupedSteps()]], ids=["one by one", "in groups"])
+def test_a_loss_that_is_not_finite_ends_training_in_one_line(data, callbacks):
+    model = Bigram(data.vocab_size)
+    module = LanguageModel(model)
+    torch.nn.init.constant_(model.token_embedding_table.weight, math.nan)
+    with pytest.raises(InputError, match=r"^training diverged: the loss of step 10 is infinite or not a number; try"):
+        trainer_of(max_steps=30, log_every_n_steps=10, limit_val_batches=0, callbacks=callbacks).fit(module, data)
 
 
 def test_the_losses_of_a_validation_are_finite_numbers(data):
