@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from charlm.model.mixture import Mixture
     from charlm.model.mlp import MLP
     from charlm.model.transformerpp import TransformerPP
-    from charlm.module import LanguageModel
+    from charlm.module import LanguageModel, load
 
 __version__ = "0.1.0"
 __all__ = [
@@ -25,8 +25,9 @@ __all__ = [
     "LanguageModel",
     "Mixture",
     "TransformerPP",
+    "load",
 ]
-PLACES = {"CharDataModule": "data.datamodule", "LanguageModel": "module"}  # the others are models
+PLACES = {"CharDataModule": "data.datamodule", "LanguageModel": "module", "load": "module"}  # the others are models
 
 
 def __getattr__(name: str) -> Any:

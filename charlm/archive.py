@@ -302,8 +302,8 @@ def digest(file: IO[bytes]) -> str:
     return sha256.hexdigest()
 
 
-def load_lightning(path: Path) -> dict[str, Any]:
-    """Return the content of a file that Lightning's own `trainer.save_checkpoint` wrote, on the CPU.
+def load_lightning(path: Path, device: str = "cpu") -> dict[str, Any]:
+    """Return the content of a file that Lightning's own `trainer.save_checkpoint` wrote.
 
     torch reads it without running its code. Before that, the zip must be one that torch writes: not compressed, no
     record twice, no more in it than the size of the file.
@@ -320,9 +320,13 @@ def load_lightning(path: Path) -> dict[str, Any]:
         if not (records and stored_only and once and sum(r.file_size for r in records) <= size):
             raise Refused("is not a checkpoint: its records are not as torch.save writes them")
         file.seek(0)
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        content = torch.load(file, map_location=device, weights_only=True)
         if type(content) is not dict or not isinstance(content.get("state_dict"), dict):
             raise Refused("is not a checkpoint of Lightning: it has no state_dict")
+        for name, weight in content["state_dict"].items():
+            plain = type(weight) is Tensor and weight.layout == torch.strided and weight.dtype in NAMES
+            if type(name) is not str or not plain:
+                raise Refused(f"is not a checkpoint of charlm: {printable(str(name), 80)} is no plain tensor")
         record = content.get("charlm")
         if isinstance(record, dict) and record.get("format") != FORMAT:
             raise Refused(EARLIER)

@@ -1,4 +1,7 @@
-"""A checkpoint file -> model, tokenizer, configuration. Loads without running any code that is in the file."""
+"""A checkpoint file -> model, tokenizer, configuration. Loads without running any code that is in the file.
+
+Read are charlm's own files (`charlm.archive`), and those that Lightning's `trainer.save_checkpoint` writes.
+"""
 
 import json
 import os
@@ -19,21 +22,26 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from charlm import archive
 from charlm.archive import FORMAT
 from charlm.config import STRICT, check_node
+from charlm.data.datamodule import CharDataModule
 from charlm.disk import PARTIAL, check_kind, write_atomically
 from charlm.errors import InputError, out_of_memory, printable, warn
 from charlm.tokenizer import TOKENIZERS, CharTokenizer
 
 NAME, PREVIOUS = "last.ckpt", "previous.ckpt"  # two generations: damage to one file costs the steps between them
 BEST = "best.ckpt"
+LARGEST_VOCABULARY = 0x110000  # characters in Unicode
 COMPUTED = 2**28  # bytes, at most, of what a model computes from its settings and keeps beside its weights
 TOO_LARGE = "it names a larger model than it has weights for; use another checkpoint"
 Count = Annotated[int, Ge(0), Le(2**48)]  # of steps, bytes and the like: more would overflow in sums and products
 # What every checkpoint holds, beside what a run needs to go on: each place in the file, and its type.
-PARTS: dict[str, Any] = {
+MODEL: dict[str, Any] = {
     "global_step": Count,
     "state_dict": dict[str, Tensor],
     "charlm.format": Annotated[int, Ge(FORMAT), Le(FORMAT)],
     "charlm.config.model": dict[str, Any],
+}
+# And what it holds where a `CharDataModule` served the batches.
+TEXT: dict[str, Any] = {
     "charlm.config.data": dict[str, Any],
     "charlm.config.evaluate": list[str],
     "charlm.tokenizer": dict[str, str | list[Annotated[int, Ge(0), Le(0x10FFFF)]]],
@@ -77,6 +85,20 @@ class Newest(NamedTuple):
 def record(config: dict[str, Any], tokenizer: CharTokenizer, corpus: dict[str, Any]) -> dict[str, Any]:
     """What a checkpoint holds beside weights and training state; plain types only."""
     return {"format": FORMAT, "config": config, "tokenizer": tokenizer.state_dict(), "corpus": corpus}
+
+
+def record_of(model: nn.Module, data: CharDataModule | None) -> dict[str, Any]:
+    """Return the same without a configuration of Hydra: from the model, and what it is trained on.
+
+    Args:
+        data: None where it is trained on batches of the user's own, of whose text and tokenizer nothing is known.
+    """
+    kind = type(model)
+    node = {"_target_": f"{kind.__module__}.{kind.__qualname__}"} | getattr(model, "arguments", {})
+    if data is None:
+        return {"format": FORMAT, "config": {"model": node}}
+    config = {"model": node, "data": data.settings(), "evaluate": [*data.splits]}
+    return record(config, data.tokenizer, data.corpus.card())
 
 
 def generations(run_or_file: str | Path) -> list[Path]:
@@ -133,11 +155,32 @@ def load(run_or_file: str | Path, device: str | torch.device = "cpu") -> Checkpo
         InputError: for a file that is missing, cut off, of another kind or not charlm's.
     """
     path, content, _ = found(run_or_file)
-    kept = content["charlm"]
-    with readable(path):
-        tokenizer = TOKENIZERS[kept["tokenizer"]["name"]].from_state_dict(kept["tokenizer"])
-        model = trained(kept["config"]["model"], tokenizer.vocab_size, weights_of(content))
+    kept, tokenizer = content["charlm"], tokenizer_of(path, content)
+    assert tokenizer is not None
+    model = model_of(path, content, tokenizer)
     return Checkpoint(path, content["global_step"], model.to(device).eval(), tokenizer, kept["config"], kept["corpus"])
+
+
+def tokenizer_of(path: Path, content: dict[str, Any]) -> CharTokenizer | None:
+    """Return the tokenizer of a checkpoint, if it has one.
+
+    Raises:
+        InputError: for one that cannot be.
+    """
+    kept = content["charlm"].get("tokenizer")
+    with readable(path):
+        return TOKENIZERS[kept["name"]].from_state_dict(kept) if kept else None
+
+
+def model_of(path: Path, content: dict[str, Any], tokenizer: CharTokenizer | None) -> nn.Module:
+    """Return the model of a checkpoint, with its weights, on the CPU.
+
+    Raises:
+        InputError: for a model that is not charlm's, or that has other weights.
+    """
+    node = content["charlm"]["config"]["model"]
+    with readable(path):
+        return trained(node, tokenizer.vocab_size if tokenizer else None, weights_of(content))
 
 
 def check_weights(path: Path, content: dict[str, Any]) -> None:
@@ -146,10 +189,9 @@ def check_weights(path: Path, content: dict[str, Any]) -> None:
     Raises:
         InputError: if their names or shapes are of another model.
     """
-    kept = content["charlm"]
+    tokenizer = tokenizer_of(path, content)
     with readable(path):
-        vocab_size = TOKENIZERS[kept["tokenizer"]["name"]].from_state_dict(kept["tokenizer"]).vocab_size
-        sketch(kept["config"]["model"], vocab_size, weights_of(content))
+        sketch(content["charlm"]["config"]["model"], tokenizer.vocab_size if tokenizer else None, weights_of(content))
 
 
 @contextmanager
@@ -173,13 +215,17 @@ def one_line(error: Exception) -> str:
     return printable(said[0], 300) or type(error).__name__
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The content of a checkpoint of charlm, as plain types and tensors on the CPU.
+def read(path: Path, needs_text: bool = True) -> dict[str, Any]:
+    """The content of a checkpoint, as plain types and tensors on the CPU.
+
+    Args:
+        needs_text: whether to refuse one that has no tokenizer and no text.
 
     Raises:
         InputError: if it is missing, damaged, of another kind or version; what to do is for the caller to say.
     """
-    return checked(path, archive.load(path))
+    content = archive.load_lightning(path) if archive.is_zip(path) else archive.load(path)
+    return checked(path, content, needs_text)
 
 
 def outline(path: Path) -> dict[str, Any]:
@@ -188,15 +234,25 @@ def outline(path: Path) -> dict[str, Any]:
     Raises:
         InputError: as `read`.
     """
-    return checked(path, archive.outline(path))
+    content = archive.load_lightning(path, "meta") if archive.is_zip(path) else archive.outline(path)
+    return checked(path, content, needs_text=False)
 
 
-def checked(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+def checked(path: Path, content: dict[str, Any], needs_text: bool) -> dict[str, Any]:
     """Content that is of charlm, of this format and of the right types."""
     kept = content.get("charlm")
     if not isinstance(kept, dict) or not isinstance(content.get("state_dict"), dict):
-        raise InputError(f"{path} is a checkpoint of another program, and charlm reads those that train.py writes")
-    check_parts(path, content, PARTS)
+        raise InputError(
+            f"{path} is a checkpoint of another program, and charlm reads those of train.py and of LanguageModel"
+        )
+    check_parts(path, content, MODEL)
+    if "tokenizer" in kept or "corpus" in kept:
+        check_parts(path, content, TEXT)
+    elif needs_text:
+        raise InputError(
+            f"{path} has no tokenizer and no text, as no CharDataModule served its batches: load it in Python, "
+            f"charlm.load(PATH).generate(prompt, length, tokenizer=...)"
+        )
     return content
 
 
@@ -226,7 +282,7 @@ def weights_of(content: dict[str, Any]) -> dict[str, Tensor]:
     return {k.removeprefix("model."): v for k, v in content["state_dict"].items() if k.startswith("model.")}
 
 
-def trained(node: dict[str, Any], vocab_size: int, weights: dict[str, Tensor]) -> nn.Module:
+def trained(node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tensor]) -> nn.Module:
     """The model that a configuration names, with these weights, for which it must not be too large."""
     sketch(node, vocab_size, weights)  # before memory is taken
     model = build(node, vocab_size)
@@ -234,7 +290,7 @@ def trained(node: dict[str, Any], vocab_size: int, weights: dict[str, Tensor]) -
     return model
 
 
-def sketch(node: dict[str, Any], vocab_size: int, weights: dict[str, Tensor]) -> None:
+def sketch(node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tensor]) -> None:
     """Make the model that a configuration names without memory for its numbers, and hold `weights` against it.
 
     Raises:
@@ -261,18 +317,28 @@ def sketch(node: dict[str, Any], vocab_size: int, weights: dict[str, Tensor]) ->
     empty.load_state_dict(weights, assign=True)
 
 
-def build(node: dict[str, Any], vocab_size: int) -> nn.Module:
-    """The model that a configuration names, among charlm's own: a checkpoint of a stranger must not name others."""
+def build(node: dict[str, Any], vocab_size: int | None) -> nn.Module:
+    """The model that a configuration names, among charlm's own: a checkpoint of a stranger must not name others.
+
+    Args:
+        vocab_size: of its tokenizer; None: the configuration has it.
+    """
     target = node["_target_"] if isinstance(node["_target_"], str) else "no name"
     found = pkgutil.resolve_name(target) if target.startswith("charlm.model.") else None
     if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith("charlm.model.")):
-        raise InputError(f"the checkpoint names {target} as its model, which is not one of charlm.model: not loaded")
+        raise InputError(
+            f"the checkpoint names {target} as its model, which is not one of charlm.model: "
+            f"load it in Python, LanguageModel.load_from_checkpoint(PATH, model=...)"
+        )
     settings = {k: v for k, v in node.items() if not k.startswith("_")}
+    named = settings.pop("vocab_size", vocab_size)
+    if type(named) is not int or not 1 <= named <= LARGEST_VOCABULARY or vocab_size not in (None, named):
+        raise InputError(f"the checkpoint gives model.vocab_size={printable(str(named), 40)}, which cannot be")
     for key, value in settings.items():
         if not isinstance(value, str | int | float | None):  # which might name something of its own, or have no end
             raise InputError(f"the checkpoint gives model.{key} more than one value, which no model of charlm takes")
     check_node("model", settings | {"_target_": target})
-    return found(vocab_size=vocab_size, **settings)
+    return found(vocab_size=named, **settings)
 
 
 def describe(path: Path, content: dict[str, Any]) -> dict[str, Any]:
@@ -282,7 +348,7 @@ def describe(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         "checkpoint": str(path),
         "generation": {NAME: "last", PREVIOUS: "previous", BEST: "best"}.get(path.name),
         "bytes": path.stat().st_size,
-        "sha256": archive.stored_hash(path),
+        "sha256": None if archive.is_zip(path) else archive.stored_hash(path),
         "format": kept["format"],
         "step": content["global_step"],
         "model": kept["config"]["model"],
@@ -291,8 +357,8 @@ def describe(path: Path, content: dict[str, Any]) -> dict[str, Any]:
             name: {"shape": list(w.shape), "dtype": str(w.dtype).removeprefix("torch.")} for name, w in weights.items()
         },
         "optimizer_state": bool(content.get("optimizer_states")),
-        "tokenizer": kept["tokenizer"]["name"],
-        "corpus": kept["corpus"],
+        "tokenizer": kept["tokenizer"]["name"] if "tokenizer" in kept else None,
+        "corpus": kept.get("corpus"),
     }
 
 

@@ -4,7 +4,9 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
 
 import lightning as L
 import torch
@@ -16,9 +18,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from charlm.budget import Budget, budget_of
+from charlm.checkpoint import found, model_of, read, record_of, tokenizer_of
 from charlm.data import CharDataModule
 from charlm.data.chunks import IGNORE
-from charlm.errors import Diverged, InputError
+from charlm.errors import Diverged, InputError, one_line
 from charlm.evaluate import Score, evaluate, mean_loss, token_losses
 from charlm.generate import write
 from charlm.optimizer.adamw import adamw
@@ -58,6 +61,7 @@ class LanguageModel(L.LightningModule):
         seed: int = 0,
     ):
         super().__init__()
+        self.save_hyperparameters({"seed": seed, "compile": compile}, logger=False)
         self.model = model
         self.optimizer, self.make_scheduler = optimizer, scheduler
         self.record = record or {}
@@ -222,10 +226,68 @@ class LanguageModel(L.LightningModule):
         return whole.train(self.model.training)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["charlm"], checkpoint["validated_at"] = self.record, self.validated_at
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        found = self.record or record_of(self.model, data if isinstance(data, CharDataModule) else None)
+        checkpoint["charlm"], checkpoint["validated_at"] = found, self.validated_at
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.validated_at = checkpoint["validated_at"]
+        self.validated_at = checkpoint.get("validated_at", -1)
+
+    @classmethod
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = True,
+        **arguments: Any,
+    ) -> Self:
+        """Make a module from a checkpoint of charlm, or from a file of `trainer.save_checkpoint`; runs no code from it.
+
+        Args:
+            map_location: the device for the module; None: the CPU.
+            hparams_file: not used, since the checkpoint has all.
+            strict: whether the names of weights must be those of the model; None: yes.
+            weights_only: True, or None for the same: nothing is unpickled.
+            arguments: of the constructor; `model` is needed for a model that is not charlm's, and otherwise made from
+                the name and the arguments in the file.
+
+        Raises:
+            InputError: for a file that is missing, damaged or of another kind, or whose model is not charlm's.
+        """
+        if hparams_file is not None or weights_only is False:
+            raise InputError("load_from_checkpoint reads no hparams_file, and unpickles nothing: leave both away")
+        path = Path(checkpoint_path)
+        content = read(path, needs_text=False)
+        tokenizer, known = tokenizer_of(path, content), content.get("hyper_parameters")
+        if "model" not in arguments:
+            arguments["model"] = model_of(path, content, tokenizer)
+        for name, kind in {"seed": int, "compile": bool}.items():
+            if isinstance(known, dict) and type(known.get(name)) is kind:
+                arguments.setdefault(name, known[name])
+        module = cls(**arguments)
+        try:
+            module.load_state_dict(content["state_dict"], strict=strict is not False)
+        except RuntimeError as error:
+            raise InputError(f"{path} has the weights of another model: {one_line(error)}") from error
+        module.on_load_checkpoint(content)
+        module.tokenizer = tokenizer
+        return module.to(map_location or "cpu")
+
+
+def load(path: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
+    """Open what was trained, ready to `generate` and `evaluate`.
+
+    Args:
+        path: a run folder, whose newest whole checkpoint is taken; a checkpoint of charlm; or a file of
+            `trainer.save_checkpoint`.
+
+    Raises:
+        InputError: if there is none, or none that can be read.
+    """
+    newest = found(path, partial(read, needs_text=False)).path
+    return LanguageModel.load_from_checkpoint(newest, device).eval()
 
 
 def make_optimizer(given: MakeOptimizer | Optimizer, model: nn.Module) -> Optimizer:

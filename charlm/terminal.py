@@ -194,12 +194,12 @@ def checkpoint(found: dict[str, Any]) -> RenderableType:
     settings = {k: v for k, v in found["model"].items() if not k.startswith("_")}
     lines = {
         "file": f"{quote(Path(found['checkpoint']))}, {found['bytes']:,} bytes",
-        "hash": f"{found['sha256']}, which its content has",
+        "hash": f"{found['sha256']}, which its content has" if found["sha256"] else "none, as Lightning wrote it",
         "step": f"{found['step']:,}",
         "model": ", ".join([name_of(found["model"]), *(f"{k}={v}" for k, v in settings.items())]),
         "parameters": f"{found['parameters']:,}",
         "optimizer": "its state is there" if found["optimizer_state"] else "its state is not there",
-        "corpus": f"{found['corpus']['name']}, sha256 {found['corpus']['sha256']}",
+        "corpus": f"{found['corpus']['name']}, sha256 {found['corpus']['sha256']}" if found["corpus"] else "not known",
     }
     lines |= {"exported to": quote(Path(found["exported"]))} if "exported" in found else {}
     grid = Table.grid(padding=(0, 2))

@@ -1,14 +1,15 @@
 """charlm from Python, without Hydra: what the README shows, and what Lightning's documentation promises."""
 
+import json
 import math
-import os
 import re
-import subprocess
-import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import nbclient
+import nbformat
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -38,19 +39,23 @@ def data(text_file):
     return CharDataModule(path=str(text_file))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:jupyter_client", "ignore:.*platformdirs:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["english", pytest.param("chinese", marks=SLOW), pytest.param("code", marks=SLOW)])
-def test_the_example_of_the_readme_works_as_it_stands(tmp_path, kind):
+def test_the_example_of_the_readme_works_in_a_notebook(tmp_path, monkeypatch, kind):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("JUPYTER_PLATFORM_DIRS", "1")
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     (tmp_path / "my.txt").write_text(TEXTS[kind], encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     (code,) = (block for block in blocks if "fit(" in block)
     code = code.replace("max_steps=3000", "max_steps=600, accelerator='cpu'").replace("ROMEO:", TEXTS[kind][:3])
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code]
-    ended = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    assert TEXTS[kind][:3] in ended.stdout
-    assert "Score(loss=" in ended.stdout
-    assert "train/loss" in ended.stdout  # on Lightning's own bar
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(code)])
+    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    outputs = notebook.cells[0].outputs
+    printed = "".join(output.get("text", "") for output in outputs if output.get("name") == "stdout")
+    assert TEXTS[kind][:3] in printed
+    assert "Score(loss=" in printed
+    assert "train/loss" in str(notebook.metadata.widgets)  # on Lightning's own bar
 
 
 def test_what_is_public_is_there():
@@ -189,3 +194,167 @@ def test_the_losses_of_a_validation_are_finite_numbers(data):
     score = LanguageModel(Bigram(data.vocab_size)).evaluate(data)
     assert math.isfinite(score.loss)
     assert math.isfinite(score.loss_se)
+
+
+MODELS = [
+    lambda v: charlm.Bigram(v),
+    lambda v: charlm.GPT(v, block_size=8, n_layer=1, n_head=2, n_embd=8, dropout=0.1),
+    lambda v: charlm.TransformerPP(v, block_size=8, n_layer=1, n_head=2, n_embd=8, mlp="swiglu"),
+    lambda v: charlm.MLP(v, block_size=8, n_embd=4, n_hidden=8),
+    lambda v: charlm.LSTM(v, n_layer=1, n_embd=8),
+    lambda v: charlm.GRU(v, n_layer=1, n_embd=8),
+]
+
+
+def saved(folder: Path, module: LanguageModel, data: Any, **flags: Any) -> Path:
+    """A file of Lightning's own `save_checkpoint`, after a few steps."""
+    trainer = trainer_of(max_steps=3, limit_val_batches=0, **flags)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(folder / "saved.ckpt")
+    return folder / "saved.ckpt"
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_what_a_trainer_saved_is_loaded_from_name_and_arguments(tmp_path, data, make):
+    module = LanguageModel(make(data.vocab_size), seed=7)
+    file = saved(tmp_path, module, data)
+    for again in (charlm.load(file), LanguageModel.load_from_checkpoint(file)):
+        assert type(again.model) is type(module.model)
+        assert again.model.arguments == module.model.arguments
+        assert (again.seed, again.hparams["seed"]) == (7, 7)
+        assert again.generate("the", 20, seed=3) == module.generate("the", 20, seed=3)
+        assert again.evaluate(data) == module.evaluate(data)
+    assert not charlm.load(file).training
+
+
+def test_each_model_has_a_row_above():
+    assert {type(make(5)).__name__ for make in MODELS} | {"Mixture"} == {*charlm.__all__} - {
+        "CharDataModule",
+        "LanguageModel",
+        "load",
+    }
+
+
+def test_the_commands_read_what_a_trainer_saved(tmp_path, data, call):
+    module = LanguageModel(charlm.GPT(data.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    file = saved(tmp_path, module, data)
+    assert json.loads(call("checkpoint", str(file), "--json").out)["model"]["n_embd"] == 8
+    shown = call("checkpoint", str(file))
+    assert (shown.code, "none, as Lightning wrote it" in shown.out) == (0, True)
+    told = json.loads(call("evaluate", str(file), "--split", "val", "--json").out)
+    assert told["val/loss"] == pytest.approx(module.evaluate(data).loss, rel=1e-6)
+    [text] = json.loads(call("generate", str(file), "--prompt", "the", "--length", "9", "--json").out)["samples"]
+    assert text == module.generate("the", 9, seed=1337)
+
+
+def test_a_run_is_loaded_by_its_folder(trained, text_file):
+    module, data = charlm.load(trained), CharDataModule(path=str(text_file))
+    figures = json.loads((trained / "results.json").read_text())
+    assert module.evaluate(data).loss == pytest.approx(figures["val/loss"], rel=1e-6)
+    assert len(module.generate("the", 5)) == 8
+    newest = trained / "checkpoints" / "last.ckpt"
+    assert torch.equal(*(next(m.parameters()) for m in (module, LanguageModel.load_from_checkpoint(newest))))
+
+
+class Uniform(torch.nn.Module):
+    """A model of a user's own."""
+
+    block_size = 8
+
+    def __init__(self, vocab_size: int):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.zeros(vocab_size))
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        return self.logits.expand(*idx.shape, -1)
+
+
+def weight_of(module: LanguageModel) -> torch.Tensor:
+    return next(module.model.parameters())
+
+
+def test_another_model_is_passed(tmp_path, data, call):
+    module = LanguageModel(Uniform(data.vocab_size))
+    file = saved(tmp_path, module, data)
+    with pytest.raises(InputError, match=r"saved.ckpt is not used: .*Uniform as its model, .*_checkpoint.*model="):
+        LanguageModel.load_from_checkpoint(file)
+    again = LanguageModel.load_from_checkpoint(file, model=Uniform(data.vocab_size))
+    assert torch.equal(weight_of(again), weight_of(module))
+    assert len(again.generate("the", 3)) == 6
+    with pytest.raises(InputError, match=r"saved.ckpt has the weights of another model: .*"):
+        LanguageModel.load_from_checkpoint(file, model=Bigram(data.vocab_size))
+    ended = call("generate", str(file))
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a", "ignore:.*does not have many workers")
+def test_without_a_text_a_checkpoint_has_weights_only(tmp_path, call):
+    idx = torch.zeros(6, 8, dtype=torch.long)
+    module = LanguageModel(Bigram(5))
+    file = saved(tmp_path, module, DataLoader(TensorDataset(idx, idx), batch_size=3))
+    assert len(charlm.load(file).generate("a", 3, tokenizer=CharTokenizer.from_text("abcde"))) == 4
+    assert call("checkpoint", str(file)).code == 0
+    for command in ("generate", "evaluate"):
+        ended = call(command, str(file))
+        assert (ended.code, ended.err.count("\n")) == (2, 1)
+        assert "has no tokenizer and no text" in ended.err
+
+
+def test_a_fit_goes_on_from_what_a_trainer_saved(tmp_path, data):
+    file = saved(tmp_path, LanguageModel(Bigram(data.vocab_size)), data)
+    ends = []
+    for path in (file, None):
+        torch.manual_seed(0)
+        torch.nn.init.normal_((bigram := Bigram(data.vocab_size)).token_embedding_table.weight)
+        if path is None:
+            bigram.load_state_dict(torch.load(file, weights_only=True)["state_dict"], strict=False)
+        trainer = trainer_of(max_steps=6, limit_val_batches=0)
+        trainer.fit(LanguageModel(bigram), data, ckpt_path=path, weights_only=True)
+        ends.append(trainer.global_step)
+    assert ends == [6, 6]
+
+
+def damaged_files(file: Path) -> Any:
+    """Files of Lightning's that are cut off, or that claim something else."""
+    raw = file.read_bytes()
+    yield from (raw[: len(raw) // 2], raw[:10], b"PK", b"")
+    for change in (
+        lambda c: c["charlm"]["config"]["model"].update(_target_="os.system"),
+        lambda c: c["charlm"]["config"]["model"].update(_target_=3),
+        lambda c: c["charlm"]["config"]["model"].update(vocab_size=10**12),
+        lambda c: c["charlm"]["config"]["model"].update(vocab_size="9"),
+        lambda c: c["charlm"]["config"]["model"].update(n_layer=10**9),
+        lambda c: c["charlm"]["config"]["model"].update(n_embd=[8]),
+        lambda c: c["charlm"].update(format=1),
+        lambda c: c["charlm"].update(tokenizer={"name": "other"}),
+        lambda c: c["charlm"].update(tokenizer=[]),
+        lambda c: c["charlm"].pop("corpus"),
+        lambda c: c.pop("charlm"),
+        lambda c: c.update(charlm=[]),
+        lambda c: c.update(state_dict={}),
+        lambda c: c.update(state_dict={"model.x": torch.eye(2).to_sparse()}),
+        lambda c: c.update(state_dict={3: torch.eye(2)}),
+        lambda c: c.update(global_step="3"),
+        lambda c: c.update(hyper_parameters=[], charlm=None),
+    ):
+        content = torch.load(file, weights_only=True)
+        change(content)
+        torch.save(content, file.with_name("changed"))
+        yield file.with_name("changed").read_bytes()
+    with zipfile.ZipFile(file.with_name("zipped"), "w") as archive:
+        archive.writestr("a", "b")
+    yield file.with_name("zipped").read_bytes()
+
+
+def test_a_damaged_file_of_a_trainer_is_refused_in_one_line(tmp_path, data, call):
+    module = LanguageModel(charlm.GPT(data.vocab_size, block_size=8, n_layer=1, n_head=2, n_embd=8))
+    file, seen = saved(tmp_path, module, data), 0
+    for raw in damaged_files(file):
+        (tmp_path / "x.ckpt").write_bytes(raw)
+        with pytest.raises(InputError) as refusal:
+            charlm.load(tmp_path / "x.ckpt")
+        assert "\n" not in str(refusal.value)
+        ended = call("generate", str(tmp_path / "x.ckpt"))
+        assert (ended.code, ended.err.count("\n")) == (2, 1), ended.err
+        seen += 1
+    assert seen == 22

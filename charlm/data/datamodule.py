@@ -96,6 +96,12 @@ class CharDataModule(L.LightningDataModule):
         self.tokenizer = self.make_tokenizer(self.corpus.text)
         self.splits = self.split(self.tokenizer.encode(self.corpus.text))
 
+    def settings(self) -> dict[str, Any]:
+        """Return the arguments that make the same splits again, as plain types."""
+        names = ("block_size", "batch_size", "fallback", "val_fraction", "test_fraction", "min_context", "seed")
+        path = self.corpus.source if self.corpus_name == "text" else self.path  # absolute
+        return {"corpus": self.corpus_name, "path": path} | {name: getattr(self, name) for name in names}
+
     @property
     def vocab_size(self) -> int:
         """V, the number of symbols of the text, which is read for it if it was not yet."""

@@ -13,7 +13,34 @@ target in nats, as cross entropy of `forward` gives it, and 0 where a target is 
 
 One that counts has `count(ids)`, which is given the training split, (N,), before the first step.
 
+Its constructor's arguments are plain numbers and words, and `@keeps_arguments` remembers them: by its name and these a
+checkpoint tells which model its weights belong to.
+
 A list of equal blocks is an `nn.ModuleList`, by whose elements a model too large for one device is cut.
 
 Shape legend: B batch, T time, C channels, V vocabulary.
 """
+
+import inspect
+from functools import wraps
+from typing import Any, TypeVar
+
+from torch import nn
+
+Class = TypeVar("Class", bound=type[nn.Module])
+
+
+def keeps_arguments(model: Class) -> Class:
+    """Decorate a model so that it keeps its constructor's arguments, and the defaults of others, as `arguments`."""
+    init: Any = model.__init__
+    signature = inspect.signature(init)
+
+    @wraps(init)
+    def init_and_keep(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs)
+        given.apply_defaults()
+        self.arguments = {name: value for name, value in given.arguments.items() if value is not self}
+
+    setattr(model, "__init__", init_and_keep)  # noqa: B010
+    return model

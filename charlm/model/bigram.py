@@ -10,9 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from charlm.model import keeps_arguments
+
 LARGEST_TABLE = 512  # symbols; the rows that a batch looks up are less work than a larger table
 
 
+@keeps_arguments
 class Bigram(nn.Module):
     """Row i of the table is the logits of what follows character i.
 

@@ -13,6 +13,8 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from charlm.model import keeps_arguments
+
 
 class Cache(NamedTuple):
     """What `decode` has seen, and what it needs of the blocks: looked up once, and not for every character."""
@@ -85,6 +87,7 @@ def add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Ten
     return F.linear(y, weight, x if bias is None else x + bias)
 
 
+@keeps_arguments
 class GPT(nn.Module):
     """
     Args:

@@ -10,7 +10,10 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from charlm.model import keeps_arguments
 
+
+@keeps_arguments
 class LSTM(nn.Module):
     """
     Args:

@@ -24,6 +24,7 @@ from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from charlm.model import keeps_arguments
 from charlm.model.transformerpp import Cache, TransformerPP
 
 MULTIPLIER = 6364136223846793005  # of Knuth's generator modulo 2^64
@@ -249,6 +250,7 @@ class Network(TransformerPP):
         return found.alone * weights[:, -1:] + (found.change * weights.t()[:-1, :, None]).sum(0)
 
 
+@keeps_arguments
 class Mixture(nn.Module):
     """Networks that weigh and correct what was counted, each by itself; their probabilities are averaged.
 

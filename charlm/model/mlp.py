@@ -11,7 +11,10 @@ from annotated_types import Ge
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from charlm.model import keeps_arguments
 
+
+@keeps_arguments
 class MLP(nn.Module):
     """Takes any T: position t sees the characters t - block_size + 1 to t, and padding before the first.
 

@@ -13,6 +13,8 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from charlm.model import keeps_arguments
+
 
 class Cache(NamedTuple):
     """What `decode` has seen, and what it needs of the blocks: looked up once, and not for every character."""
@@ -99,6 +101,7 @@ class Block(nn.Module):
         return [attention.qkv.weight, attention.sharpness, attention.proj.weight, mlp.fc.weight, mlp.proj.weight]
 
 
+@keeps_arguments
 class TransformerPP(nn.Module):
     """Its head begins at zero and is not tied to the embedding, so that the first loss is log V exactly.
 
