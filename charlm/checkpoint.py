@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import torch
 from annotated_types import Ge, Le
@@ -22,10 +22,12 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from charlm import archive
 from charlm.archive import FORMAT
 from charlm.config import STRICT, check_node
-from charlm.data.datamodule import CharDataModule
 from charlm.disk import PARTIAL, check_kind, write_atomically
 from charlm.errors import InputError, out_of_memory, printable, warn
 from charlm.tokenizer import TOKENIZERS, CharTokenizer
+
+if TYPE_CHECKING:  # to generate text takes no Lightning, and so not the seconds of its import
+    from charlm.data.datamodule import CharDataModule
 
 NAME, PREVIOUS = "last.ckpt", "previous.ckpt"  # two generations: damage to one file costs the steps between them
 BEST = "best.ckpt"
@@ -87,7 +89,7 @@ def record(config: dict[str, Any], tokenizer: CharTokenizer, corpus: dict[str, A
     return {"format": FORMAT, "config": config, "tokenizer": tokenizer.state_dict(), "corpus": corpus}
 
 
-def record_of(model: nn.Module, data: CharDataModule | None) -> dict[str, Any]:
+def record_of(model: nn.Module, data: "CharDataModule | None") -> dict[str, Any]:
     """Return the same without a configuration of Hydra: from the model, and what it is trained on.
 
     Args:

@@ -200,7 +200,8 @@ class Guard:
     def __init__(self, folder: Path, outside: Path):
         self.folder, self.outside, self.found = os.path.realpath(folder), os.path.realpath(outside), list[str]()
         self.temporary = os.path.realpath(tempfile.gettempdir())
-        self.free = (f"{self.temporary}/charlm-", "/dev/", "/proc/")
+        self.server = f"{self.temporary}/pymp-"  # a folder of multiprocessing's, for the fork server of a sweep
+        self.free = (f"{self.temporary}/charlm-", self.server, "/dev/", "/proc/")
 
     def inside(self, path: Any) -> bool:
         if isinstance(path, int) or path is None:
@@ -226,7 +227,9 @@ class Guard:
             self.found.append(f"{event} {arguments!r}")
 
     def usual(self, event: str, arguments: tuple[Any, ...]) -> bool:
-        """Return whether charlm always starts this: git, uname, and train.py to reproduce a run."""
+        """Return whether charlm always does this: git, uname, train.py to reproduce a run, a sweep's fork server."""
+        if event == "socket.connect":
+            return str(arguments[1]).startswith(self.server)
         words = [str(word) for word in (arguments[1] if len(arguments) > 1 and isinstance(arguments[1], list) else [])]
         ours = bool(words) and (words[0] in ("git", "uname") or "train.py" in " ".join(words[:2]))
         return event == "subprocess.Popen" and ours

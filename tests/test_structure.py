@@ -66,7 +66,7 @@ def test_models_are_plain_torch():
     for name in MODELS:
         imports = re.findall(r"^(?:from|import) ([\w.]+)", (ROOT / "charlm" / "model" / f"{name}.py").read_text(), re.M)
         foreign = [i for i in imports if i.partition(".")[0] in ("lightning", "hydra", "omegaconf", "charlm")]
-        assert all(i.startswith("charlm.model.") for i in foreign)  # a model may be made of another
+        assert all(f"{i}.".startswith("charlm.model.") for i in foreign)  # a model may be made of another
 
 
 # The order in which text becomes figures; a module imports only from those before it.
