@@ -22,7 +22,9 @@ if TYPE_CHECKING:  # what does not read a state does without torch
     from charlm.checkpoint import Newest
 
 BUDGET = ("trainer.max_steps", "trainer.max_time", "max_tokens")
-MAY_CHANGE = (*BUDGET, "stop_at", "evaluate", "sample_length")
+# Where a run goes on, and how fast: its batches stay the same, and its figures up to rounding.
+MACHINE = ("trainer.accelerator", "trainer.devices", "threads", "speed.steps_per_execution", "speed.cuda_graph")
+MAY_CHANGE = (*BUDGET, *MACHINE, "stop_at", "evaluate", "sample_length")
 CONSTANT = "charlm.scheduler.constant"
 
 
@@ -58,7 +60,7 @@ def begun(cfg: DictConfig, overrides: Sequence[str]) -> "tuple[DictConfig, Newes
 
 
 def resumed(run_dir: Path, content: Mapping[str, Any], changes: Mapping[str, Any]) -> DictConfig:
-    """The configuration of the run in `run_dir`, with a longer budget if `changes` ask for one.
+    """The configuration of the run in `run_dir`, with a longer budget or other devices if `changes` ask for them.
 
     Args:
         content: of its newest checkpoint.
@@ -80,6 +82,12 @@ def resumed(run_dir: Path, content: Mapping[str, Any], changes: Mapping[str, Any
                 f"{key}={value} is not how {run_dir} was trained, with {old}: leave it out to go on as before, or "
                 f"start a new run, rerun={run_dir} {key}={value}"
             )
+        if key == "trainer.devices" and (not number_of(value) or number_of(value) != number_of(old)):
+            raise InputError(
+                f"trainer.devices={value} would change the batches, since {run_dir} was trained with "
+                f"trainer.devices={old} and each process has its own: name as many devices, or start a new run, "
+                f"rerun={run_dir} {key}={value}"
+            )
         if key in BUDGET and schedule != CONSTANT:
             raise InputError(
                 f"{key}={value} would change the learning rates of steps already made, as "
@@ -95,6 +103,13 @@ def resumed(run_dir: Path, content: Mapping[str, Any], changes: Mapping[str, Any
             f"rerun={run_dir}"
         )
     return changed(moved(config, config["run_dir"], str(run_dir.absolute())), {"stop_at": None, **changes})
+
+
+def number_of(devices: Any) -> int | None:
+    """Return how many devices a value of trainer.devices means; None where only the machine knows."""
+    if isinstance(devices, int) and devices > 0:
+        return devices
+    return len(devices) if isinstance(devices, list) else None
 
 
 def rerun(run_dir: Path, changes: Mapping[str, Any], new_dir: str) -> DictConfig:

@@ -290,12 +290,17 @@ def previous(folder: Path) -> Record | None:
 
 
 def differences(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
-    """What a run depends on beside its settings, and is not as it was: by name, then and now."""
+    """What a run depends on beside its settings, and is not as it was: by name, then and now.
+
+    How many steps are taken at once changes nothing but the speed.
+    """
     here = flat({"corpus": now["corpus"]} | now["surroundings"])
     found: dict[str, tuple[Any, Any]] = {}
     for surroundings in [*(session["surroundings"] for session in then["earlier"]), then["surroundings"]]:
         there = flat({"corpus": then["corpus"]} | surroundings)
-        found |= {k: (there.get(k), here.get(k)) for k in there | here if there.get(k) != here.get(k)}
+        found |= {
+            k: (there.get(k), here.get(k)) for k in (there | here).keys() - {"steps"} if there.get(k) != here.get(k)
+        }
     return found
 
 

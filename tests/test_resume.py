@@ -271,11 +271,27 @@ def test_metrics_csv_goes_on_where_the_state_was_saved(start, tmp_path, text_fil
         ("~callbacks.samples", "is not possible beside resume"),
         ("-m", "leave -m away"),
         ("stop_at=3", "has made 20 steps"),
+        ("trainer.devices=2", "would change the batches, since"),
+        ("trainer.devices=auto", "would change the batches, since"),
     ],
 )
 def test_a_change_of_what_was_is_refused(trained, change, told):
     with pytest.raises(InputError, match=re.escape(told)):
         check_command(["train.py", f"resume={trained}", change], ROOT / "conf")
+
+
+def test_a_run_goes_on_with_other_threads_and_steps_on_the_same_batches(train, tmp_path, text_file):
+    common = ["model=gpt", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "trainer.max_steps=60", "threads=1"]
+    common += ["data=text", f"data.path={text_file}", "data.block_size=8", "data.batch_size=8"]
+    assert train(*common, "trainer=cpu", "stop_at=25", "hydra.run.dir=other").code == 0
+    ended = train("resume=other", "threads=2", "speed.steps_per_execution=3", "trainer.accelerator=auto")
+    assert (ended.code, "threads was 1 and is 2: what follows may not be, to the bit" in ended.err) == (0, True)
+    assert "steps was" not in ended.err
+    assert train(*common, "trainer=cpu", "hydra.run.dir=unbroken").code == 0
+    ours, theirs = (checkpoint.read(tmp_path / run / "checkpoints" / "last.ckpt") for run in ("other", "unbroken"))
+    assert ours["global_step"] == theirs["global_step"] == 60
+    for name, weight in theirs["state_dict"].items():
+        torch.testing.assert_close(ours["state_dict"][name], weight, rtol=1e-4, atol=1e-6)
 
 
 def test_what_cannot_be_resumed_is_told(trained, tmp_path):
