@@ -75,13 +75,13 @@ class Score:
 
 
 def token_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """The loss of each target of x, y (B, T) in nats: (B, T) float32, 0 where the target is IGNORE."""
+    """The loss of each target of x, y (B, T) in nats: (B, T), 0 where the target is IGNORE."""
     shortcut: Any = getattr(model, "loss", None)
     if shortcut:
         found: Tensor = shortcut(x, y)
         return found
     logits = model(x)  # (B, T, V)
-    nll = F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), reduction="none", ignore_index=IGNORE)
+    nll = F.cross_entropy(in_single(logits).flatten(0, 1), y.flatten(), reduction="none", ignore_index=IGNORE)
     return nll.view_as(y)
 
 
@@ -90,7 +90,12 @@ def mean_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     if hasattr(model, "loss"):
         return token_losses(model, x, y).sum() / (y != IGNORE).sum()
     logits = model(x)  # (B, T, V)
-    return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten(), ignore_index=IGNORE)
+    return F.cross_entropy(in_single(logits).flatten(0, 1), y.flatten(), ignore_index=IGNORE)
+
+
+def in_single(logits: Tensor) -> Tensor:
+    """Logits in single precision, or in double where they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 @torch.inference_mode()

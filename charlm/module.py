@@ -66,6 +66,9 @@ class LanguageModel(L.LightningModule):
         self.optimizer, self.make_scheduler = optimizer, scheduler
         self.record = record or {}
         self.compile_it, self.seed = compile, seed
+        self.lr: float | None = (
+            None  # if given, it takes the place of the optimizer's: for Lightning's LearningRateFinder
+        )
         self.mean_loss = mean_loss
         self.validated_at = -1
         self.tokenizer: CharTokenizer | None = None  # of the data that it is trained on
@@ -182,6 +185,8 @@ class LanguageModel(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.optimizer, self.model)
+        for group in optimizer.param_groups if self.lr is not None else []:
+            group["lr"] = self.lr
         scheduler = self.make_scheduler(optimizer, self.budget())
         if scheduler is None:
             return optimizer

@@ -47,7 +47,8 @@ class Bigram(nn.Module):
             losses: Tensor = TableLoss.apply(table, idx, targets)
             return losses
         logits = self(idx)  # (B, T, V)
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view_as(targets)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
 
 
 class TableLoss(torch.autograd.Function):
@@ -58,8 +59,8 @@ class TableLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, table: Tensor, idx: Tensor, targets: Tensor) -> Tensor:
-        """table (V, V), idx and targets (B, T) -> losses (B, T) float32."""
-        log_p = table.log_softmax(-1, dtype=torch.float32)
+        """table (V, V), idx and targets (B, T) -> losses (B, T), in single precision at least."""
+        log_p = table.log_softmax(-1, dtype=torch.promote_types(table.dtype, torch.float32))
         ignored = targets < 0
         pairs = torch.add(targets, idx, alpha=len(table)).masked_fill_(ignored, 0)  # (B, T): idx * V + targets
         ctx.save_for_backward(log_p, pairs, ignored)
@@ -71,4 +72,4 @@ class TableLoss(torch.autograd.Function):
         log_p, pairs, ignored = ctx.saved_tensors
         of_pairs = gradient.masked_fill(ignored, 0.0).neg_().view(-1)
         of_log_p = log_p.new_zeros(log_p.numel()).scatter_add_(0, pairs.view(-1), of_pairs).view_as(log_p)
-        return torch._log_softmax_backward_data(of_log_p, log_p, -1, torch.float32).to(ctx.dtype), None, None
+        return torch._log_softmax_backward_data(of_log_p, log_p, -1, log_p.dtype).to(ctx.dtype), None, None

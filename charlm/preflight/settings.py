@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -56,6 +57,7 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
             raise InputError(f"trainer.{flag}={trainer[flag]} is not possible: {reason}")
     check_places(plain)
     check_average(plain)
+    check_finders(plain)
     if elsewhere:  # where each job checks this by itself
         trainer |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
     else:
@@ -245,6 +247,21 @@ def check_average(plain: dict[str, Any]) -> None:
     targets = [node["_target_"] for node in (plain["callbacks"] or {}).values()]
     if "charlm.callbacks.EMA" in targets and plain["trainer"]["strategy"] == FSDP.name:
         raise InputError("callbacks=ema averages whole weights, and trainer=fsdp spreads them: say trainer=ddp")
+
+
+def check_finders(plain: dict[str, Any]) -> None:
+    """Does no callback change settings that run.json records?
+
+    Raises:
+        InputError: for the first that does.
+    """
+    for name, node in (plain["callbacks"] or {}).items():
+        kind = config.resolve(f"callbacks.{name}", node["_target_"])
+        if isinstance(kind, type) and issubclass(kind, BatchSizeFinder | LearningRateFinder):
+            raise InputError(
+                f"callbacks.{name}={kind.__name__} changes a setting that run.json records: find it first, in Python "
+                f"or by a sweep, and give it as data.batch_size or optimizer.lr"
+            )
 
 
 def check_shortcuts(plain: dict[str, Any]) -> None:
