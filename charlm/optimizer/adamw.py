@@ -40,6 +40,7 @@ class AdamW(torch.optim.AdamW):
 
     # For each group: itself and its parameters, both averages and step counters, in the same order.
     kept: list[tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]] = []  # noqa: RUF012
+    kept_from: Any = None  # the state that they are part of, which is another object once it is loaded
 
     def __init__(self, params: Any, **settings: Any):
         super().__init__(params, **settings, fused=True)
@@ -56,7 +57,8 @@ class AdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         gradients: list[list[Any]] = [[p.grad for p in parameters] for _, parameters, *_ in self.kept]
-        if not self.kept or any(g is None for gs in gradients for g in gs):
+        known = self.kept_from is self.state and len(self.kept) == len(self.param_groups)
+        if not known or any(g is None for gs in gradients for g in gs):
             super().step()
             self.keep()
             return loss
@@ -73,18 +75,10 @@ class AdamW(torch.optim.AdamW):
     def keep(self) -> None:
         """Remember where everything is, once every parameter has its state and all are of one kind."""
         parameters = [p for group in self.param_groups for p in group["params"]]
-        self.kept = []
+        self.kept, self.kept_from = [], self.state
         if any(p not in self.state for p in parameters) or len({(p.device, p.dtype) for p in parameters}) > 1:
             return
         for group in self.param_groups:
             states = [self.state[p] for p in group["params"]]
             parts = ([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
             self.kept.append((group, group["params"], *parts))
-
-    def add_param_group(self, param_group: Any) -> None:
-        super().add_param_group(param_group)
-        self.kept = []  # and not yet all there is
-
-    def load_state_dict(self, state_dict: Any) -> None:
-        super().load_state_dict(state_dict)
-        self.kept = []  # all of it is elsewhere now

@@ -75,8 +75,6 @@ class Several(Optimizer):
         for one in self.optimizers:
             one.param_groups = [next(groups) for _ in one.param_groups]
             one.state = self.state
-            if isinstance(one, AdamW):
-                one.kept = []  # all of it is elsewhere now
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
