@@ -141,8 +141,8 @@ def check_node(path: str, node: Any) -> None:
     if needed and importlib.util.find_spec(needed) is None:
         raise InputError(f"{path}={needed} needs a package that is not there: pip install {needed}")
     parameters = inspect.signature(target).parameters
-    passed = PASSED.get(path, set()) | ({next(iter(parameters), "")} if node.get("_partial_") else set())
-    settings = {name: parameter for name, parameter in parameters.items() if name not in passed}
+    settings = settings_of(path, node)
+    passed = PASSED.get(path, set()) | (parameters.keys() - settings.keys())
     hints = annotations(target) | RANGES.get(node["_target_"], {})
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for key, value in node.items():
@@ -159,6 +159,22 @@ def check_node(path: str, node: Any) -> None:
         named = parameter.kind in (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         if named and parameter.default is inspect.Parameter.empty and name not in node:
             raise InputError(f"{path}.{name} is missing: give it a value, {path}.{name}=...")
+
+
+def settings_of(path: str, node: dict[str, Any]) -> dict[str, inspect.Parameter]:
+    """The parameters of what a node names that are settings, and not passed by charlm."""
+    parameters = inspect.signature(resolve(path, node["_target_"])).parameters
+    passed = PASSED.get(path, set()) | ({next(iter(parameters), "")} if node.get("_partial_") else set())
+    return {name: parameter for name, parameter in parameters.items() if name not in passed}
+
+
+def is_default(key: str, config: dict[str, Any]) -> bool:
+    """Is there a setting of this name that a configuration leaves at its default, by not having it?"""
+    path, _, name = key.rpartition(".")
+    node: Any = config
+    for part in path.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return isinstance(node, dict) and "_target_" in node and name not in node and name in settings_of(path, node)
 
 
 def check_value(path: str, value: Any, hint: Any) -> None:

@@ -11,7 +11,7 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from charlm.config import leaves, unknown_key
+from charlm.config import is_default, leaves, unknown_key
 from charlm.data.corpus import load_corpus
 from charlm.disk import PARTIAL, contents, is_regular
 from charlm.errors import InputError, one_line
@@ -73,7 +73,7 @@ def resumed(run_dir: Path, content: Mapping[str, Any], changes: Mapping[str, Any
     known = OmegaConf.create(config)
     for key, value in changes.items():
         if key not in leaves(config):
-            raise InputError(unknown_key(key, leaves(config)))
+            raise InputError(unrecorded(key, config, run_dir))
         old = OmegaConf.select(known, key)
         if value == old:
             continue
@@ -112,6 +112,13 @@ def number_of(devices: Any) -> int | None:
     return len(devices) if isinstance(devices, list) else None
 
 
+def unrecorded(key: str, config: dict[str, Any], run_dir: Path) -> str:
+    """The one line for a setting that a recorded run does not have."""
+    if is_default(key, config):
+        return f"{key} is not among the settings that {run_dir} records: write a command without it, or a new run"
+    return unknown_key(key, leaves(config))
+
+
 def rerun(run_dir: Path, changes: Mapping[str, Any], new_dir: str) -> DictConfig:
     """The configuration of the run in `run_dir`, with `changes`, for a new run in `new_dir`.
 
@@ -122,7 +129,7 @@ def rerun(run_dir: Path, changes: Mapping[str, Any], new_dir: str) -> DictConfig
     config, follows = record["config"], record["follows"]
     for key, value in {**follows, **changes}.items():
         if key not in leaves(config):
-            raise InputError(unknown_key(key, leaves(config)))
+            raise InputError(unrecorded(key, config, run_dir))
         if isinstance(OmegaConf.select(OmegaConf.create(config), key), DictConfig):
             raise InputError(
                 f"{key}={value} chooses another part, and rerun= takes over all parts with their values: say which "

@@ -195,12 +195,9 @@ def test_the_numbers_of_every_group_are_found():
         "trainer.max_time=00:00:00:00",
         "trainer.precision=nosuch",
         "trainer.deterministic=5",
-        "+trainer.limit_val_batches=1.5",
         "+trainer.limit_train_batches=-1",
-        "+trainer.overfit_batches=-1",
         "+trainer.min_steps=-1",
         "trainer.max_epochs=0",
-        "+trainer.fast_dev_run=-1",
     ],
 )
 def test_values_are_held_against_the_signature(refused, check, override):
@@ -482,7 +479,7 @@ def test_val_is_always_evaluated_since_runs_are_compared_by_it(refused, check, t
         (["trainer.strategy=ddp_spawn"], "trainer.strategy=ddp_spawn is not possible"),
         (["speed.cuda_graph=true"], "speed.cuda_graph=true is for one NVIDIA GPU"),
         (["speed.cuda_graph=true", "model=mixture"], "speed.cuda_graph=true needs steps of one size"),
-        (["trainer.strategy=fsdp"], "choose auto, or trainer=ddp or fsdp"),
+        (["trainer.strategy=fsdp"], "say trainer=fsdp, which is FSDP2"),
     ],
 )
 def test_hardware_that_is_not_there(refused, check, settings, words):
@@ -722,7 +719,14 @@ def test_evaluating_wants_the_text_of_the_run(refused, train, call, text_file):
 
 @pytest.mark.parametrize(
     "flag",
-    ["limit_val_batches=0.5", "limit_val_batches=2", "fast_dev_run=true", "overfit_batches=3", "barebones=true"],
+    [
+        "limit_val_batches=0.5",
+        "limit_val_batches=1",
+        "limit_val_batches=2",
+        "fast_dev_run=true",
+        "overfit_batches=3",
+        "barebones=true",
+    ],
 )
 def test_flags_that_would_make_figures_of_a_part_are_refused_with_the_reason(check, refused, flag):
     told = refused(check, f"+trainer.{flag}")

@@ -1,7 +1,10 @@
 """Ordinary Lightning code does the same with charlm's module as with one that is written as its documentation shows."""
 
 import csv
+import inspect
+import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -17,11 +20,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from charlm import GPT, CharDataModule, LanguageModel
+from charlm import GPT, CharDataModule, LanguageModel, checkpoint
 from charlm.callbacks import Best
 from charlm.data.chunks import IGNORE
 from charlm.errors import InputError
 from charlm.preflight import check_command
+from charlm.preflight.flags import REFUSED, TESTED
 from charlm.scheduler import constant
 from charlm.speed import GroupedSteps
 from tests.conftest import ROOT
@@ -420,3 +424,93 @@ def test_two_processes_train_as_they_do_an_ordinary_module(tmp_path, prose):
     theirs, ours = (torch.load(tmp_path / name, weights_only=False) for name in ("Plain", "LanguageModel"))
     assert all(torch.equal(ours[0][name], weight) for name, weight in theirs[0].items())
     assert ours[1]["train/loss"] == theirs[1]["train/loss"]
+
+
+# Flags of the trainer
+
+
+def test_each_flag_of_lightning_is_tested_or_refused_with_a_reason():
+    """A version of Lightning that brings another flag fails here: test what it does to a run, or refuse it."""
+    assert {*inspect.signature(L.Trainer).parameters} == TESTED | REFUSED.keys()
+    assert not TESTED & REFUSED.keys()
+
+
+GIVEN = {
+    "accelerator": "cpu", "accumulate_grad_batches": 2, "benchmark": True, "check_val_every_n_epoch": 2,
+    "detect_anomaly": True, "deterministic": True, "devices": 1, "enable_checkpointing": True,
+    "enable_model_summary": True, "enable_progress_bar": True, "gradient_clip_algorithm": "value",
+    "gradient_clip_val": 0.5, "inference_mode": False, "limit_train_batches": 6, "log_every_n_steps": 2,
+    "max_epochs": 4, "max_steps": 100, "max_time": "00:01:00:00", "min_epochs": 3, "min_steps": 2, "num_nodes": 1,
+    "num_sanity_val_steps": 1, "precision": "64-true", "profiler": "simple", "reload_dataloaders_every_n_epochs": 1,
+    "strategy": "auto", "val_check_interval": 6
+}  # fmt: skip
+
+
+def test_each_tested_flag_has_its_effect_on_a_run(train, tmp_path, text_file):
+    assert GIVEN.keys() == TESTED
+    flags = [f"++trainer.{flag}={value}" for flag, value in GIVEN.items()]
+    ended = train(*flags, "data=text", f"data.path={text_file}", "logger=csv", "hydra.run.dir=run", "threads=1")
+    assert ended.code == 0, ended.err
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert GIVEN.items() <= record["config"]["trainer"].items()
+    assert "limit_train_batches=6 limits or repeats batches" in record["surroundings"]["steps"]
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["steps"], results["stopped_by"]) == (12, "epochs")  # 4 epochs of 6 batches, 2 in a step
+    rows = [*csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines())]
+    assert [int(row["step"]) for row in rows if row["train/loss"]] == [1, 3, 5, 7, 9, 11]
+    assert [int(row["step"]) for row in rows if row["val/loss"]] == [5, 11]  # after epochs 2 and 4
+    state = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+    assert {weight.dtype for weight in state.values()} == {torch.float64}
+    log = (tmp_path / "run" / "train.log").read_text()
+    assert "Profiler Report" in log
+    assert "Total params" in ended.out + log
+
+
+@pytest.mark.parametrize(("flag", "enabled"), [("deterministic", True), ("benchmark", True), ("inference_mode", False)])
+def test_flags_of_torch_reach_torch(data, flag, enabled):
+    class Modes(L.Callback):
+        def on_validation_batch_start(self, *_: Any) -> None:
+            self.inference = torch.is_inference_mode_enabled()
+
+    modes, before = Modes(), (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark)
+    try:
+        trainer_of(modes, val_check_interval=5, max_steps=5, **{flag: enabled}).fit(small(data), data)
+        found = {
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "benchmark": torch.backends.cudnn.benchmark,
+            "inference_mode": modes.inference,
+        }
+        assert found[flag] == enabled
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+
+
+@pytest.mark.parametrize("flag", sorted(REFUSED))
+def test_a_refused_flag_says_why(flag):
+    value = {"fast_dev_run": "true", "barebones": "true", "sync_batchnorm": "true", "overfit_batches": "0.5"}.get(flag)
+    value = value or {"use_distributed_sampler": "true", "enable_autolog_hparams": "false"}.get(flag, "0.5")
+    with pytest.raises(InputError) as refusal:
+        check_command(["train.py", "data=pydoc", f"++trainer.{flag}={value}"], ROOT / "conf")
+    assert REFUSED[flag][1] in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("trainer.strategy=ddp_spawn", "processes that it starts cannot hand back"),
+        ("trainer.strategy=deepspeed_stage_2", "DeepSpeed is a package"),
+        ("trainer.strategy=fsdp", "it is FSDP1"),
+        ("trainer.strategy=nonsense", "choose auto, or trainer=ddp or fsdp"),
+        ("trainer.precision=16", "say 16-mixed"),
+        ("trainer.accelerator=tpu", "never tested on a TPU"),
+        ("trainer.deterministic=warn", "say true or false"),
+        ("trainer.benchmark=true", "add a plus, +trainer.benchmark=true"),
+        ("trainer.fast_dev_run=true", "it keeps nothing of a run"),
+        ("trainer.fast_dev_runs=true", "there is no setting trainer.fast_dev_runs"),
+    ],
+)
+def test_a_value_that_a_run_cannot_have_is_refused_with_the_reason(given, reason):
+    with pytest.raises(InputError, match=re.escape(reason)):
+        check_command(["train.py", "data=pydoc", given], ROOT / "conf")

@@ -46,6 +46,8 @@ class Throughput(AtSteps):
         self.paused = time.perf_counter()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.sanity_checking:  # before training, and its clock
+            return
         pause = time.perf_counter() - self.paused
         self.start += pause
         self.since += pause

@@ -13,6 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from charlm import config
 from charlm.errors import InputError, one_line
+from charlm.preflight.flags import refusal
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
         if not unknown or "already at" in str(error):
             raise InputError(one_line(error)) from error
         key = unknown[1].split("=")[0].split("@")[0]
-        raise InputError(config.unknown_key(key, known_settings(overrides, key))) from error
+        raise InputError(absent(key, overrides)) from error
     except InputError:
         raise
     except ValueError as error:  # Hydra's own, for a value where it wants the name of a file, for example
@@ -52,8 +53,25 @@ def choices(options: Iterable[str] | None) -> list[str]:
     return [option for option in options or [] if option != "base"]
 
 
+def absent(key: str, overrides: Sequence[str]) -> str:
+    """The one line for a setting that the files of conf/ do not have: it may exist, and a plus adds it."""
+    path, _, name = key.rpartition(".")
+    if path == "trainer" and (reason := refusal(name)):
+        return f"{key} is not possible: {reason}"
+    settings = composed_settings(overrides, key)
+    if config.is_default(key, settings):
+        value = next((o.partition("=")[2] for o in overrides if o.lstrip("+~").startswith(f"{key}=")), "VALUE")
+        return f"{key} has its default, which conf/ leaves as it is: to give it a value add a plus, +{key}={value}"
+    return config.unknown_key(key, config.leaves(settings))
+
+
 def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
     """The settings that there are under the groups that the command chose, without the wrong one."""
+    return list(config.leaves(composed_settings(overrides, wrong)))
+
+
+def composed_settings(overrides: Sequence[str], wrong: str) -> dict[str, Any]:
+    """The settings under the groups that the command chose, without the wrong one."""
     groups = [o for o in overrides if re.match(r"(hydra/)?[a-z_]+=", o) and o.split("=")[0] != wrong]
     chosen = [o for o in groups if "," not in o or o.startswith("callbacks=[")]
     of_hydra = wrong.startswith("hydra.")
@@ -61,5 +79,5 @@ def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
         cfg = compose("train", chosen, return_hydra_config=of_hydra)
     except HydraException:
         cfg = compose("train", return_hydra_config=of_hydra)
-    plain: Any = OmegaConf.to_container(cfg, resolve=False)
-    return list(config.leaves(plain))
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=False)  # type: ignore[assignment]
+    return plain

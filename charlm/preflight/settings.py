@@ -23,18 +23,10 @@ from charlm import config, memory
 from charlm.budget import budget_of, limit_tokens, steps_of
 from charlm.data.chunks import BATCHES_PER_DRAW
 from charlm.errors import InputError, one_line, out_of_memory
+from charlm.preflight.flags import check_flags
 from charlm.trainer import FSDP, precision_for
 
 MOST_TENSORS = 5_000  # twelve for each layer of a Transformer
-# Flags of Lightning's that a run cannot have: the value that changes nothing, and why no other.
-REFUSED: dict[str, tuple[Any, str]] = {
-    "limit_val_batches": (1.0, "validations of a run are whole, or their losses are not its own: validate less often"),
-    "limit_test_batches": (1.0, "a run tests nothing by Lightning: choose splits with evaluate=[val,test]"),
-    "limit_predict_batches": (1.0, "a run predicts nothing by Lightning: see charlm generate"),
-    "fast_dev_run": (False, "it keeps nothing of a run: say trainer.max_steps=5"),
-    "overfit_batches": (0, "its losses are of a few batches: train on a short text, data=text data.path=FILE"),
-    "barebones": (False, "it takes away loggers and checkpoints: say logger=none callbacks=none"),
-}
 # Who starts processes on several machines leaves one of these in the environment.
 STARTED_BY = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "NODE_RANK", "GROUP_RANK"}
 
@@ -45,6 +37,8 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
     Raises:
         InputError: for the first thing that cannot work.
     """
+    if isinstance(plain.get("trainer"), dict):
+        check_flags(plain["trainer"])
     config.check(plain)
     trainer = {**plain["trainer"]}
     trainer["max_steps"] = steps_of(trainer["max_steps"], plain["max_tokens"], trainer["max_time"])
@@ -52,9 +46,6 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
         raise InputError(f"evaluate={plain['evaluate']} leaves out val, by which runs are compared: add it")
     if trainer["max_steps"] == -1 and not any((trainer["max_time"], plain["max_tokens"], plain["stop_at"])):
         raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
-    for flag, (usual, reason) in REFUSED.items():
-        if trainer.get(flag) not in (None, usual):
-            raise InputError(f"trainer.{flag}={trainer[flag]} is not possible: {reason}")
     check_places(plain)
     check_average(plain)
     check_finders(plain)
@@ -199,7 +190,6 @@ def check_hardware(trainer: dict[str, Any]) -> None:
             f"trainer.accelerator={accelerator} is not there: PyTorch {torch.__version__} sees no such device on this "
             f"machine; use trainer.accelerator=cpu, or auto"
         )
-    # Others of Lightning's spawn, fork or shard in ways that cannot hand back what the end of a run needs.
     if strategy not in ("auto", "ddp", FSDP.name):
         raise InputError(
             f"trainer.strategy={strategy} is not possible: choose auto, or trainer=ddp or fsdp with trainer.devices=N"
