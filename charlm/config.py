@@ -77,12 +77,7 @@ RANGES = {
         "check_val_every_n_epoch": Positive | None,
         "num_sanity_val_steps": Annotated[int, Ge(-1)],
         "reload_dataloaders_every_n_epochs": Annotated[int, Ge(0)],
-        "fast_dev_run": bool | Annotated[int, Ge(0)],
-        "overfit_batches": Part,
         "limit_train_batches": Part | None,
-        "limit_val_batches": Part | None,
-        "limit_test_batches": Part | None,
-        "limit_predict_batches": Part | None,
     },
     "lightning.pytorch.callbacks.EarlyStopping": {
         "monitor": Literal["val/loss", "val/bits_per_char", "val/perplexity"],
