@@ -298,9 +298,8 @@ def differences(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
     found: dict[str, tuple[Any, Any]] = {}
     for surroundings in [*(session["surroundings"] for session in then["earlier"]), then["surroundings"]]:
         there = flat({"corpus": then["corpus"]} | surroundings)
-        found |= {
-            k: (there.get(k), here.get(k)) for k in (there | here).keys() - {"steps"} if there.get(k) != here.get(k)
-        }
+        names = [name for name in there | here if name != "steps"]
+        found |= {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
     return found
 
 

@@ -41,6 +41,22 @@ ROOT = Path(__file__).parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ends", type=int, default=100, help="how often the fault harness ends runs (default 100)")
+    parser.addoption("--speed", choices=["auto", "off"], default="auto", help="how runs of the tests take their steps")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    global speed
+    speed = config.getoption("--speed")
+
+
+speed = "auto"
+
+
+def with_speed(argv: list[str]) -> list[str]:
+    """A command of train.py with the speed that the tests were asked for; one that goes on has its own."""
+    of_its_own = ("speed", "resume=", "rerun=", "--")
+    asked = speed != "auto" and argv[0].endswith("train.py") and not any(a.startswith(of_its_own) for a in argv)
+    return [*argv, f"speed={speed}"] if asked else argv
 
 
 # The fork server pays for these imports once, so that each command costs a fresh process but not its start-up.
@@ -156,7 +172,7 @@ class Process:
 
 
 def run_command(argv: list[str], cwd: Path, env: dict[str, str], timeout: float) -> Ended:
-    return Process(argv, cwd, env).end(timeout)
+    return Process(with_speed(argv), cwd, env).end(timeout)
 
 
 Command = Callable[..., Ended]

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from charlm import GPT, CharDataModule, LanguageModel, checkpoint
+from charlm import GPT, Bigram, CharDataModule, LanguageModel, checkpoint
 from charlm.callbacks import Best
 from charlm.data.chunks import IGNORE
 from charlm.errors import InputError
@@ -147,6 +147,7 @@ class Row:
     scheduler: Make = lambda optimizer, budget: None
     loader: Make | None = None
     frozen: bool = False
+    slow: bool = False
 
 
 def by(interval: str, frequency: int = 1) -> Make:
@@ -169,36 +170,38 @@ def adam(model: torch.nn.Module) -> torch.optim.Optimizer:
 EPOCHS = {"max_epochs": 3}
 TABLE = [
     Row("limit_train_batches", {"limit_train_batches": 3, "max_epochs": 4}),
-    Row("a fraction of the training batches", {"limit_train_batches": 0.5, "max_epochs": 2}),
+    Row("a fraction of the training batches", {"limit_train_batches": 0.5, "max_epochs": 2}, slow=True),
     Row("a loader of one's own", {"max_epochs": 2}, loader=own_loader),
     Row("max_epochs, validated after each", EPOCHS | {"check_val_every_n_epoch": 1}),
-    Row("validated after every second epoch", {"max_epochs": 4, "check_val_every_n_epoch": 2}),
+    Row("validated after every second epoch", {"max_epochs": 4, "check_val_every_n_epoch": 2}, slow=True),
     Row("val_check_interval", EPOCHS | {"val_check_interval": 3}),
     Row("limit_val_batches of a part", EPOCHS | {"limit_val_batches": 0.5}),
-    Row("limit_val_batches of one", EPOCHS | {"limit_val_batches": 1}),
+    Row("limit_val_batches of one", EPOCHS | {"limit_val_batches": 1}, slow=True),
     Row("fast_dev_run", {"fast_dev_run": 3}),
     Row("overfit_batches", EPOCHS | {"overfit_batches": 2}),
     Row("a sanity check", {"max_steps": 6, "num_sanity_val_steps": 2}),
     Row("accumulate_grad_batches", {"max_steps": 12, "accumulate_grad_batches": 3}),
     Row("clipping by norm", {"max_steps": 12, "gradient_clip_val": 1e-2}),
-    Row("clipping by value", {"max_steps": 12, "gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"}),
+    Row(
+        "clipping by value", {"max_steps": 12, "gradient_clip_val": 1e-4, "gradient_clip_algorithm": "value"}, slow=True
+    ),
     Row("detect_anomaly", {"max_steps": 6, "detect_anomaly": True}),
-    Row("min_steps after max_epochs", {"max_epochs": 2, "min_steps": 25}),
-    Row("reload_dataloaders_every_n_epochs", EPOCHS | {"reload_dataloaders_every_n_epochs": 1}),
-    Row("a profiler", {"max_steps": 6, "profiler": "simple"}),
-    Row("max_time", {"max_steps": 12, "max_time": "00:00:10:00"}),
-    Row("AdamW of torch", optimizer=adam),
+    Row("min_steps after max_epochs", {"max_epochs": 2, "min_steps": 25}, slow=True),
+    Row("reload_dataloaders_every_n_epochs", EPOCHS | {"reload_dataloaders_every_n_epochs": 1}, slow=True),
+    Row("a profiler", {"max_steps": 6, "profiler": "simple"}, slow=True),
+    Row("max_time", {"max_steps": 12, "max_time": "00:00:10:00"}, slow=True),
+    Row("AdamW of torch", optimizer=adam, slow=True),
     Row("a frozen part", optimizer=sgd, frozen=True),
     Row("a schedule by steps", scheduler=by("step")),
-    Row("a schedule by every third step", scheduler=by("step", 3)),
+    Row("a schedule by every third step", scheduler=by("step", 3), slow=True),
     Row("a schedule by epochs", EPOCHS, scheduler=by("epoch")),
     Row("ReduceLROnPlateau", EPOCHS, scheduler=plateau),
     Row("StochasticWeightAveraging", {"max_epochs": 4}, lambda: [of_lightning.StochasticWeightAveraging(1e-2, 1)]),
     Row("GradientAccumulationScheduler", EPOCHS, lambda: [of_lightning.GradientAccumulationScheduler({0: 1, 1: 2})]),
     Row("EarlyStopping", {"max_epochs": 9}, lambda: [of_lightning.EarlyStopping("val/loss", 9.0, patience=1)]),
     Row("LearningRateMonitor", callbacks=lambda: [of_lightning.LearningRateMonitor()]),
-    Row("Timer", callbacks=lambda: [of_lightning.Timer()]),
-    Row("DeviceStatsMonitor", callbacks=lambda: [of_lightning.DeviceStatsMonitor(cpu_stats=False)]),
+    Row("Timer", callbacks=lambda: [of_lightning.Timer()], slow=True),
+    Row("DeviceStatsMonitor", callbacks=lambda: [of_lightning.DeviceStatsMonitor(cpu_stats=False)], slow=True),
     Row("every tenth batch", {"max_steps": 50}, lambda: [EveryTenth()]),
     Row("64-true", {"max_steps": 6, "precision": "64-true"}),
 ]
@@ -234,9 +237,9 @@ NOTICES = pytest.mark.filterwarnings(
 
 
 @NOTICES
-@pytest.mark.parametrize("row", TABLE, ids=lambda row: row.name)
+@pytest.mark.parametrize("row", [pytest.param(row, id=row.name, marks=[pytest.mark.slow] * row.slow) for row in TABLE])
 def test_ordinary_code_does_what_it_does_with_an_ordinary_module(data, row):
-    data.tokens_at_once = 32  # several batches in a validation
+    data.tokens_at_once = 256  # several batches in a validation
     reference = Recorder()
     plain, rows, watched = fitted(row, "plain", data, reference)
     for kind in ("language model", "grouped"):

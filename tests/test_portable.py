@@ -84,6 +84,7 @@ def test_a_run_and_its_text_need_nothing_that_only_posix_has(tmp_path, text_file
     assert (ended.code, ended.err, len(ended.out)) == (0, "", 10)
 
 
+@pytest.mark.slow
 def test_a_sweep_spawns_its_jobs_where_there_is_no_fork(tmp_path, text_file):
     for name in ("random", "lightning", "multiprocessing", "charlm"):  # a folder's own files are no modules
         (tmp_path / f"{name}.py").write_text("open('code_was_run', 'w')\nraise SystemExit(70)")

@@ -25,7 +25,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from charlm import checkpoint, report
 from charlm.errors import InputError, one_line_errors
 from charlm.preflight import check_command
-from tests.conftest import PRELOAD, ROOT, run_command
+from tests.conftest import PRELOAD, ROOT, run_command, with_speed
 
 SETTINGS = [
     *("model=gpt", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.dropout=0.2"),
@@ -101,7 +101,14 @@ def start(tmp_path: Path) -> Callable[..., int]:
     context.set_forkserver_preload([*PRELOAD, "tests.test_resume"])
 
     def run(*overrides: str, place: str | None = None, number: int = 0, end: str = "kill", second: bool = False) -> int:
-        arguments = ([str(ROOT / "train.py"), *overrides], str(tmp_path / "log"), place, number, end, second)
+        arguments = (
+            with_speed([str(ROOT / "train.py"), *overrides]),
+            str(tmp_path / "log"),
+            place,
+            number,
+            end,
+            second,
+        )
         process = context.Process(target=become, args=arguments)
         process.start()
         process.join(120)
@@ -280,6 +287,7 @@ def test_a_change_of_what_was_is_refused(trained, change, told):
         check_command(["train.py", f"resume={trained}", change], ROOT / "conf")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_threads_and_steps_on_the_same_batches(train, tmp_path, text_file):
     common = ["model=gpt", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "trainer.max_steps=60", "threads=1"]
     common += ["data=text", f"data.path={text_file}", "data.block_size=8", "data.batch_size=8"]

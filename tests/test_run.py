@@ -346,6 +346,7 @@ def test_losses_are_kept_for_each_step(trained):
     assert losses[-1] < losses[0]
 
 
+@pytest.mark.slow
 def test_the_same_run_again_is_equal_to_the_bit(trained, charlm):
     ended = charlm("reproduce", str(trained), "--json")
     assert ended.code == 0, ended.err

@@ -122,6 +122,7 @@ def inodes(folder: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
+@pytest.mark.slow
 def test_a_search_with_one_worker_repeats_itself_also_where_it_is_begun_with_fewer_trials(search, train, tmp_path):
     command = [LR, "data.batch_size=8,32", "seed=2", "hydra.launcher.n_jobs=1", "hydra.sweeper.prune_startup_trials=1"]
     command.append("hydra.sweeper.n_startup_trials=2")

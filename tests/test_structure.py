@@ -162,6 +162,7 @@ def test_a_report_does_not_load_lightning_nor_the_rest_the_plots():
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_one_can_do_without_the_fast_path(tmp_path):
     """Nothing of charlm/speed is imported with speed=off: without the folder, a run has the same losses."""
     shutil.copytree(ROOT / "charlm", tmp_path / "charlm", ignore=shutil.ignore_patterns("speed", "__pycache__"))
