@@ -739,3 +739,18 @@ def test_flags_that_would_make_figures_of_a_part_are_refused_with_the_reason(che
 @pytest.mark.parametrize("flag", ["+trainer.limit_train_batches=7", "trainer.max_epochs=2", "trainer.num_nodes=1"])
 def test_flags_that_work_are_taken(check, flag):
     check(flag)
+
+
+@pytest.mark.parametrize(
+    ("settings", "batches"),
+    [
+        (["+trainer.limit_train_batches=3"], 3),
+        (["+trainer.limit_train_batches=0.5"], 250),
+        (["+data.batches_per_epoch=7", "trainer.accumulate_grad_batches=2"], 8),
+    ],
+)
+def test_an_epoch_too_short_for_its_validation_is_refused(check, refused, text_file, settings, batches):
+    every = [*ANY_TEXT, "trainer.check_val_every_n_epoch=1", "trainer.max_epochs=2", *settings]
+    told = refused(check, *every)
+    assert f"is more than the {batches} batches of an epoch: say trainer.val_check_interval={batches}," in told
+    assert check(*every, f"trainer.val_check_interval={batches}").code == 0

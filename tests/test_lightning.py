@@ -304,11 +304,33 @@ def test_a_found_learning_rate_is_the_one_that_trains(data):
     assert found[0] == found[1] != LR
 
 
-@pytest.mark.parametrize("finder", ["BatchSizeFinder", "LearningRateFinder"])
-def test_run_json_records_what_trains_so_a_finder_is_refused(finder):
-    argument = f"+callbacks.finder._target_=lightning.pytorch.callbacks.{finder}"
-    with pytest.raises(InputError, match=f"{finder} changes a setting that run.json records: find it first"):
-        check_command(["train.py", "data=pydoc", argument], ROOT / "conf")
+@pytest.mark.parametrize(
+    ("callback", "arguments", "setting"),
+    [
+        ("BatchSizeFinder", [], "data.batch_size"),
+        ("LearningRateFinder", [], "optimizer.lr"),
+        ("GradientAccumulationScheduler", ["+callbacks.own.scheduling={1:2}"], "trainer.accumulate_grad_batches"),
+    ],
+)
+def test_run_json_records_what_trains_so_what_changes_it_is_refused(callback, arguments, setting):
+    arguments = [f"+callbacks.own._target_=lightning.pytorch.callbacks.{callback}", *arguments]
+    with pytest.raises(InputError, match=f"{callback} changes a setting that run.json records.*give it as {setting}"):
+        check_command(["train.py", "data=pydoc", *arguments], ROOT / "conf")
+
+
+def test_accumulation_that_changes_takes_one_step_of_a_bigram_at_a_time(data):
+    """The gradient of a table is chosen once, for as many batches as a step then has."""
+    found = []
+    for speed in ([], [GroupedSteps()]):
+        torch.manual_seed(0)
+        module = LanguageModel(Bigram(data.vocab_size))
+        schedule = of_lightning.GradientAccumulationScheduler({0: 1, 1: 2})
+        trainer_of(schedule, *speed, max_epochs=3, max_steps=-1).fit(module, data)
+        found.append((module.trainer.global_step, *module.state_dict().values()))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    told = GroupedSteps().told(module.trainer, module, 32)
+    assert told == "1 step at a time: GradientAccumulationScheduler changes how many batches make a step"
 
 
 def test_two_loggers_have_the_same_rows(data, tmp_path):

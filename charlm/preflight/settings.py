@@ -1,5 +1,6 @@
 """The settings of one run, held against each other, the hardware and the text."""
 
+import inspect
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ import lightning as L
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
@@ -27,6 +28,12 @@ from charlm.preflight.flags import check_flags
 from charlm.trainer import FSDP, precision_for
 
 MOST_TENSORS = 5_000  # twelve for each layer of a Transformer
+# Callbacks that change a setting which run.json records, and that setting.
+CHANGES: dict[type[L.Callback], str] = {
+    BatchSizeFinder: "data.batch_size",
+    LearningRateFinder: "optimizer.lr",
+    GradientAccumulationScheduler: "trainer.accumulate_grad_batches",
+}
 # Who starts processes on several machines leaves one of these in the environment.
 STARTED_BY = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "NODE_RANK", "GROUP_RANK"}
 
@@ -48,7 +55,8 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
         raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
     check_places(plain)
     check_average(plain)
-    check_finders(plain)
+    check_recorded_settings(plain)
+    check_epochs(plain)
     if elsewhere:  # where each job checks this by itself
         trainer |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
     else:
@@ -239,7 +247,7 @@ def check_average(plain: dict[str, Any]) -> None:
         raise InputError("callbacks=ema averages whole weights, and trainer=fsdp spreads them: say trainer=ddp")
 
 
-def check_finders(plain: dict[str, Any]) -> None:
+def check_recorded_settings(plain: dict[str, Any]) -> None:
     """Does no callback change settings that run.json records?
 
     Raises:
@@ -247,11 +255,34 @@ def check_finders(plain: dict[str, Any]) -> None:
     """
     for name, node in (plain["callbacks"] or {}).items():
         kind = config.resolve(f"callbacks.{name}", node["_target_"])
-        if isinstance(kind, type) and issubclass(kind, BatchSizeFinder | LearningRateFinder):
+        if isinstance(kind, type) and issubclass(kind, tuple(CHANGES)):
+            setting = next(setting for changing, setting in CHANGES.items() if issubclass(kind, changing))
             raise InputError(
-                f"callbacks.{name}={kind.__name__} changes a setting that run.json records: find it first, in Python "
-                f"or by a sweep, and give it as data.batch_size or optimizer.lr"
+                f"callbacks.{name}={kind.__name__} changes a setting that run.json records: find its value first, "
+                f"in Python or by a sweep, and give it as {setting}"
             )
+
+
+def check_epochs(plain: dict[str, Any]) -> None:
+    """Is there a validation in each epoch that is to have one?
+
+    Raises:
+        InputError: for an interval that is longer than an epoch.
+    """
+    trainer, data = plain["trainer"], plain["data"]
+    parameters = inspect.signature(config.resolve("data", data["_target_"])).parameters
+    if trainer["check_val_every_n_epoch"] is None or "batches_per_epoch" not in parameters:
+        return
+    limit, per_step = trainer.get("limit_train_batches"), trainer["accumulate_grad_batches"]
+    batches = data.get("batches_per_epoch", parameters["batches_per_epoch"].default)
+    batches = -(-batches // per_step) * per_step
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * limit)
+    if trainer["val_check_interval"] > batches > 0:
+        raise InputError(
+            f"trainer.val_check_interval={trainer['val_check_interval']} is more than the {batches} batches of an "
+            f"epoch: say trainer.val_check_interval={batches}, or trainer.check_val_every_n_epoch=null"
+        )
 
 
 def check_shortcuts(plain: dict[str, Any]) -> None:

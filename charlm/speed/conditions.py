@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.callbacks import (
     DeviceStatsMonitor,
+    GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
     RichProgressBar,
@@ -85,6 +86,8 @@ def reason_against(trainer: Any, module: L.LightningModule) -> str | None:
     if type(trainer.profiler) is not PassThroughProfiler:
         return f"{type(trainer.profiler).__name__} looks at each step"
     for callback in trainer.callbacks:
+        if isinstance(callback, GradientAccumulationScheduler):
+            return f"{type(callback).__name__} changes how many batches make a step"
         known = AtSteps in type(callback).__bases__ or type(callback) in LOOKS
         if not known and (hooks := replaced(callback, L.Callback, HOOKS)):
             return f"{type(callback).__name__} has {hooks}, and so needs every batch"
