@@ -1,11 +1,12 @@
 """What Lightning's Trainer lacks: fully sharded training on any device, and values for settings that are `auto`."""
 
+import atexit
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 
@@ -55,6 +56,16 @@ class FSDP(ModelParallelStrategy):
 
 
 StrategyRegistry.register(FSDP.name, FSDP)
+
+
+@atexit.register
+def leave_group() -> None:
+    """Close the connections among processes on CPUs: a process that ends with gloo's threads at work may be aborted.
+
+    Lightning does so for GPUs alone.
+    """
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
+        distributed.destroy_process_group()
 
 
 def precision_for(precision: str, accelerator: str) -> str:

@@ -215,6 +215,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_question_has_its_answer_or_its_mistake_or_an_error_that_says_why_not(tmp_path):
     (tmp_path / "asking.py").write_text(ASKING)
     env = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -71,7 +71,7 @@ def read_in_part(argv: list[str], cwd: Path, until: str) -> Iterator[Any]:
         yield process
 
 
-@pytest.mark.parametrize("out", ["/dev/full", "closed"])
+@pytest.mark.parametrize("out", ["/dev/full", pytest.param("closed", marks=pytest.mark.slow)])
 def test_a_run_finishes_whatever_becomes_of_its_output(tmp_path, text_file, out):
     argv = [TRAIN, *TINY, f"data.path={text_file}", "hydra.run.dir=run"]
     if out == "closed":
@@ -181,6 +181,7 @@ def test_a_command_that_nobody_reads_ends_like_one_that_sigpipe_ends(trained, tm
     assert (tmp_path / "err").read_text() == ""
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_reports_where_the_encoding_is_ascii_and_output_has_no_buffer(tmp_path, text_file):
     ascii_only = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "COLUMNS": "120"}
     argv = [sys.executable, "-u", TRAIN, *TINY, f"data.path={text_file}", "hydra.run.dir=run"]

@@ -76,6 +76,7 @@ def test_what_windows_lacks_is_missing_here(tmp_path, statement):
     assert ended.err.splitlines()[-1].startswith(("AttributeError", "ModuleNotFoundError"))
 
 
+@pytest.mark.slow
 def test_a_run_and_its_text_need_nothing_that_only_posix_has(tmp_path, text_file):
     ended = python("windows", tmp_path, TRAIN, *settings(text_file, "trainer.max_steps=20", "hydra.run.dir=run"))
     assert (ended.code, ended.err) == (0, "")

@@ -350,7 +350,7 @@ def test_a_stopped_run_says_how_to_go_on(start, tmp_path, text_file):
         assert f"charlm: stopped by {name} after step {step}; go on with: python train.py resume=" in log
 
 
-@pytest.mark.parametrize(("end", "code"), [("term", 143), ("hup", 129)])
+@pytest.mark.parametrize(("end", "code"), [("term", 143), pytest.param("hup", 129, marks=pytest.mark.slow)])
 def test_a_signal_during_the_final_evaluation_stops_the_run_in_one_line_and_resume_finishes_it(
     start, tmp_path, text_file, end, code
 ):

@@ -244,6 +244,7 @@ def test_five_ways_to_fail_cost_five_jobs_which_the_same_command_then_finishes(s
     assert len({(row["seed"], row["val/loss"]) for row in rows}) == 2
 
 
+@pytest.mark.slow
 def test_a_grown_grid_runs_only_what_is_new(sweep, train, tmp_path):
     assert sweep("seed=1,2").code == 0
     before = {f: f.stat().st_mtime_ns for f in (tmp_path / "s").glob("*/results.json")}

@@ -149,6 +149,7 @@ def test_generation_is_repeatable_and_streams(trained, call, charlm):
     assert call(*asked).out.count("--- sample") == 3
 
 
+@pytest.mark.slow
 def test_a_text_is_found_from_where_the_command_was_typed(train, tmp_path, text_file):
     """Also where each job works in a folder of its own, and where train.py is called by a link."""
     chdir = ["hydra.job.chdir=true", "data=text", f"data.path={text_file.name}", "trainer=cpu", "trainer.max_steps=3"]
