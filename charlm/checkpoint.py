@@ -299,6 +299,10 @@ def sketch(node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tens
         InputError: if the model is larger than its weights.
         RuntimeError: if names or shapes of the weights differ from those of the model.
     """
+    storages = [weight.untyped_storage() for weight in weights.values()]
+    stored = {id(storage): storage.nbytes() for storage in storages}  # once, though strides and names may repeat it
+    if sum(weight.nbytes for weight in weights.values()) > 2 * sum(stored.values()):  # a tied weight has two names
+        raise InputError(TOO_LARGE)
     left = 2 * len(weights)  # a parameter that stands in two places is registered in both
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:

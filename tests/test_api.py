@@ -246,6 +246,16 @@ def test_a_fit_goes_on_from_what_a_trainer_saved(tmp_path, data):
     assert ends == [6, 6]
 
 
+def claim_more_than_the_file_has(content: dict[str, Any]) -> None:
+    """A large model, all of whose weights are one number: strides of 0 repeat it."""
+    node = content["charlm"]["config"]["model"]
+    node.update(n_embd=20_000, n_layer=2)
+    with torch.device("meta"):
+        model = charlm.GPT(**{name: value for name, value in node.items() if name != "_target_"})
+    shapes = {f"model.{name}": weight.shape for name, weight in model.state_dict().items()}
+    content["state_dict"] = {name: torch.zeros(1).expand(shape) for name, shape in shapes.items()}
+
+
 def damaged_files(file: Path) -> Any:
     """Files of Lightning's that are cut off, or that claim something else."""
     raw = file.read_bytes()
@@ -267,6 +277,7 @@ def damaged_files(file: Path) -> Any:
         lambda c: c.update(state_dict={"model.x": torch.eye(2).to_sparse()}),
         lambda c: c.update(state_dict={3: torch.eye(2)}),
         lambda c: c.update(global_step="3"),
+        claim_more_than_the_file_has,
         lambda c: c.update(hyper_parameters=[], charlm=None),
     ):
         content = torch.load(file, weights_only=True)
@@ -289,4 +300,4 @@ def test_a_damaged_file_of_a_trainer_is_refused_in_one_line(tmp_path, data, call
         ended = call("generate", str(tmp_path / "x.ckpt"))
         assert (ended.code, ended.err.count("\n")) == (2, 1), ended.err
         seen += 1
-    assert seen == 22
+    assert seen == 23

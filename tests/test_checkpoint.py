@@ -703,6 +703,17 @@ def test_content_that_is_no_checkpoint_is_refused(tmp_path, content):
     assert outcome(tmp_path / "x.ckpt", raw) == "refused"
 
 
+def test_many_names_of_one_weight_make_no_large_model(tmp_path):
+    content = content_of("gpt")
+    content["charlm"]["config"]["model"]["n_layer"] = 400
+    weights = {
+        name.replace("blocks.0", f"blocks.{i}"): w for i in range(400) for name, w in content["state_dict"].items()
+    }
+    before = peak()
+    assert outcome(tmp_path / "x.ckpt", dumped(content | {"state_dict": weights})) == "refused"
+    assert peak() - before < 1e8
+
+
 def test_a_header_of_nothing_but_tensors_takes_little_memory(tmp_path):
     header, data = taken_apart(dumped(content_of()))
     header |= {str(i): {"dtype": "F32", "shape": [0], "data_offsets": [len(data), len(data)]} for i in range(10**5)}
