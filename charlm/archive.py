@@ -173,6 +173,15 @@ def bytes_of(tensor: Tensor) -> memoryview:
     return memoryview(raw)
 
 
+def load_either(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint of charlm, or of one that Lightning wrote, on the CPU.
+
+    Raises:
+        InputError: as for `load` and `load_lightning`.
+    """
+    return load_lightning(path) if is_zip(path) else load(path)
+
+
 def load(path: Path) -> dict[str, Any]:
     """Return the content of a checkpoint, on the CPU.
 

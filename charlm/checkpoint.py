@@ -226,8 +226,7 @@ def read(path: Path, needs_text: bool = True) -> dict[str, Any]:
     Raises:
         InputError: if it is missing, damaged, of another kind or version; what to do is for the caller to say.
     """
-    content = archive.load_lightning(path) if archive.is_zip(path) else archive.load(path)
-    return checked(path, content, needs_text)
+    return checked(path, archive.load_either(path), needs_text)
 
 
 def outline(path: Path) -> dict[str, Any]:

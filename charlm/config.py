@@ -136,8 +136,8 @@ def check_node(path: str, node: Any) -> None:
     if needed and importlib.util.find_spec(needed) is None:
         raise InputError(f"{path}={needed} needs a package that is not there: pip install {needed}")
     parameters = inspect.signature(target).parameters
-    settings = settings_of(path, node)
-    passed = PASSED.get(path, set()) | (parameters.keys() - settings.keys())
+    passed = passed_by_charlm(path, node)
+    settings = {name: parameter for name, parameter in parameters.items() if name not in passed}
     hints = annotations(target) | RANGES.get(node["_target_"], {})
     open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for key, value in node.items():
@@ -156,11 +156,10 @@ def check_node(path: str, node: Any) -> None:
             raise InputError(f"{path}.{name} is missing: give it a value, {path}.{name}=...")
 
 
-def settings_of(path: str, node: dict[str, Any]) -> dict[str, inspect.Parameter]:
-    """The parameters of what a node names that are settings, and not passed by charlm."""
+def passed_by_charlm(path: str, node: dict[str, Any]) -> set[str]:
+    """Return the parameters of a node's target that charlm passes, so that they are no settings."""
     parameters = inspect.signature(resolve(path, node["_target_"])).parameters
-    passed = PASSED.get(path, set()) | ({next(iter(parameters), "")} if node.get("_partial_") else set())
-    return {name: parameter for name, parameter in parameters.items() if name not in passed}
+    return PASSED.get(path, set()) | ({next(iter(parameters), "")} if node.get("_partial_") else set())
 
 
 def is_default(key: str, config: dict[str, Any]) -> bool:
@@ -169,7 +168,10 @@ def is_default(key: str, config: dict[str, Any]) -> bool:
     node: Any = config
     for part in path.split("."):
         node = node.get(part) if isinstance(node, dict) else None
-    return isinstance(node, dict) and "_target_" in node and name not in node and name in settings_of(path, node)
+    if not isinstance(node, dict) or "_target_" not in node or name in node:
+        return False
+    parameters = inspect.signature(resolve(path, node["_target_"])).parameters
+    return name in parameters and name not in passed_by_charlm(path, node)
 
 
 def check_value(path: str, value: Any, hint: Any) -> None:

@@ -172,7 +172,8 @@ def hyperparameters(config: dict[str, Any], data: CharDataModule) -> dict[str, s
 
 def begin_logs(loggers: Sequence[Logger], config: dict[str, Any], data: CharDataModule, state: Any) -> None:
     """Log the settings of a run; if it goes on from a checkpoint, first remove the rows that follow it."""
+    settings = hyperparameters(config, data)
     for logger in loggers:
         if state and isinstance(logger, TensorBoard | CSV):
             logger.resume(state.content["callbacks"]["Checkpoint"]["logged"])
-        logger.log_hyperparams(hyperparameters(config, data))
+        logger.log_hyperparams(settings)

@@ -66,9 +66,8 @@ class LanguageModel(L.LightningModule):
         self.optimizer, self.make_scheduler = optimizer, scheduler
         self.record = record or {}
         self.compile_it, self.seed = compile, seed
-        self.lr: float | None = (
-            None  # if given, it takes the place of the optimizer's: for Lightning's LearningRateFinder
-        )
+        # Lightning's LearningRateFinder sets the rate here; None: that of the optimizer.
+        self.lr: float | None = None
         self.mean_loss = mean_loss
         self.validated_at = -1
         self.tokenizer: CharTokenizer | None = None  # of the data that it is trained on
@@ -264,7 +263,12 @@ class LanguageModel(L.LightningModule):
         if hparams_file is not None or weights_only is False:
             raise InputError("load_from_checkpoint reads no hparams_file, and unpickles nothing: leave both away")
         path = Path(checkpoint_path)
-        content = read(path, needs_text=False)
+        module = cls.from_content(path, read(path, needs_text=False), strict, arguments)
+        return module.to(map_location or "cpu")
+
+    @classmethod
+    def from_content(cls, path: Path, content: dict[str, Any], strict: bool | None, arguments: dict[str, Any]) -> Self:
+        """Make a module from what was read from `path`; see `load_from_checkpoint`."""
         tokenizer, known = tokenizer_of(path, content), content.get("hyper_parameters")
         if "model" not in arguments:
             arguments["model"] = model_of(path, content, tokenizer)
@@ -278,7 +282,7 @@ class LanguageModel(L.LightningModule):
             raise InputError(f"{path} has the weights of another model: {one_line(error)}") from error
         module.on_load_checkpoint(content)
         module.tokenizer = tokenizer
-        return module.to(map_location or "cpu")
+        return module
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
@@ -291,8 +295,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
     Raises:
         InputError: if there is none, or none that can be read.
     """
-    newest = found(path, partial(read, needs_text=False)).path
-    return LanguageModel.load_from_checkpoint(newest, device).eval()
+    newest = found(path, partial(read, needs_text=False))
+    return LanguageModel.from_content(newest.path, newest.content, None, {}).to(device).eval()
 
 
 def make_optimizer(given: MakeOptimizer | Optimizer, model: nn.Module) -> Optimizer:

@@ -42,7 +42,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         """Return the content of a checkpoint of charlm, or of one that Lightning wrote without this plugin."""
-        return (archive.load_lightning if archive.is_zip(Path(path)) else archive.load)(Path(path))
+        return archive.load_either(Path(path))
 
 
 def save(trainer: L.Trainer, path: Path) -> None:

@@ -255,11 +255,11 @@ def check_recorded_settings(plain: dict[str, Any]) -> None:
     """
     for name, node in (plain["callbacks"] or {}).items():
         kind = config.resolve(f"callbacks.{name}", node["_target_"])
-        if isinstance(kind, type) and issubclass(kind, tuple(CHANGES)):
-            setting = next(setting for changing, setting in CHANGES.items() if issubclass(kind, changing))
+        base = next((base for base in CHANGES if isinstance(kind, type) and issubclass(kind, base)), None)
+        if base:
             raise InputError(
                 f"callbacks.{name}={kind.__name__} changes a setting that run.json records: find its value first, "
-                f"in Python or by a sweep, and give it as {setting}"
+                f"in Python or by a sweep, and give it as {CHANGES[base]}"
             )
 
 
