@@ -12,10 +12,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from charlm import terminal
 from charlm.errors import one_line_errors
-from charlm.preflight import check_command, is_sweep
-from charlm.resume import begun, tidy
-from charlm.run import Run, follows
+from charlm.preflight.command import check_command
+from charlm.run.record import Run, follows
+from charlm.run.resume import begun, tidy
 from charlm.sweep.command import sweep
+from charlm.sweep.plan import is_sweep
 
 CONF = Path(__file__).resolve().with_name("conf")  # also where train.py is called by a link to it
 
@@ -32,9 +33,10 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     # The process of a sweep does without the seconds and the memory that these imports take.
     import lightning as L
 
-    from charlm import checkpoint, results
+    from charlm import checkpoint
     from charlm.budget import limit_tokens
     from charlm.callbacks import AtomicCheckpointIO, Throughput, in_order
+    from charlm.finish import evaluate_run
     from charlm.logger import begin_logs
     from charlm.module import LanguageModel
     from charlm.trainer import choose
@@ -70,7 +72,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     model = module.whole()
     if not trainer.is_global_zero:
         return None
-    found, sample = results.finish(config, data, model, trainer, throughput)
+    found, sample = evaluate_run(config, data, model, trainer, throughput)
     run.finish(found)
     return found, sample
 

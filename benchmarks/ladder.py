@@ -37,7 +37,7 @@ from charlm.data.corpus import load_corpus
 from charlm.evaluate import evaluate
 from charlm.model.gpt import GPT
 from charlm.model.mixture import Mixture
-from charlm.report import read_validations
+from charlm.run.results import read_validations
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 FLAGS = "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4"

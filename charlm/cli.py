@@ -9,8 +9,10 @@ from typing import Any
 
 import click
 
-from charlm import __version__, streams
+from charlm import __version__
 from charlm.errors import COMMANDS, InputError, one_line_errors, out_of_memory, printable
+from charlm.schema import name_of
+from charlm.system import streams
 
 # torch and Lightning are imported by the commands that need them, so that --help and mistakes answer at once.
 
@@ -139,10 +141,11 @@ def generate(
 @AS_JSON
 def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str, as_json: bool) -> None:
     """Measure the exact loss over whole splits: every character predicted once."""
-    from charlm import checkpoint, report, terminal
-    from charlm.config import check_node
+    from charlm import checkpoint, terminal
     from charlm.data import CharDataModule
     from charlm.evaluate import figures
+    from charlm.files import plain
+    from charlm.schema import check_node
 
     loaded = checkpoint.load(run, device)
     settings = {k: v for k, v in loaded.config["data"].items() if not k.startswith("_")}
@@ -160,9 +163,9 @@ def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str
     told = {"checkpoint": str(loaded.path), "step": loaded.step, "corpus": data.corpus.name, "min_context": context}
     found = told | found
     if as_json:
-        print_json(report.plain(found))
+        print_json(plain(found))
     else:
-        terminal.console.print(terminal.figures(found, f"{report.name_of(loaded.config['model'])} at {loaded.step:,}"))
+        terminal.console.print(terminal.figures(found, f"{name_of(loaded.config['model'])} at {loaded.step:,}"))
 
 
 @charlm.command()
@@ -172,9 +175,10 @@ def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str
 @AS_JSON
 def checkpoint(run: Path, export: Path | None, force: bool, as_json: bool) -> None:
     """Show what is in a checkpoint, without loading its weights."""
-    from charlm import checkpoint, report, terminal
+    from charlm import checkpoint, terminal
+    from charlm.files import plain
 
-    path, content, _ = checkpoint.found(run, checkpoint.outline)
+    path, content, _ = checkpoint.read_newest(run, "meta", needs_text=False)
     found = checkpoint.describe(path, content)
     if export:
         if export.exists() and not force:
@@ -182,7 +186,7 @@ def checkpoint(run: Path, export: Path | None, force: bool, as_json: bool) -> No
         checkpoint.export(checkpoint.load(path), export)
         found["exported"] = str(export)
     if as_json:
-        print_json(report.plain(found))
+        print_json(plain(found))
     else:
         terminal.console.print(terminal.checkpoint(found))
 
@@ -195,13 +199,14 @@ def reproduce(run: Path, as_json: bool) -> None:
 
     The exit code is 0 if it is, and 1 if not.
     """
-    from charlm import report, terminal
-    from charlm.reproduce import reproduce
+    from charlm import terminal
+    from charlm.files import plain
+    from charlm.run.reproduce import reproduce
 
     with terminal.tracked("training it again") as progress:
         found = reproduce(run, progress)
     if as_json:
-        print_json(report.plain(found))
+        print_json(plain(found))
     else:
         terminal.console.print(terminal.comparison(found))
     sys.exit(0 if found["equal"] else 1)
@@ -227,14 +232,14 @@ def report(places: tuple[Path, ...], html: Path | None, png: Path | None, as_jso
 
     SWEEP_OR_RUNS are folders of runs or of sweeps, or folders that hold such, at any depth.
     """
-    from charlm import report, terminal
-    from charlm.disk import write_atomically
+    from charlm import terminal
+    from charlm.files import plain, write_atomically
     from charlm.study import read_study
     from charlm.study.text import text
 
     study = read_study(places)
     if as_json:
-        print_json(report.plain(study.found()))
+        print_json(plain(study.found()))
     else:
         terminal.console.print(text(study, terminal.console))
         html = html or (places[0] if len(places) == 1 else Path()) / "report.html"

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from charlm import memory, posix, streams
+from charlm.system import memory, posix, streams
 
 SMALLER = "lower data.batch_size, data.block_size or the size of the model, or train on less text"
 

@@ -17,8 +17,8 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, Sessi
 from torch.utils.tensorboard.summary import hparams
 
 from charlm.data import CharDataModule
-from charlm.disk import write_atomically
-from charlm.report import name_of
+from charlm.files import write_atomically
+from charlm.schema import name_of
 
 # Those of the trainer's settings that are choices of a study.
 TRAINER_SETTINGS = (

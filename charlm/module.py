@@ -4,7 +4,6 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from charlm.budget import Budget, budget_of
-from charlm.checkpoint import found, model_of, read, record_of, tokenizer_of
+from charlm.checkpoint import model_of, read, read_newest, record_of, tokenizer_of
 from charlm.data import CharDataModule
 from charlm.data.chunks import IGNORE
 from charlm.errors import Diverged, InputError, one_line
@@ -295,7 +294,7 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
     Raises:
         InputError: if there is none, or none that can be read.
     """
-    newest = found(path, partial(read, needs_text=False))
+    newest = read_newest(path, needs_text=False)
     return LanguageModel.from_content(newest.path, newest.content, None, {}).to(device).eval()
 
 

@@ -25,9 +25,11 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from charlm.disk import open_regular
 from charlm.errors import InputError, printable, warn
-from charlm.report import LOSSES, name_of, plus_minus, short, table
+from charlm.files import open_regular
+from charlm.run.results import LOSSES
+from charlm.run.table import plus_minus, runs_table, short
+from charlm.schema import name_of
 
 if TYPE_CHECKING:  # what trains nothing does without the seconds that these imports take
     import lightning as L
@@ -368,7 +370,7 @@ def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str],
     contexts = {row["min_context"] for row in rows if row.get("min_context")}
     after = f" after {contexts.pop()} or more" if len(contexts) == 1 and max(contexts) > 1 else ""
     title = f"{len(rows)} run{'s' * (len(rows) > 1)}, by val loss (nats per character{after}, ± standard error)"
-    console.print(as_wide_as_fits(partial(table, rows, swept, title), ("perplexity", "seconds", "bits/char")))
+    console.print(as_wide_as_fits(partial(runs_table, rows, swept, title), ("perplexity", "seconds", "bits/char")))
     for row in rows:
         what, _, why = row["status"].partition(" ")
         if why:

@@ -23,8 +23,8 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 if TYPE_CHECKING:  # imported where they are needed, as every single run finds this file too
-    from charlm.ledger import Ledger
     from charlm.sweep import Engine, Job, Pool, Ray, Slurm, Source
+    from charlm.sweep.ledger import Ledger
 
 
 GPU = ("gpu", "cuda")
@@ -49,8 +49,8 @@ class SweepLauncher(Launcher):
         self.compose = cache(lambda given: load(config, list(given)))
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from charlm.ledger import Ledger
         from charlm.sweep import Grid, names
+        from charlm.sweep.ledger import Ledger
 
         ledger = Ledger(self.sweep_dir)
         ledger.begin(self.command, None)
@@ -83,7 +83,7 @@ class SweepLauncher(Launcher):
         return given
 
     def composed(self, job_overrides: Sequence[Sequence[str]]) -> list[DictConfig]:
-        from charlm.composition import composed
+        from charlm.sweep.composition import composed
 
         return list(composed(job_overrides, self.compose))
 
@@ -110,9 +110,8 @@ class SweepLauncher(Launcher):
             name: for hydra.sweep.subdir to use.
             place: the name of its folder, from its fingerprint and what hydra.sweep.subdir wants.
         """
-        from charlm.composition import without_hydra
-        from charlm.preflight import RUN_DIR, resolved
-        from charlm.resume import moved
+        from charlm.preflight.configs import RUN_DIR, resolved, without_hydra
+        from charlm.run.resume import moved
         from charlm.sweep import Job
 
         with open_dict(cfg):
@@ -128,9 +127,9 @@ class SweepLauncher(Launcher):
 
     def check(self, runs: Sequence[dict[str, Any]]) -> int:
         """Returns how many GPUs there are, if all runs are possible; see `check_runs`."""
-        from charlm import processes
         from charlm.errors import warn
-        from charlm.preflight import check_runs
+        from charlm.sweep import processes
+        from charlm.sweep.checks import check_runs
 
         gpus, cautions = processes.ask(check_runs, runs, isinstance(self, EngineLauncher))
         for line in [line for line in cautions if line not in self.cautions]:
@@ -185,8 +184,8 @@ class EngineLauncher(SweepLauncher):
         Raises:
             Exception: of the engine's own, if it does not take a job, or has lost one.
         """
-        from charlm.preflight import options
-        from charlm.resume import quoted
+        from charlm.preflight.command_line import options
+        from charlm.run.overrides import quoted
 
         script, folder = os.path.abspath(sys.argv[0]), jobs[0].folder.parent
         engine = get_class(self.target)(**OmegaConf.create(settings))

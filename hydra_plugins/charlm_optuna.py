@@ -51,10 +51,10 @@ class OptunaSweeper(Sweeper):
 
     def sweep(self, arguments: list[str]) -> None:
         # Imported here, as every single run finds this file too.
-        from charlm.ledger import Ledger
-        from charlm.space import Space, asked
         from charlm.sweep import Job
+        from charlm.sweep.ledger import Ledger
         from charlm.sweep.search import Search
+        from charlm.sweep.space import Space, asked
 
         parser = OverridesParser.create(config_loader=self.context.config_loader)
         params = [f"{key}={value}" for key, value in self.params.items()]

@@ -9,7 +9,7 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -109,7 +109,7 @@ def use_server(address: str) -> None:
 
     A sweep's own server, which takes seconds of imports, is tested with sweeps as real commands.
     """
-    from charlm import processes
+    from charlm.sweep import processes
 
     module: Any = multiprocessing.forkserver
     module.ensure_running = module._forkserver.ensure_running = lambda: None
@@ -212,14 +212,14 @@ def in_process(
     import torch
     from hydra.core.hydra_config import HydraConfig
 
-    from charlm import run as runs
     from charlm.data.corpus import load_corpus
     from charlm.errors import one_line_errors
+    from charlm.run import folder
 
     logger = logging.getLogger("lightning.pytorch")
     level = logger.level
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    monkeypatch.setattr(runs, "claimed", {})
+    monkeypatch.setattr(folder, "claimed", {})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.chdir(tmp_path)
@@ -243,12 +243,21 @@ def in_process(
     logger.setLevel(level)
 
 
+def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
+    """Check the command line of a run or of a sweep, as train.py does."""
+    from charlm.preflight.command import check_command
+    from charlm.sweep import plan
+
+    return (plan.check_command if plan.is_sweep(argv) else check_command)(argv, config_dir)
+
+
 @pytest.fixture
 def check(in_process: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """The checks of `python train.py ...` without a process, for commands that end there."""
-    from charlm import processes
-    from charlm.preflight import check_command, is_sweep
+    from charlm.preflight.command import check_command
+    from charlm.sweep import processes
     from charlm.sweep.command import sweep
+    from charlm.sweep.plan import is_sweep
 
     # A sweep runs its last checks in another process, and Hydra configures the logging of this one.
     monkeypatch.setattr(processes, "ask", lambda function, *arguments: function(*arguments))
@@ -280,9 +289,9 @@ def begin(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 @pytest.fixture
 def call(in_process: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     """`charlm ...` without a process of its own, for commands that change nothing in theirs."""
-    from charlm import reproduce
     from charlm.cli import main
     from charlm.errors import InputError
+    from charlm.run import reproduce
 
     def train(command: list[str], *_: object) -> None:
         """Stand in for the function that starts a new Python, whose imports take longer than a small run."""

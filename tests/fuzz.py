@@ -249,7 +249,7 @@ def act(case: Case) -> None:
         runpy.run_path(sys.argv[0], run_name="__main__")
     else:
         from charlm.errors import one_line_errors
-        from charlm.preflight import check_command
+        from tests.conftest import check_command
 
         with one_line_errors():
             check_command(case.argv, CONF)

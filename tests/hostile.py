@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from charlm import archive, checkpoint
+from charlm import checkpoint
+from charlm.checkpoint import archive
 
 ESCAPE = "\x1b[2J\x9b31m\u202e"  # clears the screen, turns to red, and writes from right to left
 SECRET = "secret-of-the-environment"

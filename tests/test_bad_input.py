@@ -103,7 +103,7 @@ def test_a_setting_without_a_value_is_missing(refused, check):
 
 def choices() -> list[str]:
     """Every single choice of every group, as on the command line, and none."""
-    from charlm.config import GROUPS
+    from charlm.schema import GROUPS
 
     files = [file for group in sorted(GROUPS) for file in sorted((ROOT / "conf" / group).glob("*.yaml"))]
     return ["", *(f"{file.parent.name}={file.stem}" for file in files if file.stem != "base")]
@@ -134,7 +134,7 @@ def test_every_number_has_a_type_and_a_range(choice):
     from omegaconf import OmegaConf
 
     from charlm.errors import InputError
-    from charlm.preflight import resolved
+    from charlm.preflight.configs import resolved
     from charlm.preflight.settings import check_settings
 
     cfg, settings = numbers(choice)
@@ -683,7 +683,7 @@ def test_a_file_of_another_kind_is_no_checkpoint_and_none_of_its_code_runs(refus
     ["os.system", "torch.nn.Linear", "charlm.model.bigram.nn.Linear", "charlm.model.nosuch.Model", "charlm.model", "5"],
 )
 def test_a_checkpoint_names_only_models_of_charlm(refused, call, trained, tmp_path, target):
-    from charlm import archive
+    from charlm.checkpoint import archive
     from tests.hostile import write_checkpoint
 
     content = archive.load(trained / "checkpoints" / "last.ckpt")
@@ -695,7 +695,7 @@ def test_a_checkpoint_names_only_models_of_charlm(refused, call, trained, tmp_pa
 
 @pytest.mark.parametrize("lost", ["tokenizer", "config", "corpus", "weights", "step", "format"])
 def test_a_checkpoint_that_lacks_a_part(refused, call, trained, tmp_path, lost):
-    from charlm import archive
+    from charlm.checkpoint import archive
     from tests.hostile import write_checkpoint
 
     content = archive.load(trained / "checkpoints" / "last.ckpt")

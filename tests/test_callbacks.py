@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from charlm import archive, checkpoint
+from charlm import checkpoint
 from charlm.callbacks import EMA, AtomicCheckpointIO, AtSteps, Best, Checkpoint
 from charlm.callbacks.ema import wide
+from charlm.checkpoint import archive
 from charlm.data import CharDataModule
 from charlm.model.bigram import Bigram
 from charlm.module import LanguageModel

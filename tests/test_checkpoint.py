@@ -29,8 +29,9 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from charlm import archive, checkpoint
+from charlm import checkpoint
 from charlm.callbacks import AtomicCheckpointIO, AtSteps, Checkpoint
+from charlm.checkpoint import archive
 from charlm.errors import DiskError, InputError
 from charlm.model.bigram import Bigram
 from charlm.model.gpt import GPT
@@ -55,7 +56,7 @@ def content_of(model: str = "bigram", step: int = 3) -> dict[str, Any]:
 
 
 def write(folder: Path, step: int) -> Path:
-    path = folder / checkpoint.NAME
+    path = folder / checkpoint.LAST
     checkpoint.write(content_of(step=step), path)
     return path
 
@@ -257,7 +258,7 @@ def test_damage_to_the_last_generation_costs_the_steps_since_the_one_before(tmp_
     assert checkpoint.load(tmp_path).step == 3
     assert capsys.readouterr().err == ""
     flip(path)
-    found = checkpoint.newest(tmp_path)
+    found = checkpoint.read_newest(tmp_path, quiet=True)
     assert (found.path.name, found.content["global_step"]) == ("previous.ckpt", 2)
     assert [line.split(" is damaged")[0] for line in found.damaged] == [str(path)]
     assert checkpoint.load(tmp_path).step == 2
@@ -312,7 +313,7 @@ def test_at_every_instant_of_writing_a_whole_generation_stands(tmp_path, monkeyp
         write(run, 3)
     assert len(states) >= 8
     before = 1 if damaged == "last.ckpt" else 2
-    steps = [checkpoint.newest(state).content["global_step"] for state in states]
+    steps = [checkpoint.read_newest(state).content["global_step"] for state in states]
     assert steps == sorted(steps)
     assert {*steps} == {before, 3}
     if damaged != "last.ckpt":
@@ -327,7 +328,7 @@ def test_what_a_killed_writer_left_half_is_cleared_away_by_the_next(tmp_path):
 
 
 def save(folder: Path, step: int) -> None:
-    AtomicCheckpointIO().save_checkpoint(content_of(step=step), folder / checkpoint.NAME)
+    AtomicCheckpointIO().save_checkpoint(content_of(step=step), folder / checkpoint.LAST)
 
 
 def test_a_full_disk_loses_no_generation_wherever_it_becomes_full(tmp_path):
@@ -761,7 +762,7 @@ def test_an_outline_takes_no_memory_for_weights(tmp_path):
     content["more"] = torch.zeros(2**24)
     path = tmp_path / "large.ckpt"
     checkpoint.write(content, path)
-    found = checkpoint.outline(path)
+    found = checkpoint.read(path, "meta", needs_text=False)
     assert found["more"].is_meta
     assert found["more"].shape == (2**24,)
 

@@ -20,8 +20,7 @@ import torch
 
 from charlm.callbacks import Checkpoint
 from charlm.errors import InputError
-from charlm.preflight import check_command
-from tests.conftest import ROOT
+from tests.conftest import ROOT, check_command
 from tests.one_machine_slurm import missing, slurm
 from tests.test_sweep import at_work, ledger_of
 

@@ -20,10 +20,10 @@ import torch
 from PIL import Image
 from torch import nn
 
-from charlm import archive
 from charlm.callbacks import BigramTable, Samples
 from charlm.callbacks.bigram_table import TAG, TOP, cell_of, draw_frame, left_of, paste, png
 from charlm.callbacks.samples import COLUMNS, as_markdown
+from charlm.checkpoint import archive
 from charlm.data import CharDataModule
 from charlm.logger import FINISHED, TensorBoard
 from charlm.module import LanguageModel

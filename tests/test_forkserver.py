@@ -197,12 +197,13 @@ def test_a_sweep_without_any_descriptor_and_with_warnings_as_errors_runs_its_job
 
 
 ASKING = """import os
-from charlm import config, errors, processes
+from charlm import errors, schema
+from charlm.sweep import processes
 if __name__ == "__main__":
     try:
         print([processes.ask(os.path.join, "a", str(n)) for n in range(20)][-1])
         print(processes.ask(os.getppid) != os.getpid())
-        for question in [(config.check, {"lrr": 1}), (os._exit, 3)]:
+        for question in [(schema.check, {"lrr": 1}), (os._exit, 3)]:
             try:
                 processes.ask(*question)
             except errors.InputError as error:

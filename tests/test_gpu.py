@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from charlm import archive
+from charlm.checkpoint import archive
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU")
 

@@ -24,7 +24,7 @@ from charlm import GPT, Bigram, CharDataModule, LanguageModel, checkpoint
 from charlm.callbacks import Best
 from charlm.data.chunks import IGNORE
 from charlm.errors import InputError
-from charlm.preflight import check_command
+from charlm.preflight.command import check_command
 from charlm.preflight.flags import REFUSED, TESTED
 from charlm.scheduler import constant
 from charlm.speed import GroupedSteps

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from charlm import memory, run
 from charlm.errors import InputError, OutOfMemory, memory_errors, one_line_errors, out_of_memory
+from charlm.run import record
+from charlm.system import memory
 from tests.conftest import PRELOAD, ROOT, Ended, become
 
 TINY = ["trainer=cpu", "threads=1", "data=text", "trainer.max_steps=2", "evaluate=[val]", "sample_length=1"]
@@ -130,7 +131,7 @@ def test_every_failed_allocation_is_told_with_what_was_requested(error, requeste
     assert line.startswith("charlm: out of memory")
     assert line.count("\n") == 1
     assert (f"({requested} requested" in line) if requested else ("requested" not in line)
-    assert run.how(error) == ("failed", line.removeprefix("charlm: ").strip())
+    assert record.how(error) == ("failed", line.removeprefix("charlm: ").strip())
 
 
 def test_the_memory_of_the_gpu_is_its_limit():

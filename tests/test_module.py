@@ -23,8 +23,8 @@ from lightning.pytorch.callbacks import (
 from torch import nn
 from torch.nn import functional as F
 
-from charlm import archive
 from charlm.callbacks import AtSteps
+from charlm.checkpoint import archive
 from charlm.data.chunks import RandomChunks
 from charlm.data.datamodule import CharDataModule
 from charlm.evaluate import evaluate

@@ -17,8 +17,11 @@ from typing import Any
 import pytest
 import torch
 
-from charlm import checkpoint, ledger, report, streams
+from charlm import checkpoint
 from charlm.errors import one_line_errors
+from charlm.run.results import LOSSES, RESULTS, read_results
+from charlm.sweep import ledger
+from charlm.system import streams
 from tests.conftest import PRELOAD, ROOT, become
 
 TRAIN = str(ROOT / "train.py")
@@ -33,7 +36,7 @@ def record(folder: Path) -> dict[str, Any]:
 
 
 def finished(folder: Path) -> bool:
-    return record(folder)["status"] == "finished" and report.read_results(folder) is not None
+    return record(folder)["status"] == "finished" and read_results(folder) is not None
 
 
 @contextmanager
@@ -110,10 +113,10 @@ def test_a_pipe_that_closes_during_training_stops_the_run_and_resume_gives_the_u
     assert said == f"charlm: stopped by SIGPIPE after step {found['step']:,}; go on with: python train.py resume=cut\n"
     assert train("resume=cut").code == train(*settings, "hydra.run.dir=whole").code == 0
     kept, whole = (tmp_path / name for name in ("cut", "whole"))
-    assert (kept / report.LOSSES).read_bytes() == (whole / report.LOSSES).read_bytes()
+    assert (kept / LOSSES).read_bytes() == (whole / LOSSES).read_bytes()
     weights = [checkpoint.read(place / "checkpoints" / "last.ckpt")["state_dict"] for place in (kept, whole)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0] | weights[1])
-    results = [json.loads((place / report.RESULTS).read_text()) for place in (kept, whole)]
+    results = [json.loads((place / RESULTS).read_text()) for place in (kept, whole)]
     exact = [{name: figure for name, figure in found.items() if "second" not in name} for found in results]
     assert exact[0] == exact[1]
 
@@ -140,7 +143,7 @@ def test_a_sweep_whose_pipe_closes_stops_and_resume_finishes_it(tmp_path, train,
     jobs = ["seed=1,2,3", "hydra.launcher.n_jobs=1", "hydra.sweep.dir=sweep"]
     with started([TRAIN, "-m", *TINY, f"data.path={text_file}", *jobs], tmp_path, writer) as process:
         writer.close()
-        first = tmp_path / "sweep" / "seed=1" / report.RESULTS
+        first = tmp_path / "sweep" / "seed=1" / RESULTS
         while not first.exists():
             process.join(0.05)
             assert process.is_alive(), (tmp_path / "err").read_text()
@@ -148,7 +151,7 @@ def test_a_sweep_whose_pipe_closes_stops_and_resume_finishes_it(tmp_path, train,
         assert end_of(process) == 141
     said = (tmp_path / "err").read_text()
     assert said == "charlm: stopped with 1 of 3 jobs done; the rest: python train.py resume=sweep\n"
-    states = ledger.read(tmp_path / "sweep" / ledger.NAME)["jobs"]
+    states = ledger.read(tmp_path / "sweep" / ledger.SWEEP_JSON)["jobs"]
     assert [states[f"seed={n}"]["state"] for n in (1, 2, 3)] == ["done", "waiting", "waiting"]
     assert (tmp_path / "sweep" / ledger.TABLE).is_file()
     ended = train("resume=sweep")

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from charlm.disk import write_atomically
+from charlm.files import write_atomically
 from tests.conftest import ROOT, Ended
 from tests.elsewhere.sitecustomize import MODULES, WINDOWS
 from tests.test_forkserver import WAITS, below, gone, states, sweeping, training, until
@@ -22,9 +22,17 @@ TRAIN = str(ROOT / "train.py")
 
 # Where charlm may use what Windows lacks, and why that is never reached there.
 GUARDED = {
-    "charlm/posix.py": {"SIGKILL", "SIG_BLOCK", "SIG_SETMASK", "SIG_UNBLOCK", "killpg", "pthread_sigmask", "resource"}
+    "charlm/system/posix.py": {
+        "SIGKILL",
+        "SIG_BLOCK",
+        "SIG_SETMASK",
+        "SIG_UNBLOCK",
+        "killpg",
+        "pthread_sigmask",
+        "resource",
+    }
     | {"sched_getaffinity", "setsid", "sysconf"},  # in the one place that asks what there is
-    "charlm/processes.py": {"SIGKILL"},  # for the fork server
+    "charlm/sweep/processes.py": {"SIGKILL"},  # for the fork server
     "charlm/sweep/engine.py": {"getuid"},  # for Slurm
 }
 
@@ -118,11 +126,12 @@ def test_a_file_is_replaced_as_soon_as_nobody_reads_it(tmp_path, monkeypatch):
 
 
 ASKING = """import os
-from charlm import config, errors, processes
+from charlm import errors, schema
+from charlm.sweep import processes
 if __name__ == "__main__":
     print(processes.ask(os.path.join, "a", "b"), processes.ask(os.getcwd), processes.ask(os.getenv, "PYTHONSAFEPATH"))
     print(processes.ask(os.getppid) == os.getpid())
-    for question in [(config.check, {"lrr": 1}), (os._exit, 3)]:
+    for question in [(schema.check, {"lrr": 1}), (os._exit, 3)]:
         try:
             processes.ask(*question)
         except errors.InputError as error:
@@ -164,7 +173,7 @@ def test_resuming_repeating_and_reading_runs_need_nothing_that_only_posix_has(tm
 
 @pytest.mark.slow
 @pytest.mark.parametrize("platform", PLATFORMS)
-def test_a_mistake_in_a_sweep_is_told_in_one_line_and_nothing_is_written(tmp_path, text_file, platform):
+def test_a_mistake_in_a_sweep_is_one_line_hydra_errors_and_nothing_is_written(tmp_path, text_file, platform):
     ended = python(platform, tmp_path, TRAIN, "-m", *settings(text_file, "optimizer.lr=1,-1", "hydra.sweep.dir=s"))
     assert ended.code == 2
     assert ended.err.startswith("charlm: optimizer.lr=-1 is not possible")

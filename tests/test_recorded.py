@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from charlm import cli, reproduce
+from charlm import cli
 from charlm.errors import COMMANDS, InputError, one_line_errors, printable
-from charlm.ledger import Ledger
-from charlm.preflight import check_command
-from charlm.recorded import all_references, check_overrides
-from charlm.report import read_results, whole_results
+from charlm.run import reproduce
+from charlm.run.results import read_results, whole_results
+from charlm.run.trust import all_references, check_overrides
+from charlm.sweep.ledger import Ledger
 from tests import hostile
-from tests.conftest import ROOT, Ended, run_command
+from tests.conftest import ROOT, Ended, check_command, run_command
 from tests.hostile import FILES, MARKER, RECORDS, SECRET, SETTINGS, SHOWN, SWEEPS, outside_of
 
 SECONDS = 20  # that a command may take at most

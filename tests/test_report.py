@@ -22,12 +22,12 @@ from PIL import Image
 from rich.console import Console
 
 from charlm.errors import InputError
-from charlm.ledger import Ledger
 from charlm.study import read_study
 from charlm.study.page import page
 from charlm.study.plots import draw_png, geometric
 from charlm.study.study import welch
 from charlm.study.text import text
+from charlm.sweep.ledger import Ledger
 
 Make = Callable[..., Path]
 
@@ -121,7 +121,7 @@ def test_the_page_goes_where_it_is_told_and_a_picture_beside_it(make, call, tmp_
         ([], "Missing argument"),
     ],
 )
-def test_what_cannot_be_reported_is_told_in_one_line(call, tmp_path, arguments, told):
+def test_what_cannot_be_reported_is_one_line_hydra_errors(call, tmp_path, arguments, told):
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "run.json").write_text('{"format": 1')

@@ -12,15 +12,17 @@ import torch
 from lightning.pytorch.callbacks import EarlyStopping
 from torch import nn
 
-from charlm import archive, checkpoint
+from charlm import checkpoint
 from charlm.callbacks import EMA, AtomicCheckpointIO, Best, Checkpoint
 from charlm.callbacks.exhibit import Exhibit
+from charlm.checkpoint import archive
+from charlm.checkpoint import content as parts_of_content
+from charlm.checkpoint.restore import compare, slots
 from charlm.data import CharDataModule
 from charlm.errors import Diverged, InputError
 from charlm.model.gpt import GPT
 from charlm.module import LanguageModel
 from charlm.optimizer.muon import muon
-from charlm.restore import compare, slots
 from charlm.scheduler import warmup_cosine
 from tests.hostile import ESCAPE, write_checkpoint
 
@@ -106,11 +108,11 @@ def changed(content: Any, path: tuple[Any, ...], value: Any) -> Any:
     return content
 
 
-def resume(data: CharDataModule, folder: Path, content: Any) -> None:
-    """Go on from `content`, with the checks that train.py makes before there is a trainer."""
-    write_checkpoint(content, folder / "last.ckpt")
-    parts = {"global_step": checkpoint.Count} | checkpoint.TRAINING | checkpoint.AVERAGES
-    checkpoint.check_parts(folder / "last.ckpt", content, parts)
+def resume(data: CharDataModule, folder: Path, found: Any) -> None:
+    """Go on from `found`, with the checks that train.py makes before there is a trainer."""
+    write_checkpoint(found, folder / "last.ckpt")
+    parts = {"global_step": parts_of_content.Count} | parts_of_content.TRAINING | parts_of_content.AVERAGES
+    parts_of_content.check_parts(folder / "last.ckpt", found, parts)
     fit(data, folder, 2 * STEPS, resume=True)
 
 

@@ -22,10 +22,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from charlm import checkpoint, report
+from charlm import checkpoint
 from charlm.errors import InputError, one_line_errors
-from charlm.preflight import check_command
-from tests.conftest import PRELOAD, ROOT, run_command, with_speed
+from charlm.run.results import RESULTS, read_validations
+from tests.conftest import PRELOAD, ROOT, check_command, run_command, with_speed
 
 SETTINGS = [
     *("model=gpt", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.dropout=0.2"),
@@ -146,7 +146,7 @@ def story(folder: Path) -> dict[str, Any]:
     kept = [state[key] for key in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "ema")]
     losses = (folder / "losses.f32").read_bytes()
     parts = {"told": told, "texts": texts, "results": results, "state": kept, "best": best["state_dict"]}
-    validations = [(step, loss) for step, _, loss in report.read_validations(folder)]
+    validations = [(step, loss) for step, _, loss in read_validations(folder)]
     return parts | {
         "losses": losses,
         "validations": validations,
@@ -364,7 +364,7 @@ def test_a_signal_during_the_final_evaluation_stops_the_run_in_one_line_and_resu
     record = json.loads((folder / "run.json").read_text())
     assert (record["status"], record["reason"], record["step"]) == ("stopped", name, 40)
     assert start(f"resume={folder}") == 0
-    assert json.loads((folder / report.RESULTS).read_text())["steps"] == 40
+    assert json.loads((folder / RESULTS).read_text())["steps"] == 40
 
 
 def test_ctrl_c_is_told_as_such_whatever_it_became(capsys):

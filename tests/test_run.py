@@ -24,10 +24,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
-from charlm import checkpoint, config, run
+from charlm import checkpoint, schema
 from charlm.callbacks import Stop
 from charlm.errors import InputError
-from charlm.preflight import check_command, own_folder
+from charlm.preflight.command import check_command
+from charlm.run import record
+from charlm.run.folder import own_folder
 from tests.conftest import PRELOAD, ROOT, run_command
 
 SMALL = ["trainer=cpu", "threads=1", "trainer.max_steps=60", "evaluate=[val]", "sample_length=1"]
@@ -50,14 +52,14 @@ def test_a_finished_run_tells_what_it_was(trained):
     asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     assert (surroundings["git"] or {}).get("commit", "") == commit
-    assert run.read_record(trained) == found
+    assert record.read_record(trained) == found
 
 
 def settings_of(recipe: Path) -> list[str]:
     """All settings that a recipe has, by their dotted names."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg: Any = OmegaConf.to_container(compose("train", [f"experiment={recipe.stem}"]), resolve=False)
-    return list(config.leaves(cfg))
+    return list(schema.leaves(cfg))
 
 
 QUICK = ("cpu_90s", "lecture_bigram")
@@ -125,9 +127,9 @@ def test_a_killed_run_is_told_as_such_by_the_next(begun, train, tmp_path):
 
 
 def test_a_life_sign_comes_again_and_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "SECONDS_BETWEEN_BEATS", 0.01)
+    monkeypatch.setattr(record, "SECONDS_BETWEEN_BEATS", 0.01)
     seen: list[int] = []
-    with run.Run({"run_dir": str(tmp_path / "run"), "seed": 1}, {}) as one:
+    with record.Run({"run_dir": str(tmp_path / "run"), "seed": 1}, {}) as one:
         one.step = lambda: len(seen)
         while len(seen) < 3:
             step = told(tmp_path / "run")["step"]
@@ -151,7 +153,7 @@ def test_a_life_sign_comes_again_and_again(tmp_path, monkeypatch):
     ],
 )
 def test_every_end_has_its_status(error, status, reason):
-    assert run.how(error) == (status, reason)
+    assert record.how(error) == (status, reason)
 
 
 def test_a_crash_leaves_its_traceback_in_the_runs_own_log(train, tmp_path, text_file):
@@ -455,7 +457,7 @@ def test_a_strangers_checkpoint_runs_no_code_where_it_is_resumed(copied):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", "[" * 100_000, '{"format": 1}', "\xff"])
-def test_a_damaged_record_is_told_in_one_line(copied, call, content):
+def test_a_damaged_record_is_one_line_hydra_errors(copied, call, content):
     (copied / "run.json").write_text(content)
     ended = call("reproduce", str(copied))
     assert (ended.code, ended.err) == (2, f"charlm: {copied}/run.json is damaged, or of another version\n")

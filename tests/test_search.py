@@ -19,7 +19,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from charlm.errors import InputError
-from charlm.space import Space
+from charlm.sweep.space import Space
 from tests.conftest import ROOT
 from tests.test_sweep import at_work
 

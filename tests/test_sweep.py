@@ -25,12 +25,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from charlm import checkpoint, report, terminal
-from charlm.composition import composed
+from charlm import checkpoint, terminal
 from charlm.errors import InputError
-from charlm.ledger import Ledger
-from charlm.preflight import check_runs, resolved, settings
+from charlm.preflight import settings
+from charlm.preflight.configs import resolved
+from charlm.run.table import runs_table
 from charlm.sweep import Job, Pool, names
+from charlm.sweep.checks import check_runs
+from charlm.sweep.composition import composed
+from charlm.sweep.ledger import Ledger
 from tests.conftest import ROOT
 from tests.test_forkserver import WAITS, below, gone, server_of, until
 from tests.test_resume import same
@@ -150,7 +153,7 @@ def test_a_swept_list_stands_in_the_table_as_it_was_typed():
     rows = [row | {"callbacks": value} for value in ("[default]", "[default,early_stopping]")]
     console = Console(width=100)
     with console.capture() as told:
-        console.print(report.table(rows, ["callbacks"], "2 runs"))
+        console.print(runs_table(rows, ["callbacks"], "2 runs"))
     for word in ("[default]", "[default,early_stopping]", "failed"):
         assert word in told.get()
 
@@ -160,7 +163,7 @@ def test_a_narrow_terminal_has_less_to_read_and_no_torn_words(width):
     figures = {"val/loss": 2.5, "val/loss_se": 0.0044, "val/bits_per_char": 3.6, "val/perplexity": 12.2}
     row = {"status": "finished", "train/seconds": 1.5, "data.block_size": 8, "optimizer.lr": "0.003"} | figures
     console = Console(width=width)
-    made = partial(report.table, [row], ["data.block_size", "optimizer.lr"], "1 run")
+    made = partial(runs_table, [row], ["data.block_size", "optimizer.lr"], "1 run")
     with console.capture() as told:
         console.print(terminal.as_wide_as_fits(made, ("perplexity", "seconds", "bits/char"), console))
     head, line = (one.split() for one in told.get().splitlines() if "status" in one or "finished" in one)

@@ -10,12 +10,11 @@ from annotated_types import Ge, Gt
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 
-from charlm import archive
 from charlm.callbacks.at_steps import AtSteps
-from charlm.checkpoint import NAME, write
+from charlm.checkpoint import LAST, archive, write
+from charlm.checkpoint.restore import check_optimizers, check_progress, damaged, failed_to_restore
 from charlm.errors import DiskError, Diverged, InputError
 from charlm.logger import CSV, TensorBoard
-from charlm.restore import check_optimizers, check_progress, damaged, failed_to_restore
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -42,7 +41,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: Any = None) -> dict[str, Any]:
         """Return the content of a checkpoint of charlm, or of one that Lightning wrote without this plugin."""
-        return archive.load_either(Path(path))
+        path = Path(path)
+        return archive.load_lightning(path) if archive.is_zip(path) else archive.load(path)
 
 
 def save(trainer: L.Trainer, path: Path) -> None:
@@ -97,7 +97,7 @@ class Checkpoint(AtSteps):
         every_n_steps: Annotated[int, Ge(1)] = 1000,
         every_n_minutes: Annotated[float, Gt(0)] = 5,
     ):
-        self.path = Path(dirpath, NAME)
+        self.path = Path(dirpath, LAST)
         self.every_n_steps, self.every_n_minutes = every_n_steps, every_n_minutes
         self.saved_at, self.saved_when = -1, time.monotonic()
         self.logged: dict[str, int] = {}

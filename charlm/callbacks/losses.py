@@ -18,9 +18,9 @@ from charlm.callbacks.at_steps import AtSteps
 from charlm.callbacks.checkpoint import Checkpoint
 from charlm.callbacks.ema import KEY
 from charlm.callbacks.throughput import Throughput
-from charlm.disk import write_atomically
 from charlm.errors import DiskError, Diverged
-from charlm.report import LOSSES, VALIDATIONS, read_validations
+from charlm.files import write_atomically
+from charlm.run.results import LOSSES, VALIDATIONS, read_validations
 
 MOST = 1000  # that wait to be looked at
 

@@ -9,9 +9,10 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks.early_stopping import EarlyStopping, EarlyStoppingReason
 
-from charlm import posix, streams, terminal
+from charlm import terminal
 from charlm.callbacks.at_steps import AtSteps
 from charlm.callbacks.checkpoint import Checkpoint, between_steps, validates_now
+from charlm.system import posix, streams
 
 # The last two are what Slurm is asked to send ahead of the end: sbatch --signal=USR1@60, and submitit for USR2.
 SIGNALS = posix.signals("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")

@@ -1,17 +1,11 @@
-"""Everything that can be wrong with a command, found before anything is written and before the first job starts."""
+"""What can be wrong with a run's command and settings, found before anything is written.
 
-from charlm.preflight.command import check_command, check_launcher, is_sweep, options
-from charlm.preflight.folder import held, own_folder
-from charlm.preflight.runs import RUN_DIR, check_runs, resolved
+command.py        one command line -> the command line to run, or one line of error
+command_line.py   Hydra's options, parsed
+configs.py        overrides -> composed and resolved configs
+messages.py       errors of Hydra and OmegaConf as one line of charlm's
+settings.py       the settings of one run, checked against each other, the hardware and the text
+flags.py          flags of Lightning's Trainer: tested, or refused with the reason
 
-__all__ = [
-    "RUN_DIR",
-    "check_command",
-    "check_launcher",
-    "check_runs",
-    "held",
-    "is_sweep",
-    "options",
-    "own_folder",
-    "resolved",
-]
+Sweeps have a program of their own: `charlm.sweep.plan`.
+"""

@@ -20,11 +20,12 @@ from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationSch
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from charlm import config, memory
+from charlm import schema
 from charlm.budget import budget_of, limit_tokens, steps_of
 from charlm.data.chunks import BATCHES_PER_DRAW
 from charlm.errors import InputError, one_line, out_of_memory
 from charlm.preflight.flags import check_flags
+from charlm.system import memory
 from charlm.trainer import FSDP, precision_for
 
 MOST_TENSORS = 5_000  # twelve for each layer of a Transformer
@@ -46,7 +47,7 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
     """
     if isinstance(plain.get("trainer"), dict):
         check_flags(plain["trainer"])
-    config.check(plain)
+    schema.check(plain)
     trainer = {**plain["trainer"]}
     trainer["max_steps"] = steps_of(trainer["max_steps"], plain["max_tokens"], trainer["max_time"])
     if "val" not in plain["evaluate"]:
@@ -98,10 +99,10 @@ def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> None:
     own = plain["model"]["_target_"].startswith("charlm.")
     try:
         with torch.device("meta"), limited_tensors():  # shapes without numbers: at once, and in no memory
-            with config.arguments_as_settings("model", plain["model"]):
+            with schema.arguments_as_settings("model", plain["model"]):
                 model = instantiate(plain["model"], vocab_size=2)
             model(torch.zeros(1, plain["data"]["block_size"], dtype=torch.long))
-        with config.arguments_as_settings("scheduler", plain["scheduler"]):
+        with schema.arguments_as_settings("scheduler", plain["scheduler"]):
             instantiate(plain["scheduler"])(torch.optim.SGD([torch.zeros(1)]), budget_of(trainer))
     except ValueError as error:
         raise InputError(one_line(error)) from error
@@ -175,7 +176,7 @@ def check_text(plain: dict[str, Any]) -> list[str]:
         InputError: for a text that cannot be had or is too short, or a split that there is not.
     """
     data = instantiate(plain["data"], tokenizer=instantiate(plain["tokenizer"]))
-    with config.arguments_as_settings("data", plain["data"]):
+    with schema.arguments_as_settings("data", plain["data"]):
         data.setup()
         for split in plain["evaluate"]:
             data.windows(split)
@@ -254,7 +255,7 @@ def check_recorded_settings(plain: dict[str, Any]) -> None:
         InputError: for the first that does.
     """
     for name, node in (plain["callbacks"] or {}).items():
-        kind = config.resolve(f"callbacks.{name}", node["_target_"])
+        kind = schema.resolve(f"callbacks.{name}", node["_target_"])
         base = next((base for base in CHANGES if isinstance(kind, type) and issubclass(kind, base)), None)
         if base:
             raise InputError(
@@ -270,7 +271,7 @@ def check_epochs(plain: dict[str, Any]) -> None:
         InputError: for an interval that is longer than an epoch.
     """
     trainer, data = plain["trainer"], plain["data"]
-    parameters = inspect.signature(config.resolve("data", data["_target_"])).parameters
+    parameters = inspect.signature(schema.resolve("data", data["_target_"])).parameters
     if trainer["check_val_every_n_epoch"] is None or "batches_per_epoch" not in parameters:
         return
     limit, per_step = trainer.get("limit_train_batches"), trainer["accumulate_grad_batches"]
@@ -294,7 +295,7 @@ def check_shortcuts(plain: dict[str, Any]) -> None:
     trainer = plain["trainer"]
     on_gpu = torch.cuda.is_available() and trainer["accelerator"] != "cpu"
     if (plain["speed"] or {}).get("cuda_graph"):
-        if hasattr(config.resolve("model", plain["model"]["_target_"]), "count"):
+        if hasattr(schema.resolve("model", plain["model"]["_target_"]), "count"):
             raise InputError(
                 "speed.cuda_graph=true needs steps of one size, and what was counted has many: leave it false"
             )

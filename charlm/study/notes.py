@@ -6,7 +6,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from charlm.errors import printable
-from charlm.run import flat
+from charlm.run.record import flat
 from charlm.study.runs import Run, ordered, shown
 
 ALIKE = 1.02  # as many tokens, as a run ends with the step that reaches them, which may go beyond

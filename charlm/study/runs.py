@@ -15,10 +15,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from charlm import ledger, run
-from charlm.disk import is_regular
 from charlm.errors import InputError, printable
-from charlm.report import RESULTS, read_results, read_validations
+from charlm.files import is_regular
+from charlm.run.record import RUN_JSON, Record, flat, read_record
+from charlm.run.results import RESULTS, read_results, read_validations
+from charlm.sweep import ledger
 
 Value = str | int | float | bool | None
 LONGEST = 120  # characters of a name or a value that is shown
@@ -58,7 +59,7 @@ class Run:
     figures: dict[str, float] = field(default_factory=dict)
     stopped_by: str = ""
     validations: list[tuple[int, float, float]] = field(default_factory=list)
-    record: run.Record | None = None
+    record: Record | None = None
 
     @property
     def follows(self) -> Collection[str]:
@@ -102,7 +103,7 @@ def read_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
         if not os.path.isdir(place):
             raise InputError(f"{place} is no folder: give folders of runs or of sweeps, such as outputs")
         for folder, files in walk(place):
-            for name, found in ((run.NAME, folders), (ledger.NAME, sweeps)):
+            for name, found in ((RUN_JSON, folders), (ledger.SWEEP_JSON, sweeps)):
                 if name in files:
                     found.setdefault(os.path.realpath(folder), folder)
     runs, damaged = [], []
@@ -130,13 +131,13 @@ def walk(place: Path) -> Iterator[tuple[Path, Sequence[str]]]:
         yield Path(folder), files
         for name in below:
             one = Path(folder, name)
-            if one.is_symlink() and is_regular(one / run.NAME):
-                yield one, [run.NAME]
+            if one.is_symlink() and is_regular(one / RUN_JSON):
+                yield one, [RUN_JSON]
 
 
 def jobs_of(sweep_dir: Path) -> dict[str, ledger.Entry]:
     """The jobs of a sweep by the names of their folders, none if it is no sweep. As Ledger.jobs, for reading only."""
-    file = sweep_dir / ledger.NAME
+    file = sweep_dir / ledger.SWEEP_JSON
     return ledger.read(file)["jobs"] if os.path.lexists(file) else {}
 
 
@@ -146,12 +147,12 @@ def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
     Raises:
         InputError, OSError, ValueError, ArithmeticError, RecursionError: where it is damaged, in one way or another.
     """
-    record = run.read_record(folder)
+    record = read_record(folder)
     results: Any = read_results(folder) or {}
     state, reason = state_of(record, entry, bool(results))
     given = given_in(entry["overrides"] if entry else shlex.split(record["command"])[2:])
     validations = read_validations(folder)
-    numbers = run.flat(results).items()
+    numbers = flat(results).items()
     figures = {name: float(leaf) for name, leaf in numbers if isinstance(leaf, int | float) and sane(leaf)}
     if state == "finished" and "val/loss" not in figures:
         reason = (
@@ -186,7 +187,7 @@ def waiting(folder: Path, entry: ledger.Entry) -> Run:
     )
 
 
-def state_of(record: run.Record, entry: ledger.Entry | None, results: bool) -> tuple[str, str | None]:
+def state_of(record: Record, entry: ledger.Entry | None, results: bool) -> tuple[str, str | None]:
     """How a run is, and why: by its own record and, where that could not be written any more, by the ledger."""
     state, reason = record["status"], record["reason"]
     if state == "finished":
@@ -201,7 +202,7 @@ def state_of(record: run.Record, entry: ledger.Entry | None, results: bool) -> t
         return "running", f"at step {record['step']:,}"
     if state == "stopped":
         return state, f"by {reason} after step {record['step']:,}"
-    return ("failed", reason) if state == "failed" else ("failed", f"its {run.NAME} calls it {state}")
+    return ("failed", reason) if state == "failed" else ("failed", f"its {RUN_JSON} calls it {state}")
 
 
 def because(entry: ledger.Entry) -> str | None:
@@ -222,11 +223,11 @@ def given_in(words: Iterable[str]) -> dict[str, str]:
     return {name.lstrip("+"): value for name, _, value in pairs}
 
 
-def settings_of(record: run.Record, given: dict[str, str]) -> dict[str, Value]:
+def settings_of(record: Record, given: dict[str, str]) -> dict[str, Value]:
     """All that a run was trained with, but not what only follows from where it is."""
     found: dict[str, Value] = {}
     run_dir = str(record["config"].get("run_dir") or "\0")
-    for name, leaf in run.flat(record["config"]).items():
+    for name, leaf in flat(record["config"]).items():
         group, _, key = name.rpartition(".")
         if name in PLACES | TEXT or (name in CHOSEN and name not in given):
             continue

@@ -8,10 +8,10 @@ from typing import NoReturn
 import hydra
 from omegaconf import DictConfig
 
-from charlm import processes
 from charlm.errors import one_line_errors
-from charlm.preflight import check_command
-from charlm.run import abandon
+from charlm.run.folder import abandon
+from charlm.sweep import processes
+from charlm.sweep.plan import check_command
 
 
 def sweep(argv: Sequence[str], config_dir: Path) -> NoReturn:

@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from charlm import posix, terminal
+from charlm import terminal
 from charlm.errors import InputError
-from charlm.run import NAME, previous
+from charlm.run.record import RUN_JSON, previous
 from charlm.sweep.job import LOG, Job, be, command, last_line
 from charlm.sweep.pool import SECONDS_TO_SAVE, STOPPED, terminable
+from charlm.system import posix
 
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_QUESTIONS = 5.0  # to Slurm, which may have many to answer
@@ -45,7 +46,7 @@ class Handed:
 
     def news(self) -> bool:
         """Is its run.json another than before?"""
-        before, self.recorded = self.recorded, stamp(self.job.folder / NAME)
+        before, self.recorded = self.recorded, stamp(self.job.folder / RUN_JSON)
         return self.recorded != before
 
     def settled(self) -> bool:
@@ -90,7 +91,7 @@ class Engine:
             InputError: if the engine does not take the jobs.
             KeyboardInterrupt, SystemExit: after all jobs were stopped, by Ctrl-C or SIGTERM.
         """
-        handed = [Handed(job, stamp(job.folder / NAME), stamp(job.folder / LOG)) for job in jobs]
+        handed = [Handed(job, stamp(job.folder / RUN_JSON), stamp(job.folder / LOG)) for job in jobs]
         if not handed:
             return
         stopping = False

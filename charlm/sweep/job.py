@@ -22,13 +22,14 @@ from hydra.core.utils import JobRuntime, run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from charlm import report, streams
 from charlm.budget import steps_of, within_tokens
-from charlm.disk import is_regular
-from charlm.preflight import options
-from charlm.processes import Child, launch
-from charlm.resume import quoted
-from charlm.run import previous
+from charlm.files import is_regular
+from charlm.preflight.command_line import options
+from charlm.run.overrides import quoted
+from charlm.run.record import previous
+from charlm.run.results import whole_results
+from charlm.sweep.processes import Child, launch
+from charlm.system import streams
 
 LOG = "terminal.log"  # all that a job prints
 
@@ -79,7 +80,7 @@ class Job:
     def done(self) -> bool:
         """Are its final figures there?"""
         record = previous(self.folder)
-        return record is not None and record["status"] == "finished" and report.whole_results(self.folder) is not None
+        return record is not None and record["status"] == "finished" and whole_results(self.folder) is not None
 
     def start(self, threads: int, gpus: Sequence[int]) -> "Running":
         """Begin, or go on where it was ended, in a fresh process."""
@@ -106,7 +107,7 @@ class Job:
 
     def row(self, status: str) -> dict[str, Any]:
         """Its final figures, or only how it ended."""
-        results = report.whole_results(self.folder) if status == "finished" else None
+        results = whole_results(self.folder) if status == "finished" else None
         if results is None:
             return {"status": status, "val/loss": None}
         return {key: value for key, value in results.items() if not isinstance(value, dict)}

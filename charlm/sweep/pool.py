@@ -9,9 +9,9 @@ from multiprocessing.connection import wait
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
-from charlm import posix
-from charlm.processes import wait_for
 from charlm.sweep.job import Job, Running
+from charlm.sweep.processes import wait_for
+from charlm.system import posix
 
 SECONDS_BETWEEN_LOOKS = 0.25
 SECONDS_TO_SAVE = 30.0  # for a job that is told to stop

@@ -20,16 +20,18 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from charlm import ledger, report
-from charlm.disk import read_regular
 from charlm.errors import Diverged, InputError
-from charlm.ledger import Ledger
-from charlm.preflight import held
-from charlm.space import Space
+from charlm.files import read_regular
+from charlm.run.folder import held
+from charlm.run.results import read_validations, whole_results
+from charlm.run.table import outcome, short
+from charlm.sweep import ledger
 from charlm.sweep.engine import Handed
 from charlm.sweep.job import Job, Running
+from charlm.sweep.ledger import Ledger
 from charlm.sweep.names import label
 from charlm.sweep.pool import STOPPED
+from charlm.sweep.space import Space
 
 JOURNAL = "optuna.journal"
 JOB = "job"  # the attribute of a trial that names its folder
@@ -155,7 +157,7 @@ class Search:
         return [*self.space.point(params), *self.fair]
 
     def label(self, number: int, params: dict[str, Any]) -> str:
-        return f"trial_{number:03d},{label({key: report.short(params[key]) for key in self.space.open})}"
+        return f"trial_{number:03d},{label({key: short(params[key]) for key in self.space.open})}"
 
     def watch(self, running: Sequence[Running | Handed]) -> None:
         for one in running:
@@ -169,7 +171,7 @@ class Search:
             How it ends, if it fell behind. That is judged from values alone, however far the job may be by now.
         """
         one = self.followed[job.name]
-        for step, _, loss in report.read_validations(job.folder):
+        for step, _, loss in read_validations(job.folder):
             if step > one.told:
                 one.trial.report(loss, step * job.cost)
                 one.told = step
@@ -183,9 +185,9 @@ class Search:
     def judge(self, job: Job, how: str) -> str:
         if how == STOPPED:
             return how
-        if report.verdict(how) != "pruned":
+        if outcome(how) != "pruned":
             how = self.follow(job) or self.hopeless(job, how)
-        trial, verdict = self.followed[job.name].trial, report.verdict(how)
+        trial, verdict = self.followed[job.name].trial, outcome(how)
         if verdict == "finished":
             self.study.tell(trial, job.row(how)["val/loss"])
         else:
@@ -195,12 +197,12 @@ class Search:
 
     def hopeless(self, job: Job, how: str) -> str:
         """How it ended: what is no one's fault but that of its values counts as the worst there is, not as failed."""
-        results = report.whole_results(job.folder)
+        results = whole_results(job.folder)
         if how == "finished" and results and results["val/loss"] is None:
             return "pruned: its val loss is infinite or not a number"
         if how.startswith(f"failed: {Diverged.words}"):
             return how.replace("failed", "pruned", 1).partition(";")[0]
-        if report.verdict(how) == "failed":
+        if outcome(how) == "failed":
             try:
                 self.check(job.overrides)
             except InputError as error:
@@ -212,7 +214,7 @@ class Search:
         found = (
             {"trial": list(self.jobs).index(job.name)} | {key: values[key] for key in self.space.open} | job.row(how)
         )
-        if report.verdict(how) == "pruned":
+        if outcome(how) == "pruned":
             last = self.trials[job.name].value
             found["val/loss"] = last if last is not None and math.isfinite(last) else None
         return found

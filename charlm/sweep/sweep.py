@@ -5,15 +5,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from charlm import report, streams, terminal
+from charlm import terminal
 from charlm.errors import InputError, stop
-from charlm.ledger import TABLE, Ledger, State
-from charlm.preflight import held, is_sweep, options
-from charlm.processes import ServerDied
+from charlm.preflight.command_line import options
+from charlm.run.folder import held
+from charlm.run.table import outcome, rank, write_csv
 from charlm.sweep.engine import Engine, Handed
 from charlm.sweep.job import LOG, Job, Running
+from charlm.sweep.ledger import TABLE, Ledger, State
 from charlm.sweep.names import settings, varying
+from charlm.sweep.plan import is_sweep
 from charlm.sweep.pool import STOPPED, Pool
+from charlm.sweep.processes import ServerDied
+from charlm.system import streams
 
 
 class Source(Protocol):
@@ -89,7 +93,7 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
 
         def ended(job: Job, how: str) -> None:
             ends[job.name] = how = source.judge(job, how)
-            verdict = report.verdict(how)
+            verdict = outcome(how)
             states: dict[str, State] = {"finished": "done", STOPPED: "waiting", "pruned": "pruned"}
             ledger.set(job.name, states.get(verdict, "failed"), None if how == "finished" else how)
             sight.ended(job.name, source.row(job, how))
@@ -109,8 +113,8 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
         except ServerDied as died:
             stopped, why = died.code, f"{died}; "
     rows = {name: source.row(job, ends.get(name, "waiting")) for name, job in source.jobs.items()}
-    ranked = report.ranked([*rows.values()])
-    report.write_csv(sweep_dir / TABLE, ranked)
+    ranked = rank([*rows.values()])
+    write_csv(sweep_dir / TABLE, ranked)
     finished = {name: row["val/loss"] for name, row in rows.items() if row["status"] == "finished"}
     losses = {name: loss for name, loss in finished.items() if loss is not None}
     best = source.jobs[min(losses, key=losses.__getitem__)].overrides if losses else []
@@ -118,7 +122,7 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
     terminal.sweep_summary(sweep_dir, ranked, source.swept, [*options(sys.argv), *best, *alone] if best else [])
     elsewhere = f" hydra/launcher={ledger.content['launcher']}" * (ledger.content["launcher"] != "local")
     again = f"the rest: python train.py resume={terminal.quote(sweep_dir)}{elsewhere}"
-    done = sum(report.verdict(row["status"]) in ("finished", "pruned") for row in ranked)
+    done = sum(outcome(row["status"]) in ("finished", "pruned") for row in ranked)
     if stopped:
         stop(f"{why}stopped with {done} of {source.total} jobs done; {again}", stopped)
     if done < source.total:

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from charlm import config
+from charlm import schema
 from charlm.errors import InputError
-from charlm.ledger import Search
+from charlm.sweep.ledger import Search
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -127,7 +127,7 @@ def asked(hydra: Any, space: Space) -> Search:
         InputError: for settings that are not possible.
     """
     node: Any = OmegaConf.to_container(hydra.sweeper, resolve=True)
-    config.check_node("hydra.sweeper", node)
+    schema.check_node("hydra.sweeper", node)
     if not hydra.launcher._target_.endswith(".LocalLauncher"):
         raise InputError("hydra/sweeper=optuna runs its trials on this machine: leave hydra/launcher=local as it is")
     return {**{key: node[key] for key in Search.__annotations__ if key != "space"}, "space": space.words()}  # type: ignore[typeddict-item]

@@ -1,22 +1,19 @@
 """Beginning from a run: going on with it, in its folder and from its newest state, or again with its settings."""
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from charlm.config import is_default, leaves, unknown_key
 from charlm.data.corpus import load_corpus
-from charlm.disk import PARTIAL, contents, is_regular
-from charlm.errors import InputError, one_line
-from charlm.report import RESULTS, whole_results
-from charlm.run import previous, read_record
+from charlm.errors import InputError
+from charlm.files import PARTIAL, contents, is_regular
+from charlm.run.overrides import changes
+from charlm.run.record import previous, read_record
+from charlm.run.results import RESULTS, whole_results
+from charlm.schema import is_default, leaves, unknown_key
 
 if TYPE_CHECKING:  # what does not read a state does without torch
     from charlm.checkpoint import Newest
@@ -28,22 +25,6 @@ MAY_CHANGE = (*BUDGET, *MACHINE, "stop_at", "evaluate", "sample_length")
 CONSTANT = "charlm.scheduler.constant"
 
 
-def changes(overrides: Sequence[str]) -> dict[str, Any]:
-    """What a command line sets, beside the run to begin from.
-
-    Raises:
-        InputError: for what is not a setting with a value.
-    """
-    given = {}
-    for override in parsed(overrides):
-        line, key = override.input_line, override.key_or_group
-        if override.is_delete() or override.is_add() or override.is_sweep_override():
-            raise InputError(f"{line} is not possible beside resume or rerun: give settings as NAME=VALUE")
-        if key not in ("resume", "rerun"):
-            given[key] = override.value()
-    return given
-
-
 def begun(cfg: DictConfig, overrides: Sequence[str]) -> "tuple[DictConfig, Newest | None]":
     """The settings to train with, and the state to begin from: those of a run to resume or to rerun, if one is named.
 
@@ -51,10 +32,10 @@ def begun(cfg: DictConfig, overrides: Sequence[str]) -> "tuple[DictConfig, Newes
         InputError: as `resumed` and `rerun`.
     """
     if cfg.resume:
-        from charlm.checkpoint import found
+        from charlm.checkpoint import read_newest
 
         run_dir = Path(cfg.resume)
-        state = found(run_dir)
+        state = read_newest(run_dir)
         return resumed(run_dir, state.content, changes(overrides)), state
     return (rerun(Path(cfg.rerun), changes(overrides), cfg.run_dir) if cfg.rerun else cfg), None
 
@@ -172,42 +153,3 @@ def finished(run_dir: Path, content: Mapping[str, Any], cfg: DictConfig) -> bool
         return False
     recorded = OmegaConf.create(content["charlm"]["config"])
     return all(OmegaConf.select(recorded, key) == OmegaConf.select(cfg, key) for key in BUDGET)
-
-
-def quoted(path: Path) -> str:
-    """A path as Hydra's grammar takes it, with whatever is in its name."""
-    if re.fullmatch(r"[\w./-]+", str(path)):
-        return str(path)
-    # In quotes, a backslash is one by itself, but for those before a quote.
-    text = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), str(path))
-    return f"'{text}'"
-
-
-def unquoted(text: str) -> str:
-    """A path as it was typed: as it is, with all the = and , that names of sweeps have, or quoted for Hydra.
-
-    Raises:
-        InputError: for a quote that is not closed.
-    """
-    if text[0] not in "'\"":
-        return text
-    try:
-        [override] = parsed([f"path={text}"])
-    except InputError:
-        raise InputError(f"{text} cannot be read as a quoted path: close its quote, or leave quotes out") from None
-    return str(override.value())
-
-
-def parsed(overrides: Sequence[str]) -> list[Override]:
-    """Overrides as Hydra's grammar takes them apart.
-
-    Raises:
-        InputError: for one that is not as the grammar wants it.
-    """
-    found = []
-    for text in overrides:
-        try:
-            found += OverridesParser.create().parse_overrides([text])
-        except HydraException as error:
-            raise InputError(f"{text} cannot be read as NAME=VALUE: {one_line(error)}") from error
-    return found

@@ -8,10 +8,10 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from charlm.errors import InputError
-from charlm.recorded import check_key, check_overrides
-from charlm.report import read_json, write_json
+from charlm.files import read_json, write_json
+from charlm.run.trust import check_key, check_overrides
 
-NAME = "sweep.json"
+SWEEP_JSON = "sweep.json"
 TABLE = "results.csv"  # written last
 FORMAT = 1
 LARGEST = 2**26  # bytes of a sweep.json that is read
@@ -61,7 +61,7 @@ class Ledger:
     """
 
     def __init__(self, folder: Path):
-        self.file = folder / NAME
+        self.file = folder / SWEEP_JSON
         self.content: Content = {
             "format": FORMAT,
             "command": [],
@@ -153,7 +153,7 @@ def goes_on(folder: Path, command: list[str], search: Search | None) -> bool:
     Raises:
         InputError: for a ledger that cannot be read.
     """
-    content = read(folder / NAME)
+    content = read(folder / SWEEP_JSON)
     ended = [entry["state"] in ENDED for entry in content["jobs"].values()]
     left = not all(ended) or len(ended) < (search["n_trials"] if search else 1) or not (folder / TABLE).exists()
     return content["command"] == command and alike(content["search"], search) and left

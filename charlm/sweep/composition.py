@@ -42,11 +42,6 @@ def composed(jobs: Sequence[Sequence[str]], compose: Callable[[tuple[str, ...]],
             yield compose(tuple(job))  # which tells what is wrong with it
 
 
-def without_hydra(cfg: DictConfig) -> DictConfig:
-    """A copy of what a run itself is made of."""
-    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
-
-
 def with_values(base: DictConfig, values: Sequence[Override], given: Sequence[Override]) -> DictConfig:
     """A copy of `base` as Hydra would have composed it of all that was given."""
     cfg: DictConfig = pickle.loads(pickle.dumps(base))  # in less than half the time of copy.deepcopy

@@ -31,8 +31,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from charlm.disk import open_regular
 from charlm.errors import InputError, out_of_memory, printable
+from charlm.files import open_regular
 
 FORMAT = 2
 BEGIN = b'{"__metadata__":{"charlm_format":"'
@@ -171,15 +171,6 @@ def bytes_of(tensor: Tensor) -> memoryview:
     """Return the numbers of a tensor in row-major order; a copy only if they are elsewhere or in another order."""
     raw: Any = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return memoryview(raw)
-
-
-def load_either(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint of charlm, or of one that Lightning wrote, on the CPU.
-
-    Raises:
-        InputError: as for `load` and `load_lightning`.
-    """
-    return load_lightning(path) if is_zip(path) else load(path)
 
 
 def load(path: Path) -> dict[str, Any]:

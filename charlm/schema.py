@@ -258,3 +258,8 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     nearest = same_leaf[:1] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}?" if nearest else "see python train.py --help for all there are"
     return f"there is no setting {key}: {hint}"
+
+
+def name_of(node: dict[str, Any]) -> str:
+    """What a configuration node is called: the last part of its `_target_`, which is also the name of its file."""
+    return str(node["_target_"]).rpartition(".")[2].lower()

@@ -1,5 +1,7 @@
 """Files that are whole or absent whatever ends their writer, and files of other people, opened with care."""
 
+import json
+import math
 import os
 import shutil
 import stat
@@ -8,10 +10,15 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NoReturn, TypeVar
+
+from pydantic import TypeAdapter, ValidationError
 
 from charlm.errors import InputError
 
+T = TypeVar("T")
+
+DEEPEST = 20  # levels of nested JSON
 PARTIAL = ".partial-"  # what files are called until they are whole
 # No link is followed, and no FIFO waited for. Windows has neither flag.
 CAREFULLY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
@@ -176,3 +183,67 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def as_json(content: Any) -> bytes:
+    """For programs, and for people who look into a file."""
+    return (json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Whole, or not at all."""
+    write_atomically(path, lambda file: file.write(as_json(content)))
+
+
+def read_json(file: Path, kind: type[T], largest: int, format: int | None = None) -> T:
+    """A file that `write_json` wrote, held against `kind`; perhaps a stranger's, so that nothing in it is trusted.
+
+    Raises:
+        InputError: if it is no regular file, too large, damaged or of another version.
+        FileNotFoundError: if there is none.
+    """
+    try:
+        content: Any = json.loads(read_regular(file, largest), parse_constant=refuse_constant)
+        for _ in everything(file, content):  # which looks for what is nested too deep
+            pass
+        TypeAdapter(kind).validate_python(content, strict=True)
+    except (ValidationError, ValueError, RecursionError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{file} is damaged, or of another version") from None
+    if format is not None and content["format"] != format:
+        raise InputError(f"{file} has format {content['format']}, and this charlm reads format {format}")
+    found: T = content
+    return found
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """NaN and Infinity are no JSON, though Python reads them; `as_json` writes null instead."""
+    raise ValueError(name)
+
+
+def plain(value: Any) -> Any:
+    """JSON has no NaN and no infinity: both become null."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def everything(source: Path, node: Any) -> Iterator[tuple[str, Any]]:
+    """Yield all values of nested dictionaries and lists with their dotted names.
+
+    Raises:
+        InputError: if they are nested deeper than anything that charlm records.
+    """
+    left: list[tuple[str, Any, int]] = [("", node, 0)]
+    while left:
+        place, value, depth = left.pop()
+        if depth > DEEPEST:
+            raise InputError(f"{source} is damaged: it is nested too deep")
+        yield place, value
+        if isinstance(value, dict):
+            left += [(f"{place}.{key}".lstrip("."), child, depth + 1) for key, child in value.items()]
+        elif isinstance(value, list):
+            left += [(place, child, depth + 1) for child in value]

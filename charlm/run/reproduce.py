@@ -12,14 +12,15 @@ import numpy as np
 import torch
 
 from charlm import checkpoint
-from charlm.disk import open_regular
 from charlm.errors import InputError
-from charlm.recorded import check_run
-from charlm.report import LOSSES, read_results
-from charlm.resume import CONSTANT, quoted
-from charlm.run import differences, read_record
+from charlm.files import open_regular
+from charlm.run.overrides import quoted
+from charlm.run.record import differences, read_record
+from charlm.run.results import LOSSES, read_results
+from charlm.run.resume import CONSTANT
+from charlm.run.trust import check_run
 
-TRAIN = Path(__file__).parent.parent / "train.py"
+TRAIN = Path(__file__).parent.parent.parent / "train.py"
 TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "ema")  # of a checkpoint: all that training changes
 ELSEWHERE = ("results.stopped_by", "results.device")  # figures that tell of the surroundings, as all seconds do
 
@@ -44,7 +45,7 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None]) -> dict[str, An
     """
     if not TRAIN.is_file():
         raise InputError(f"{TRAIN} is not there: install charlm from a clone of it, pip install -e .")
-    record, state, results = read_record(run_dir), checkpoint.found(run_dir).content, read_results(run_dir)
+    record, state, results = read_record(run_dir), checkpoint.read_newest(run_dir).content, read_results(run_dir)
     check_run(run_dir, record["config"], [TRAIN.with_name("conf")])
     step = state["global_step"]
     constant = record["config"]["scheduler"]["_target_"] == CONSTANT
@@ -58,7 +59,7 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None]) -> dict[str, An
             command += [f"stop_at={step}", *(["trainer.max_time=null"] if constant else [])]
         train(command, again / LOSSES, step, report)
         losses = [before, read_losses(again, step)]
-        other, other_results = checkpoint.newest(again).content, read_results(again)
+        other, other_results = checkpoint.read_newest(again, quiet=True).content, read_results(again)
         differs = [name for part in TRAINED for name in unlike(state.get(part), other.get(part), part)]
         if results and other_results:
             differs += [name for name in unlike(results, other_results, "results") if exact(name)]

@@ -18,10 +18,10 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
-from charlm.config import GROUPS, RANGES, ROOT, check, leaves
 from charlm.errors import InputError, printable
+from charlm.files import everything
+from charlm.schema import GROUPS, RANGES, ROOT, check, leaves
 
-DEEPEST = 20  # levels of nested settings
 CHOICES = GROUPS | {"experiment", "sweep"}  # settings that choose a file of conf/
 DECIDED = {"run_dir", "resume", "rerun"}  # settings that say where a run is, which its folder must not
 REFERENCE = re.compile(r"\$\{(\w+)((?:\.\w+)*)\}")  # another setting; anything else between braces may be a call
@@ -222,24 +222,6 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(child)
     elif not isinstance(value, RangeSweep | IntervalSweep | Glob | int | float | None):
         yield "${}"  # a kind of value that is not known yet is no plain text
-
-
-def everything(source: Path, node: Any) -> Iterator[tuple[str, Any]]:
-    """Yield all values of nested dictionaries and lists with their dotted names.
-
-    Raises:
-        InputError: if they are nested deeper than anything that charlm records.
-    """
-    left: list[tuple[str, Any, int]] = [("", node, 0)]
-    while left:
-        place, value, depth = left.pop()
-        if depth > DEEPEST:
-            raise InputError(f"{source} is damaged: it is nested too deep")
-        yield place, value
-        if isinstance(value, dict):
-            left += [(f"{place}.{key}".lstrip("."), child, depth + 1) for key, child in value.items()]
-        elif isinstance(value, list):
-            left += [(place, child, depth + 1) for child in value]
 
 
 def select(config: Mapping[str, Any], key: str) -> Any:

@@ -1,4 +1,4 @@
-"""What libraries say about a mistake, as one line of charlm's."""
+"""Errors of Hydra and OmegaConf as one line of charlm's."""
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,14 +11,14 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from charlm import config
+from charlm import schema
 from charlm.errors import InputError, one_line
 from charlm.preflight.flags import refusal
 
 
 @contextmanager
-def told_in_one_line(overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Hydra's and OmegaConf's complaints as an InputError.
+def one_line_hydra_errors(overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Raise errors of Hydra and OmegaConf as an InputError.
 
     Needs an initialized Hydra, to find the nearest name of a setting that there is not.
     """
@@ -59,15 +59,15 @@ def absent(key: str, overrides: Sequence[str]) -> str:
     if path == "trainer" and (reason := refusal(name)):
         return f"{key} is not possible: {reason}"
     settings = composed_settings(overrides, key)
-    if config.is_default(key, settings):
+    if schema.is_default(key, settings):
         value = next((o.partition("=")[2] for o in overrides if o.lstrip("+~").startswith(f"{key}=")), "VALUE")
         return f"{key} has its default, which conf/ leaves as it is: to give it a value add a plus, +{key}={value}"
-    return config.unknown_key(key, config.leaves(settings))
+    return schema.unknown_key(key, schema.leaves(settings))
 
 
 def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
     """The settings that there are under the groups that the command chose, without the wrong one."""
-    return list(config.leaves(composed_settings(overrides, wrong)))
+    return list(schema.leaves(composed_settings(overrides, wrong)))
 
 
 def composed_settings(overrides: Sequence[str], wrong: str) -> dict[str, Any]:

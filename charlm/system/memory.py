@@ -5,7 +5,7 @@ import re
 from contextlib import suppress
 from pathlib import Path
 
-from charlm import posix
+from charlm.system import posix
 
 # PyTorch's allocators raise plain RuntimeErrors, and NumPy a ValueError: only their text tells them apart.
 REFUSED = re.compile(

@@ -23,26 +23,24 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
 from typing_extensions import TypedDict
 
-from charlm import streams
-from charlm.disk import check_kind, write_atomically
 from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted, out_of_memory, uninterrupted, warn
-from charlm.recorded import all_references, check_record
-from charlm.report import RESULTS, as_json, read_json, write_json
+from charlm.files import as_json, read_json, write_atomically, write_json
+from charlm.run.folder import claim, is_first
+from charlm.run.results import RESULTS
+from charlm.run.trust import all_references, check_record
+from charlm.system import streams
 
 if TYPE_CHECKING:  # what trains nothing does without the seconds that it takes, and so without those of torch
     import lightning as L
 
-NAME, LOCK = "run.json", ".lock"
+RUN_JSON = "run.json"
 FORMAT = 1
 SECONDS_BETWEEN_BEATS = 10.0
 ROOM = 1000  # bytes of blanks at the end of run.json
 LARGEST = 2**24  # bytes of a run.json that is read
-HERE = Path(__file__).parent
-
-claimed: dict[Path, tuple[FileLock, list[Path]]] = {}  # the lock in each, and the folders that were made for it
+CHARLM = Path(__file__).parent.parent
 
 
 class Record(TypedDict):
@@ -62,51 +60,6 @@ class Record(TypedDict):
     config: dict[str, Any]
     follows: dict[str, str]  # the settings that were given as others are: {"data.seed": "${seed}"}
     earlier: list[dict[str, Any]]  # the processes that trained before it was resumed, and how each of them ended
-
-
-def is_first() -> bool:
-    """Is this the only process, or the first, whether torchrun, Lightning or Slurm started it?"""
-    if "lightning" not in sys.modules:  # the process of a sweep, which is alone, and does without
-        return True
-    from lightning.pytorch.utilities import rank_zero_only
-
-    known: Any = rank_zero_only  # which is told by each of them
-    return bool(known.rank == 0)
-
-
-def claim(folder: Path) -> bool:
-    """Make `folder`, and make it this process's own until it ends. False: it is another's.
-
-    Raises:
-        InputError: if its lock is a link or no file.
-    """
-    folder = Path(os.path.realpath(folder))  # which has one name only
-    if folder in claimed:
-        return True
-    made = [place for place in (folder, *folder.parents) if not place.exists()]
-    check_kind(folder / LOCK)  # which would be emptied
-    lock = FileLock(folder / LOCK)
-    claimed[folder] = lock, made  # ahead of the first trace, so that none is left
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        del claimed[folder]
-        return False
-    return True
-
-
-def abandon() -> None:
-    """Remove the folders that were made to be claimed, and into which nothing has come."""
-    for folder, (lock, made) in claimed.items():
-        if folder in made and folder.is_dir() and {*folder.iterdir()} <= {folder / LOCK}:
-            try:
-                (folder / LOCK).unlink(missing_ok=True)
-            except PermissionError:  # Windows removes no open file, and filelock itself removes a released one there
-                lock.release()
-            for place in made:
-                with contextlib.suppress(OSError):  # another process may have come to use it
-                    place.rmdir()
 
 
 class Run:
@@ -180,12 +133,12 @@ class Run:
     def write(self) -> None:
         if is_first():
             self.record["heartbeat"], self.record["step"] = now(), self.step()
-            write_atomically(self.folder / NAME, lambda file: file.write(as_json(self.record) + b" " * ROOM))
+            write_atomically(self.folder / RUN_JSON, lambda file: file.write(as_json(self.record) + b" " * ROOM))
 
     def write_over(self) -> None:
         """On a full disk, where a new file has no room: what ended the run is no longer than the room in the old."""
         told = as_json(self.record)
-        with (self.folder / NAME).open("r+b") as file:
+        with (self.folder / RUN_JSON).open("r+b") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
             if len(told) <= size:
@@ -216,7 +169,7 @@ class Run:
             self.write()
         except OSError as unwritten:
             if error is None:
-                raise DiskError(f"{self.folder / NAME} could not be written: {unwritten.strerror}") from unwritten
+                raise DiskError(f"{self.folder / RUN_JSON} could not be written: {unwritten.strerror}") from unwritten
             with contextlib.suppress(OSError):
                 self.write_over()
         if trouble:
@@ -274,10 +227,10 @@ def read_record(folder: Path) -> Record:
             outside of it.
     """
     try:
-        record = read_json(folder / NAME, Record, LARGEST, FORMAT)
+        record = read_json(folder / RUN_JSON, Record, LARGEST, FORMAT)
     except FileNotFoundError:
-        raise InputError(f"{folder} holds no {NAME}: give a run folder, as python train.py made it") from None
-    check_record(folder / NAME, record["config"], record["follows"])
+        raise InputError(f"{folder} holds no {RUN_JSON}: give a run folder, as python train.py made it") from None
+    check_record(folder / RUN_JSON, record["config"], record["follows"])
     return record
 
 
@@ -349,7 +302,7 @@ def git() -> dict[str, str | bool] | None:
 
     def ask(*question: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(HERE), *question], capture_output=True, text=True, timeout=10, check=True
+            ["git", "-C", str(CHARLM), *question], capture_output=True, text=True, timeout=10, check=True
         ).stdout
 
     try:

@@ -1,30 +1,9 @@
-"""Runs as they are checked: resolved, and for a sweep where PyTorch and Lightning are imported, as it is without."""
+"""Checks of a sweep's runs that need PyTorch and Lightning, which the process of the sweep does not import."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from omegaconf import DictConfig, OmegaConf
-
 from charlm.errors import InputError, memory_errors
-from charlm.preflight.complaints import told_in_one_line
-
-RUN_DIR = "<run>"  # stands for the folder of a run, which is not known yet
-
-
-def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """A composed configuration, without Hydra's own part, as plain types.
-
-    Raises:
-        InputError: for a value that is missing, or that cannot be looked up.
-    """
-    with told_in_one_line():
-        if OmegaConf.is_interpolation(cfg, "run_dir"):
-            cfg.run_dir = RUN_DIR
-        for missing in sorted(OmegaConf.missing_keys(cfg)):
-            raise InputError(f"{missing} is missing: give it a value, {missing}=...")
-        plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    found: dict[str, Any] = plain
-    return found
 
 
 class Checked(NamedTuple):

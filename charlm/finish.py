@@ -6,7 +6,7 @@ import lightning as L
 import torch
 from torch import nn
 
-from charlm import report, terminal
+from charlm import terminal
 from charlm.budget import stopped_by
 from charlm.callbacks import Throughput
 from charlm.data import CharDataModule
@@ -14,9 +14,10 @@ from charlm.evaluate import figures
 from charlm.generate import write
 from charlm.logger import FINISHED
 from charlm.module import VALIDATION
+from charlm.schema import name_of
 
 
-def finish(
+def evaluate_run(
     config: dict[str, Any], data: CharDataModule, model: nn.Module, trainer: L.Trainer, throughput: Throughput
 ) -> tuple[dict[str, Any], str]:
     """Evaluate a trained model exactly. Returns the results, which go to the dashboard as well, and a sample."""
@@ -34,7 +35,7 @@ def finish(
     results = {
         "status": "finished",
         "corpus": data.corpus.name,
-        "model": report.name_of(config["model"]),
+        "model": name_of(config["model"]),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": config["seed"],
         "min_context": data.min_context,

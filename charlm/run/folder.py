@@ -1,13 +1,19 @@
 """The folder of a run or a sweep: is it free, and can it be written?"""
 
+import contextlib
 import itertools
 import os
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
-from charlm.disk import check_tree, unshare
+from filelock import FileLock, Timeout
+
 from charlm.errors import InputError
-from charlm.run import claim
+from charlm.files import check_kind, check_tree, unshare
+
+LOCK = ".lock"
 
 
 def held(folder: Path) -> str | None:
@@ -63,3 +69,51 @@ def check_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False
         for place in missing:
             if place.is_dir():
                 place.rmdir()
+
+
+claimed: dict[Path, tuple[FileLock, list[Path]]] = {}  # the lock in each, and the folders that were made for it
+
+
+def is_first() -> bool:
+    """Is this the only process, or the first, whether torchrun, Lightning or Slurm started it?"""
+    if "lightning" not in sys.modules:  # the process of a sweep, which is alone, and does without
+        return True
+    from lightning.pytorch.utilities import rank_zero_only
+
+    known: Any = rank_zero_only  # which is told by each of them
+    return bool(known.rank == 0)
+
+
+def claim(folder: Path) -> bool:
+    """Make `folder`, and make it this process's own until it ends. False: it is another's.
+
+    Raises:
+        InputError: if its lock is a link or no file.
+    """
+    folder = Path(os.path.realpath(folder))  # which has one name only
+    if folder in claimed:
+        return True
+    made = [place for place in (folder, *folder.parents) if not place.exists()]
+    check_kind(folder / LOCK)  # which would be emptied
+    lock = FileLock(folder / LOCK)
+    claimed[folder] = lock, made  # ahead of the first trace, so that none is left
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        del claimed[folder]
+        return False
+    return True
+
+
+def abandon() -> None:
+    """Remove the folders that were made to be claimed, and into which nothing has come."""
+    for folder, (lock, made) in claimed.items():
+        if folder in made and folder.is_dir() and {*folder.iterdir()} <= {folder / LOCK}:
+            try:
+                (folder / LOCK).unlink(missing_ok=True)
+            except PermissionError:  # Windows removes no open file, and filelock itself removes a released one there
+                lock.release()
+            for place in made:
+                with contextlib.suppress(OSError):  # another process may have come to use it
+                    place.rmdir()

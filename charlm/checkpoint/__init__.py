@@ -1,0 +1,44 @@
+"""Checkpoints: one safetensors file with JSON metadata and a hash; no pickle, and no code from a file runs.
+
+archive.py   the file format: tensors, JSON and a SHA-256, read without trusting them
+content.py   what a checkpoint must hold, and of which types
+file.py      the checkpoints of a run folder: read one, read the newest intact one, write
+model.py     from content to a model with its weights, never larger than these
+restore.py   training state from a file, checked against the trainer that continues with it
+"""
+
+from charlm.checkpoint.content import check_training, record, record_of
+from charlm.checkpoint.file import BEST, LAST, PREVIOUS, Newest, read, read_newest, write
+from charlm.checkpoint.model import (
+    Checkpoint,
+    build,
+    check_weights,
+    describe,
+    export,
+    load,
+    model_of,
+    tokenizer_of,
+    trained,
+)
+
+__all__ = [
+    "BEST",
+    "LAST",
+    "PREVIOUS",
+    "Checkpoint",
+    "Newest",
+    "build",
+    "check_training",
+    "check_weights",
+    "describe",
+    "export",
+    "load",
+    "model_of",
+    "read",
+    "read_newest",
+    "record",
+    "record_of",
+    "tokenizer_of",
+    "trained",
+    "write",
+]

@@ -1,0 +1,215 @@
+"""The model of a checkpoint: built from its name and arguments, and never larger than its weights."""
+
+import json
+import pkgutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
+
+from charlm.checkpoint import archive
+from charlm.checkpoint.content import weights_of
+from charlm.checkpoint.file import BEST, LAST, PREVIOUS, read_newest
+from charlm.errors import InputError, out_of_memory, printable
+from charlm.files import write_atomically
+from charlm.schema import check_node
+from charlm.tokenizer import TOKENIZERS, CharTokenizer
+
+if TYPE_CHECKING:  # to generate text takes no Lightning, and so not the seconds of its import
+    pass
+
+
+LARGEST_VOCABULARY = 0x110000  # characters in Unicode
+
+
+COMPUTED = 2**28  # bytes, at most, of what a model computes from its settings and keeps beside its weights
+
+
+TOO_LARGE = "it names a larger model than it has weights for; use another checkpoint"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a run left behind: the model with its trained weights, and all that its text and figures depend on."""
+
+    path: Path
+    step: int
+    model: nn.Module
+    tokenizer: CharTokenizer
+    config: dict[str, Any]
+    corpus: dict[str, Any]
+
+
+def load(run_or_file: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+    """Read a checkpoint and build its model, in evaluation mode, on `device`.
+
+    Raises:
+        InputError: for a file that is missing, cut off, of another kind or not charlm's.
+    """
+    path, content, _ = read_newest(run_or_file)
+    kept, tokenizer = content["charlm"], tokenizer_of(path, content)
+    assert tokenizer is not None
+    model = model_of(path, content, tokenizer)
+    return Checkpoint(path, content["global_step"], model.to(device).eval(), tokenizer, kept["config"], kept["corpus"])
+
+
+def tokenizer_of(path: Path, content: dict[str, Any]) -> CharTokenizer | None:
+    """Return the tokenizer of a checkpoint, if it has one.
+
+    Raises:
+        InputError: for one that cannot be.
+    """
+    kept = content["charlm"].get("tokenizer")
+    with readable(path):
+        return TOKENIZERS[kept["name"]].from_state_dict(kept) if kept else None
+
+
+def model_of(path: Path, content: dict[str, Any], tokenizer: CharTokenizer | None) -> nn.Module:
+    """Return the model of a checkpoint, with its weights, on the CPU.
+
+    Raises:
+        InputError: for a model that is not charlm's, or that has other weights.
+    """
+    node = content["charlm"]["config"]["model"]
+    with readable(path):
+        return trained(node, tokenizer.vocab_size if tokenizer else None, weights_of(content))
+
+
+def check_weights(path: Path, content: dict[str, Any]) -> None:
+    """Hold the weights of a checkpoint against the model that it names.
+
+    Raises:
+        InputError: if their names or shapes are of another model.
+    """
+    tokenizer = tokenizer_of(path, content)
+    with readable(path):
+        sketch(content["charlm"]["config"]["model"], tokenizer.vocab_size if tokenizer else None, weights_of(content))
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Raise InputError for whatever is wrong with a checkpoint's model, weights or tokenizer."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path} is not used: {one_line(error)}") from error
+    except Exception as error:  # a model is built from whatever the file says
+        if out_of_memory(error):
+            raise
+        raise InputError(
+            f"{path} is damaged or of another version: {one_line(error)}; train again, or use its backup"
+        ) from error
+
+
+def one_line(error: Exception) -> str:
+    """Return the first line of an error, which may quote the file."""
+    said = str(error).splitlines()[:1] or [""]
+    return printable(said[0], 300) or type(error).__name__
+
+
+def trained(node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tensor]) -> nn.Module:
+    """The model that a configuration names, with these weights, for which it must not be too large."""
+    sketch(node, vocab_size, weights)  # before memory is taken
+    model = build(node, vocab_size)
+    model.load_state_dict(weights)
+    return model
+
+
+def sketch(node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tensor]) -> None:
+    """Make the model that a configuration names without memory for its numbers, and hold `weights` against it.
+
+    Raises:
+        InputError: if the model is larger than its weights.
+        RuntimeError: if names or shapes of the weights differ from those of the model.
+    """
+    storages = [weight.untyped_storage() for weight in weights.values()]
+    stored = {id(storage): storage.nbytes() for storage in storages}  # once, though strides and names may repeat it
+    if sum(weight.nbytes for weight in weights.values()) > 2 * sum(stored.values()):  # a tied weight has two names
+        raise InputError(TOO_LARGE)
+    left = 2 * len(weights)  # a parameter that stands in two places is registered in both
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise InputError(TOO_LARGE)
+
+    try:
+        with register_module_parameter_registration_hook(count), torch.device("meta"):
+            empty = build(node, vocab_size)
+    except RuntimeError as error:  # no memory is taken yet, but a size may have no address
+        if out_of_memory(error):
+            raise InputError(TOO_LARGE) from error
+        raise
+    if sum(buffer.nbytes for buffer in empty.buffers()) > COMPUTED:
+        raise InputError(TOO_LARGE)
+    empty.load_state_dict(weights, assign=True)
+
+
+def build(node: dict[str, Any], vocab_size: int | None) -> nn.Module:
+    """The model that a configuration names, among charlm's own: a checkpoint of a stranger must not name others.
+
+    Args:
+        vocab_size: of its tokenizer; None: the configuration has it.
+    """
+    target = node["_target_"] if isinstance(node["_target_"], str) else "no name"
+    found = pkgutil.resolve_name(target) if target.startswith("charlm.model.") else None
+    if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith("charlm.model.")):
+        raise InputError(
+            f"the checkpoint names {target} as its model, which is not one of charlm.model: "
+            f"load it in Python, LanguageModel.load_from_checkpoint(PATH, model=...)"
+        )
+    settings = {k: v for k, v in node.items() if not k.startswith("_")}
+    named = settings.pop("vocab_size", vocab_size)
+    if type(named) is not int or not 1 <= named <= LARGEST_VOCABULARY or vocab_size not in (None, named):
+        raise InputError(f"the checkpoint gives model.vocab_size={printable(str(named), 40)}, which cannot be")
+    for key, value in settings.items():
+        if not isinstance(value, str | int | float | None):  # which might name something of its own, or have no end
+            raise InputError(f"the checkpoint gives model.{key} more than one value, which no model of charlm takes")
+    check_node("model", settings | {"_target_": target})
+    return found(vocab_size=named, **settings)
+
+
+def describe(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """What is in a checkpoint, for people and programs; `content` may be an outline."""
+    kept, weights = content["charlm"], weights_of(content)
+    return {
+        "checkpoint": str(path),
+        "generation": {LAST: "last", PREVIOUS: "previous", BEST: "best"}.get(path.name),
+        "bytes": path.stat().st_size,
+        "sha256": None if archive.is_zip(path) else archive.stored_hash(path),
+        "format": kept["format"],
+        "step": content["global_step"],
+        "model": kept["config"]["model"],
+        "parameters": sum(weight.numel() for weight in weights.values() if weight.is_floating_point()),
+        "tensors": {
+            name: {"shape": list(w.shape), "dtype": str(w.dtype).removeprefix("torch.")} for name, w in weights.items()
+        },
+        "optimizer_state": bool(content.get("optimizer_states")),
+        "tokenizer": kept["tokenizer"]["name"] if "tokenizer" in kept else None,
+        "corpus": kept.get("corpus"),
+    }
+
+
+def export(loaded: Checkpoint, file: Path) -> None:
+    """Write the weights for other tools, as safetensors with what they belong to as metadata.
+
+    Raises:
+        InputError: for a file of another name than *.safetensors, which may be something else.
+        OSError: if it cannot be written.
+    """
+    from safetensors.torch import save
+
+    if file.suffix != ".safetensors":
+        raise InputError(f"--export {file}: give a name that ends with .safetensors")
+    told = {"step": loaded.step, "model": loaded.config["model"], "corpus": loaded.corpus}
+    told["tokenizer"] = loaded.tokenizer.state_dict()
+    weights = {name: weight.cpu().contiguous().clone() for name, weight in loaded.model.state_dict().items()}
+    metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in told.items()}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, lambda opened: opened.write(save(weights, metadata)))

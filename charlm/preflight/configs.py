@@ -1,0 +1,70 @@
+"""Overrides -> composed configs -> resolved settings as plain types."""
+
+import os
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from omegaconf import DictConfig, OmegaConf
+
+from charlm.data.corpus import load_corpus
+from charlm.errors import CorpusUnavailable, InputError
+from charlm.preflight.command_line import conf_dirs
+from charlm.preflight.messages import one_line_hydra_errors
+
+RUN_DIR = "<run>"  # stands for the folder of a run, which is not known yet
+
+
+def resolved(cfg: DictConfig) -> dict[str, Any]:
+    """A composed configuration, without Hydra's own part, as plain types.
+
+    Raises:
+        InputError: for a value that is missing, or that cannot be looked up.
+    """
+    with one_line_hydra_errors():
+        if OmegaConf.is_interpolation(cfg, "run_dir"):
+            cfg.run_dir = RUN_DIR
+        for missing in sorted(OmegaConf.missing_keys(cfg)):
+            raise InputError(f"{missing} is missing: give it a value, {missing}=...")
+        plain: Any = OmegaConf.to_container(cfg, resolve=True)
+    found: dict[str, Any] = plain
+    return found
+
+
+def without_hydra(cfg: DictConfig) -> DictConfig:
+    """A copy of what a run itself is made of."""
+    return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
+
+
+@contextmanager
+def composer(config_dir: Path, args: Namespace) -> Iterator[Callable[[Sequence[str]], DictConfig]]:
+    """Initialize Hydra; yields a function from overrides to a config, Hydra's own part included.
+
+    Raises:
+        InputError: if a folder of configuration files is missing.
+    """
+    for folder in conf_dirs(config_dir, args):
+        if not folder.is_dir():
+            raise InputError(f"there is no folder {folder}: give one with configuration files, or leave it to conf/")
+    search = [f"hydra.searchpath=[file://{os.path.abspath(args.config_dir)}]"] if args.config_dir else []
+    name = args.config_name or "train"
+    with initialize_config_dir(os.path.abspath(conf_dirs(config_dir, args)[0]), version_base="1.3"):
+        yield lambda overrides: compose(name, [*overrides, *search], return_hydra_config=True)
+
+
+def fallback_corpus(cfgs: Sequence[DictConfig]) -> tuple[str, CorpusUnavailable] | None:
+    """The corpus to train on where the one asked for cannot be had, and why it cannot; None where it can."""
+    data = cfgs[0].data
+    fallback: str | None = data.get("fallback")
+    if fallback is None or len({str(cfg.data.corpus) for cfg in cfgs}) > 1:  # a sweep over corpora means each of them
+        return None
+    try:
+        load_corpus(str(data.corpus), data.path)
+    except CorpusUnavailable as error:
+        return fallback, error
+    except InputError:  # which is told with the rest of what is wrong with a text
+        pass
+    return None

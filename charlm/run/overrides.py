@@ -1,0 +1,67 @@
+"""Overrides in the grammar of Hydra: parse them, quote paths for them."""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from charlm.errors import InputError, one_line
+
+
+def changes(overrides: Sequence[str]) -> dict[str, Any]:
+    """What a command line sets, beside the run to begin from.
+
+    Raises:
+        InputError: for what is not a setting with a value.
+    """
+    given = {}
+    for override in parsed(overrides):
+        line, key = override.input_line, override.key_or_group
+        if override.is_delete() or override.is_add() or override.is_sweep_override():
+            raise InputError(f"{line} is not possible beside resume or rerun: give settings as NAME=VALUE")
+        if key not in ("resume", "rerun"):
+            given[key] = override.value()
+    return given
+
+
+def quoted(path: Path) -> str:
+    """A path as Hydra's grammar takes it, with whatever is in its name."""
+    if re.fullmatch(r"[\w./-]+", str(path)):
+        return str(path)
+    # In quotes, a backslash is one by itself, but for those before a quote.
+    text = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), str(path))
+    return f"'{text}'"
+
+
+def unquoted(text: str) -> str:
+    """A path as it was typed: as it is, with all the = and , that names of sweeps have, or quoted for Hydra.
+
+    Raises:
+        InputError: for a quote that is not closed.
+    """
+    if text[0] not in "'\"":
+        return text
+    try:
+        [override] = parsed([f"path={text}"])
+    except InputError:
+        raise InputError(f"{text} cannot be read as a quoted path: close its quote, or leave quotes out") from None
+    return str(override.value())
+
+
+def parsed(overrides: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra's grammar takes them apart.
+
+    Raises:
+        InputError: for one that is not as the grammar wants it.
+    """
+    found = []
+    for text in overrides:
+        try:
+            found += OverridesParser.create().parse_overrides([text])
+        except HydraException as error:
+            raise InputError(f"{text} cannot be read as NAME=VALUE: {one_line(error)}") from error
+    return found

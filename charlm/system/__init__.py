@@ -1,0 +1,6 @@
+"""What charlm needs from the operating system, also where that lacks it.
+
+posix.py     signals, process groups and limits, with what charlm does on Windows instead
+streams.py   standard output and error that never end a run
+memory.py    failed allocations of Python, NumPy and PyTorch, and the limit that they met
+"""
