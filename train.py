@@ -12,13 +12,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from charlm import terminal
 from charlm.errors import one_line_errors
+from charlm.home import CONF
 from charlm.preflight.command import check_command
 from charlm.run.record import Run, follows
 from charlm.run.resume import begun, tidy
 from charlm.sweep.command import sweep
 from charlm.sweep.plan import is_sweep
-
-CONF = Path(__file__).resolve().with_name("conf")  # also where train.py is called by a link to it
 
 
 def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] | None:

@@ -1,7 +1,8 @@
-"""The `charlm` command: what one does with a run that has been trained. Training itself is `python train.py`."""
+"""The `charlm` command: train runs, and use trained ones."""
 
 import json
 import math
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import click
 
 from charlm import __version__
 from charlm.errors import COMMANDS, InputError, one_line_errors, out_of_memory, printable
+from charlm.home import TRAIN
 from charlm.schema import name_of
 from charlm.system import streams
 
@@ -19,7 +21,7 @@ from charlm.system import streams
 EXAMPLES = """
 \b
 Examples:
-  python train.py                                  train (see python train.py --help)
+  charlm train model=gpt                           train; the same as python train.py (see charlm train --help)
   charlm generate outputs/RUN                      text from what it learned
   charlm generate outputs/RUN --prompt "ROMEO:" --temperature 0.8 --num-samples 3
   charlm evaluate outputs/RUN --split val          its exact loss, beside that of counting
@@ -72,6 +74,14 @@ DEVICE = click.option(
 )
 
 
+TRUST = click.option(
+    "--trust",
+    multiple=True,
+    metavar="PACKAGE",
+    help="A package outside of charlm whose model may be loaded. May be repeated.",
+)
+
+
 @click.group(epilog=EXAMPLES, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="charlm")
 def charlm() -> None:
@@ -99,9 +109,17 @@ def charlm() -> None:
 )
 @click.option("--num-samples", type=COUNT, default=1, show_default=True, help="How many texts.")
 @DEVICE
+@TRUST
 @AS_JSON
 def generate(
-    run: Path, prompt: str | None, length: int, num_samples: int, device: str, as_json: bool, **sampling: Any
+    run: Path,
+    prompt: str | None,
+    length: int,
+    num_samples: int,
+    device: str,
+    trust: tuple[str, ...],
+    as_json: bool,
+    **sampling: Any,
 ) -> None:
     """Write text, character by character."""
     import torch
@@ -109,7 +127,7 @@ def generate(
     from charlm import checkpoint
     from charlm.generate import write
 
-    loaded = checkpoint.load(run, device)
+    loaded = checkpoint.load(run, device, trust)
     if num_samples * sum(p.numel() for p in loaded.model.parameters()) < 1e8:
         torch.set_num_threads(1)  # a character is too little work to share out
     stream = write(loaded.model, loaded.tokenizer, length, prompt, num_samples=num_samples, **sampling)
@@ -138,8 +156,11 @@ def generate(
 )
 @click.option("--stride", type=COUNT, help="Step between windows; below block_size every target has more context.")
 @DEVICE
+@TRUST
 @AS_JSON
-def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str, as_json: bool) -> None:
+def evaluate(
+    run: Path, splits: tuple[str, ...], stride: int | None, device: str, trust: tuple[str, ...], as_json: bool
+) -> None:
     """Measure the exact loss over whole splits: every character predicted once."""
     from charlm import checkpoint, terminal
     from charlm.data import CharDataModule
@@ -147,7 +168,7 @@ def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str
     from charlm.files import plain
     from charlm.schema import check_node
 
-    loaded = checkpoint.load(run, device)
+    loaded = checkpoint.load(run, device, trust)
     settings = {k: v for k, v in loaded.config["data"].items() if not k.startswith("_")}
     try:
         check_node("data", settings | {"_target_": "charlm.data.CharDataModule"})
@@ -172,8 +193,9 @@ def evaluate(run: Path, splits: tuple[str, ...], stride: int | None, device: str
 @RUN
 @click.option("--export", type=click.Path(path_type=Path), help="Write the weights to a FILE.safetensors.")
 @click.option("--force", is_flag=True, help="Let --export replace a file.")
+@TRUST
 @AS_JSON
-def checkpoint(run: Path, export: Path | None, force: bool, as_json: bool) -> None:
+def checkpoint(run: Path, export: Path | None, force: bool, trust: tuple[str, ...], as_json: bool) -> None:
     """Show what is in a checkpoint, without loading its weights."""
     from charlm import checkpoint, terminal
     from charlm.files import plain
@@ -183,7 +205,7 @@ def checkpoint(run: Path, export: Path | None, force: bool, as_json: bool) -> No
     if export:
         if export.exists() and not force:
             raise InputError(f"--export {export} is there already: choose another name, or say --force")
-        checkpoint.export(checkpoint.load(path), export)
+        checkpoint.export(checkpoint.load(path, trust=trust), export)
         found["exported"] = str(export)
     if as_json:
         print_json(plain(found))
@@ -193,8 +215,9 @@ def checkpoint(run: Path, export: Path | None, force: bool, as_json: bool) -> No
 
 @charlm.command()
 @click.argument("run", metavar="RUN", type=click.Path(path_type=Path))
+@TRUST
 @AS_JSON
-def reproduce(run: Path, as_json: bool) -> None:
+def reproduce(run: Path, trust: tuple[str, ...], as_json: bool) -> None:
     """Train a run again from its record, and tell whether it is the same to the bit.
 
     The exit code is 0 if it is, and 1 if not.
@@ -204,12 +227,20 @@ def reproduce(run: Path, as_json: bool) -> None:
     from charlm.run.reproduce import reproduce
 
     with terminal.tracked("training it again") as progress:
-        found = reproduce(run, progress)
+        found = reproduce(run, progress, trust)
     if as_json:
         print_json(plain(found))
     else:
         terminal.console.print(terminal.comparison(found))
     sys.exit(0 if found["equal"] else 1)
+
+
+@charlm.command(context_settings={"ignore_unknown_options": True}, add_help_option=False)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def train(arguments: tuple[str, ...]) -> None:
+    """Train a run or a sweep: the same as python train.py. See charlm train --help."""
+    sys.argv = [str(TRAIN), *arguments]
+    runpy.run_path(str(TRAIN), run_name="__main__")
 
 
 def check_folder(ctx: click.Context, param: click.Parameter, file: Path | None) -> Path | None:

@@ -18,6 +18,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from charlm.data import CharDataModule
 from charlm.files import write_atomically
+from charlm.internals.lightning import has_written
 from charlm.schema import name_of
 
 # Those of the trainer's settings that are choices of a study.
@@ -58,7 +59,7 @@ class TensorBoard(TensorBoardLogger):
         """
         values = params if isinstance(params, Mapping) else vars(params)
         _, start, _ = hparams(dict(values), {})
-        self.experiment._get_file_writer().add_summary(start)
+        self.add_summary(start)
         self.experiment.add_custom_scalars(CHARTS)
         self.experiment.flush()
         self.open_session = True
@@ -68,15 +69,20 @@ class TensorBoard(TensorBoardLogger):
         """Lightning also tells of each step in which epoch it was, which is no curve to look at."""
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
+    def add_summary(self, summary: Summary, step: int | None = None) -> None:
+        """Write what `SummaryWriter` has no method for."""
+        writer: Any = self.experiment.file_writer
+        writer.add_summary(summary, step)
+
     @rank_zero_only
     def log_picture(self, tag: str, png: bytes, width: int, height: int, step: int) -> None:
         """A picture that is encoded already, for the IMAGES tab."""
         image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
-        self.experiment._get_file_writer().add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
+        self.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def position(self) -> dict[str, int]:
         """How far the files go that hold what was told up to now, in bytes."""
-        if self._experiment is not None:
+        if has_written(self):
             self.experiment.flush()
         return {file.name: file.stat().st_size for file in Path(self.log_dir).glob(EVENTS)}
 
@@ -107,9 +113,9 @@ class TensorBoard(TensorBoardLogger):
             plugin = SummaryMetadata.PluginData(plugin_name="hparams", content=data.SerializeToString())
             tag = "_hparams_/session_end_info"
             value = Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))
-            self.experiment._get_file_writer().add_summary(Summary(value=[value]))
+            self.add_summary(Summary(value=[value]))
             self.open_session = False
-        if self._experiment is not None:
+        if has_written(self):
             self.experiment.flush()
 
 

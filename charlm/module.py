@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -23,6 +23,7 @@ from charlm.data.chunks import IGNORE
 from charlm.errors import Diverged, InputError, one_line
 from charlm.evaluate import Score, evaluate, mean_loss, token_losses
 from charlm.generate import write
+from charlm.internals.torch import mps_generator
 from charlm.optimizer.adamw import adamw
 from charlm.scheduler import constant
 from charlm.tokenizer import CharTokenizer
@@ -266,11 +267,18 @@ class LanguageModel(L.LightningModule):
         return module.to(map_location or "cpu")
 
     @classmethod
-    def from_content(cls, path: Path, content: dict[str, Any], strict: bool | None, arguments: dict[str, Any]) -> Self:
+    def from_content(
+        cls,
+        path: Path,
+        content: dict[str, Any],
+        strict: bool | None,
+        arguments: dict[str, Any],
+        trust: Collection[str] = (),
+    ) -> Self:
         """Make a module from what was read from `path`; see `load_from_checkpoint`."""
         tokenizer, known = tokenizer_of(path, content), content.get("hyper_parameters")
         if "model" not in arguments:
-            arguments["model"] = model_of(path, content, tokenizer)
+            arguments["model"] = model_of(path, content, tokenizer, trust)
         for name, kind in {"seed": int, "compile": bool}.items():
             if isinstance(known, dict) and type(known.get(name)) is kind:
                 arguments.setdefault(name, known[name])
@@ -284,18 +292,19 @@ class LanguageModel(L.LightningModule):
         return module
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> LanguageModel:
+def load(path: str | Path, device: str | torch.device = "cpu", trust: Collection[str] = ()) -> LanguageModel:
     """Open what was trained, ready to `generate` and `evaluate`.
 
     Args:
-        path: a run folder, whose newest whole checkpoint is taken; a checkpoint of charlm; or a file of
+        path: a run folder, whose newest intact checkpoint is taken; a checkpoint of charlm; or a file of
             `trainer.save_checkpoint`.
+        trust: packages outside of charlm whose models may be built.
 
     Raises:
         InputError: if there is none, or none that can be read.
     """
     newest = read_newest(path, needs_text=False)
-    return LanguageModel.from_content(newest.path, newest.content, None, {}).to(device).eval()
+    return LanguageModel.from_content(newest.path, newest.content, None, {}, trust).to(device).eval()
 
 
 def make_optimizer(given: MakeOptimizer | Optimizer, model: nn.Module) -> Optimizer:
@@ -321,4 +330,4 @@ def generator_of(device: torch.device) -> torch.Generator:
     """The generator that dropout on `device` draws from."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
-    return torch.mps._get_default_mps_generator() if device.type == "mps" else torch.default_generator
+    return mps_generator() if device.type == "mps" else torch.default_generator

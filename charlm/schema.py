@@ -19,6 +19,7 @@ from annotated_types import DocInfo, Ge, Gt, Le, Len, Lt, Predicate, doc
 from pydantic import ConfigDict, PydanticUserError, StringConstraints, TypeAdapter, ValidationError
 
 from charlm.errors import InputError, chain
+from charlm.home import COMMAND
 
 HYDRA_KEYS = {"_target_": str, "_partial_": bool, "_args_": list, "_recursive_": bool, "_convert_": str}
 Positive = Annotated[int, Ge(1)]
@@ -28,6 +29,7 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 ROOT = {
     "resume": str | None,
     "rerun": str | None,
+    "trust": str | list[str] | None,
     "seed": Seed,
     "threads": Annotated[int, Ge(1), Le(1024)] | Literal["auto"],
     "compile": bool,
@@ -124,7 +126,7 @@ def check_node(path: str, node: Any) -> None:
     if node is None or node == {}:
         return
     if not isinstance(node, dict):
-        raise InputError(f"{path}={node!r} is not a choice of this group: see python train.py --help")
+        raise InputError(f"{path}={node!r} is not a choice of this group: see {COMMAND} --help")
     if "_target_" not in node:
         if path in GROUPS - MAY_BE_EMPTY:
             raise InputError(f"{path}._target_ is missing: name a class or a function, {path}._target_=...")
@@ -256,7 +258,7 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
     known = sorted(set(known))
     same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     nearest = same_leaf[:1] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}?" if nearest else "see python train.py --help for all there are"
+    hint = f"did you mean {nearest[0]}?" if nearest else f"see {COMMAND} --help for all settings"
     return f"there is no setting {key}: {hint}"
 
 

@@ -27,6 +27,7 @@ from rich.text import Text
 
 from charlm.errors import InputError, printable, warn
 from charlm.files import open_regular
+from charlm.home import COMMAND
 from charlm.run.results import LOSSES
 from charlm.run.table import plus_minus, runs_table, short
 from charlm.schema import name_of
@@ -251,7 +252,7 @@ def summary(results: dict[str, Any], sample: str) -> None:
 
 def stopped(why: str, step: int, run_dir: Path | None) -> None:
     """A run that was told to stop, and how to go on with it."""
-    how = f"go on with: python train.py resume={quote(run_dir)}" if run_dir else "without checkpoints, nothing is left"
+    how = f"go on with: {COMMAND} resume={quote(run_dir)}" if run_dir else "without checkpoints, nothing is left"
     warn(f"{why} after step {step:,}; {how}")
 
 
@@ -378,7 +379,7 @@ def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str],
             console.print(Text(f"{what} {label}: {why}" if what.endswith(":") else f"{what}: {label}, {why}"))
     console.print(f"All figures: {quote(sweep_dir / 'results.csv')}", soft_wrap=True)
     if best:
-        console.print(Text(f"The best again: {shlex.join(['python', 'train.py', *best])}"), soft_wrap=True)
+        console.print(Text(f"The best again: {COMMAND} {shlex.join(best)}"), soft_wrap=True)
     charlm, board = command("charlm", "charlm"), command("tensorboard", "tensorboard.main")
     type_next(
         {

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 
 from charlm.budget import steps_of
 from charlm.data import CharDataModule
+from charlm.internals.lightning import set_data_parallel_size
 
 
 class FSDP(ModelParallelStrategy):
@@ -26,7 +27,7 @@ class FSDP(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False)
 
     def setup_environment(self) -> None:
-        self._data_parallel_size = self.num_nodes * self.num_processes  # all there are
+        set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     # Lightning's strategy reads checkpoints by itself, with torch.load and after `on_fit_start`. Here the plugin reads

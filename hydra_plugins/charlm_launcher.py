@@ -208,12 +208,10 @@ class SlurmLauncher(EngineLauncher):
         return found
 
     def pool(self, gpus: int) -> "Slurm":
-        import submitit
-
+        from charlm.internals.submitit import do_not_ask_sacct
         from charlm.sweep import Slurm
 
-        submitit.SlurmJob.watcher.update = lambda: None  # asks sacct, which not every Slurm has; `Slurm` asks squeue
-
+        do_not_ask_sacct()
         return Slurm(self.hand_over, self.sweep_dir)
 
 

@@ -42,7 +42,7 @@ def test_a_target_of_charlm_sits_in_the_group_of_its_name(file):
 def test_every_package_is_installed():
     installed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     there = {f.parent.relative_to(ROOT).as_posix().replace("/", ".") for f in (ROOT / "charlm").rglob("__init__.py")}
-    assert set(installed) == there
+    assert set(installed) - {"hydra_plugins"} == there
 
 
 def test_every_model_file_has_its_yaml_and_every_yaml_its_file():
@@ -66,12 +66,13 @@ def test_models_are_plain_torch():
     for name in MODELS:
         imports = re.findall(r"^(?:from|import) ([\w.]+)", (ROOT / "charlm" / "model" / f"{name}.py").read_text(), re.M)
         foreign = [i for i in imports if i.partition(".")[0] in ("lightning", "hydra", "omegaconf", "charlm")]
-        assert all(f"{i}.".startswith("charlm.model.") for i in foreign)  # a model may be made of another
+        # A model may be made of another, and may use a kernel of PyTorch that has no public name.
+        assert all(f"{i}.".startswith(("charlm.model.", "charlm.internals.torch.")) for i in foreign)
 
 
 # Floors from the ground up: a module imports only from its own floor and from those below.
 FLOORS = [
-    ["system", "errors", "files", "internals"],  # the operating system, other libraries' private names
+    ["system", "home", "errors", "files", "internals"],  # the operating system, other libraries' private names
     ["schema", "tokenizer", "data", "model", "optimizer", "budget", "scheduler", "generate", "evaluate"],  # the science
     ["checkpoint"],
     ["module", "trainer"],

@@ -14,6 +14,7 @@ from charlm.callbacks.at_steps import AtSteps
 from charlm.checkpoint import LAST, archive, write
 from charlm.checkpoint.restore import check_optimizers, check_progress, damaged, failed_to_restore
 from charlm.errors import DiskError, Diverged, InputError
+from charlm.internals.lightning import is_accumulating, metrics_to_log, validates_this_epoch
 from charlm.logger import CSV, TensorBoard
 
 
@@ -66,7 +67,7 @@ def save(trainer: L.Trainer, path: Path) -> None:
 
 def between_steps(trainer: L.Trainer) -> bool:
     """Are there no gradients that wait for those of other batches? They are in no state."""
-    return not trainer.fit_loop._should_accumulate()
+    return not is_accumulating(trainer)
 
 
 def validates_now(trainer: L.Trainer) -> bool:
@@ -74,7 +75,7 @@ def validates_now(trainer: L.Trainer) -> bool:
     every: Any = trainer.val_check_batch
     loop = trainer.fit_loop.epoch_loop
     since = loop.batch_progress.total if trainer.check_val_every_n_epoch is None else loop.batch_progress.current
-    return loop._should_check_val_epoch() and since.ready % every == 0
+    return validates_this_epoch(trainer) and since.ready % every == 0
 
 
 class Checkpoint(AtSteps):
@@ -190,7 +191,5 @@ class Checkpoint(AtSteps):
 
 def unlogged(trainer: Any) -> dict[str, float]:
     """What a step has told, and Lightning will log once all of its hooks have been called: after its state is saved."""
-    total, connector = trainer.fit_loop.epoch_loop.batch_progress.total, trainer._logger_connector
-    if total.processed == total.completed or not connector.should_update_logs:
-        return {}
-    return {name: float(value) for name, value in connector.metrics["log"].items()}
+    total = trainer.fit_loop.epoch_loop.batch_progress.total
+    return {} if total.processed == total.completed else metrics_to_log(trainer)

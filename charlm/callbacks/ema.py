@@ -11,6 +11,7 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor, nn
 
 from charlm.callbacks.at_steps import AtSteps
+from charlm.internals.torch import lerp_all
 
 KEY = "ema"  # of a checkpoint
 
@@ -69,7 +70,7 @@ class EMA(AtSteps):
         weights = [wide(p) for p in pl_module.parameters()]
         if self.updates:
             kept = min(self.decay**self.every_n_steps, self.updates / (self.updates + 9))
-            torch._foreach_lerp_(self.average, weights, 1 - kept)
+            lerp_all(self.average, weights, 1 - kept)
         else:
             self.average = [weight.clone() for weight in weights]
         self.updates, self.updated_at = self.updates + 1, step

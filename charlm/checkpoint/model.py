@@ -2,7 +2,7 @@
 
 import json
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,8 +45,11 @@ class Checkpoint:
     corpus: dict[str, Any]
 
 
-def load(run_or_file: str | Path, device: str | torch.device = "cpu") -> Checkpoint:
+def load(run_or_file: str | Path, device: str | torch.device = "cpu", trust: Collection[str] = ()) -> Checkpoint:
     """Read a checkpoint and build its model, in evaluation mode, on `device`.
+
+    Args:
+        trust: packages outside of charlm whose models may be built.
 
     Raises:
         InputError: for a file that is missing, cut off, of another kind or not charlm's.
@@ -54,7 +57,7 @@ def load(run_or_file: str | Path, device: str | torch.device = "cpu") -> Checkpo
     path, content, _ = read_newest(run_or_file)
     kept, tokenizer = content["charlm"], tokenizer_of(path, content)
     assert tokenizer is not None
-    model = model_of(path, content, tokenizer)
+    model = model_of(path, content, tokenizer, trust)
     return Checkpoint(path, content["global_step"], model.to(device).eval(), tokenizer, kept["config"], kept["corpus"])
 
 
@@ -69,15 +72,17 @@ def tokenizer_of(path: Path, content: dict[str, Any]) -> CharTokenizer | None:
         return TOKENIZERS[kept["name"]].from_state_dict(kept) if kept else None
 
 
-def model_of(path: Path, content: dict[str, Any], tokenizer: CharTokenizer | None) -> nn.Module:
+def model_of(
+    path: Path, content: dict[str, Any], tokenizer: CharTokenizer | None, trust: Collection[str] = ()
+) -> nn.Module:
     """Return the model of a checkpoint, with its weights, on the CPU.
 
     Raises:
-        InputError: for a model that is not charlm's, or that has other weights.
+        InputError: for a model outside of charlm and of the trusted packages, or that has other weights.
     """
     node = content["charlm"]["config"]["model"]
     with readable(path):
-        return trained(node, tokenizer.vocab_size if tokenizer else None, weights_of(content))
+        return trained(node, tokenizer.vocab_size if tokenizer else None, weights_of(content), trust)
 
 
 def check_weights(path: Path, content: dict[str, Any]) -> None:
@@ -112,15 +117,19 @@ def one_line(error: Exception) -> str:
     return printable(said[0], 300) or type(error).__name__
 
 
-def trained(node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tensor]) -> nn.Module:
+def trained(
+    node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tensor], trust: Collection[str] = ()
+) -> nn.Module:
     """The model that a configuration names, with these weights, for which it must not be too large."""
-    sketch(node, vocab_size, weights)  # before memory is taken
-    model = build(node, vocab_size)
+    sketch(node, vocab_size, weights, trust)  # before memory is taken
+    model = build(node, vocab_size, trust)
     model.load_state_dict(weights)
     return model
 
 
-def sketch(node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tensor]) -> None:
+def sketch(
+    node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tensor], trust: Collection[str] = ()
+) -> None:
     """Make the model that a configuration names without memory for its numbers, and hold `weights` against it.
 
     Raises:
@@ -141,7 +150,7 @@ def sketch(node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tens
 
     try:
         with register_module_parameter_registration_hook(count), torch.device("meta"):
-            empty = build(node, vocab_size)
+            empty = build(node, vocab_size, trust)
     except RuntimeError as error:  # no memory is taken yet, but a size may have no address
         if out_of_memory(error):
             raise InputError(TOO_LARGE) from error
@@ -151,28 +160,37 @@ def sketch(node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tens
     empty.load_state_dict(weights, assign=True)
 
 
-def build(node: dict[str, Any], vocab_size: int | None) -> nn.Module:
-    """The model that a configuration names, among charlm's own: a checkpoint of a stranger must not name others.
+def build(node: dict[str, Any], vocab_size: int | None, trust: Collection[str] = ()) -> nn.Module:
+    """Build the model that a config names.
 
     Args:
-        vocab_size: of its tokenizer; None: the configuration has it.
+        vocab_size: that of the tokenizer; None: the config has it.
+        trust: packages outside of charlm whose models may be built.
+
+    Raises:
+        InputError: for a class outside of charlm.model and of the trusted packages, or settings that it does not take.
     """
     target = node["_target_"] if isinstance(node["_target_"], str) else "no name"
-    found = pkgutil.resolve_name(target) if target.startswith("charlm.model.") else None
-    if not (isinstance(found, type) and issubclass(found, nn.Module) and found.__module__.startswith("charlm.model.")):
+    package = target.partition(".")[0]
+    own, trusted = target.startswith("charlm.model."), package in trust and package != "charlm"
+    found = pkgutil.resolve_name(target) if own or trusted else None
+    is_model = isinstance(found, type) and issubclass(found, nn.Module)
+    if not isinstance(found, type) or not is_model or (own and not found.__module__.startswith("charlm.model.")):
         raise InputError(
-            f"the checkpoint names {target} as its model, which is not one of charlm.model: "
-            f"load it in Python, LanguageModel.load_from_checkpoint(PATH, model=...)"
+            f"the checkpoint names {printable(target, 100)} as its model, which is not one of charlm.model: if you "
+            f"trust its package, say so: --trust {printable(package, 50)}, or in Python "
+            f"load_from_checkpoint(PATH, model=...)"
         )
     settings = {k: v for k, v in node.items() if not k.startswith("_")}
     named = settings.pop("vocab_size", vocab_size)
     if type(named) is not int or not 1 <= named <= LARGEST_VOCABULARY or vocab_size not in (None, named):
         raise InputError(f"the checkpoint gives model.vocab_size={printable(str(named), 40)}, which cannot be")
     for key, value in settings.items():
-        if not isinstance(value, str | int | float | None):  # which might name something of its own, or have no end
+        if own and not isinstance(value, str | int | float | None):  # a list might have no end
             raise InputError(f"the checkpoint gives model.{key} more than one value, which no model of charlm takes")
     check_node("model", settings | {"_target_": target})
-    return found(vocab_size=named, **settings)
+    model: nn.Module = found(vocab_size=named, **settings)
+    return model
 
 
 def describe(path: Path, content: dict[str, Any]) -> dict[str, Any]:

@@ -16,16 +16,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from charlm.errors import InputError, out_of_memory, printable
+from charlm.internals.lightning import RESTORING
 from charlm.optimizer.muon import Several
 
 MOST = 2**48  # of any count
 OURS = ("charlm.", "lightning.", "torch.")  # where callbacks and schedulers are from whose state keeps its shape
 CHANGING = ("capturable", "lr")  # settings of an optimizer that CUDA graphs and schedules change
-# Where Lightning restores a state: its modules, and what is in the names of the functions. A loader follows later.
-RESTORING = {
-    "lightning.pytorch.trainer.connectors.checkpoint_connector": "restore",
-    "lightning.pytorch.loops.fit_loop": "load_combined_loader_states",
-}
 
 
 class Mismatch(Exception):

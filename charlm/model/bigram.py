@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from charlm.internals.torch import log_softmax_backward
 from charlm.model import keeps_arguments
 
 LARGEST_TABLE = 512  # symbols; the rows that a batch looks up are less work than a larger table
@@ -72,4 +73,4 @@ class TableLoss(torch.autograd.Function):
         log_p, pairs, ignored = ctx.saved_tensors
         of_pairs = gradient.masked_fill(ignored, 0.0).neg_().view(-1)
         of_log_p = log_p.new_zeros(log_p.numel()).scatter_add_(0, pairs.view(-1), of_pairs).view_as(log_p)
-        return torch._log_softmax_backward_data(of_log_p, log_p, -1, log_p.dtype).to(ctx.dtype), None, None
+        return log_softmax_backward(of_log_p, log_p, log_p.dtype).to(ctx.dtype), None, None

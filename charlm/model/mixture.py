@@ -287,6 +287,7 @@ class Mixture(nn.Module):
         settings: dict[str, Any] = {"block_size": block_size, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
         settings |= {"mlp": mlp, "dropout": dropout}
         self.networks = nn.ModuleList(Network(vocab_size, n_context, **settings) for _ in range(n_networks))
+        self.register_load_state_dict_pre_hook(make_room)
         self.register_buffer("text", torch.zeros(0, dtype=torch.uint8 if vocab_size <= 256 else torch.int32))
         self.text: Tensor
         self.counted: Counts | None = None
@@ -354,13 +355,14 @@ class Mixture(nn.Module):
         told = torch.cat((found.log_p().mul(0.5).exp(), found.seen), 1)  # of probabilities, the root: small ones matter
         return told.to(next(self.parameters()).dtype)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        text = state_dict.get(f"{prefix}text")
-        if text is not None:
-            if text.dim() != 1 or text.dtype != self.text.dtype or (len(text) and text.max() >= self.vocab_size):
-                raise ValueError("the text that the model has counted is not one of its symbols")
-            self.text, self.counted = torch.empty_like(text), None
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+def make_room(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give a model's text the length that it has in a state dict; PyTorch calls this before it loads one."""
+    text = state_dict.get(f"{prefix}text")
+    if text is not None:
+        if text.dim() != 1 or text.dtype != model.text.dtype or (len(text) and text.max() >= model.vocab_size):
+            raise ValueError("the text that the model has counted is not one of its symbols")
+        model.text, model.counted = torch.empty_like(text), None
 
 
 def log_probabilities(each: Sequence[Tensor]) -> Tensor:

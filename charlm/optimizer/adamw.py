@@ -7,6 +7,8 @@ import torch
 from annotated_types import Ge, Gt, Len, Lt, doc
 from torch import Tensor, nn
 
+from charlm.internals.torch import add_to_all, fused_adamw
+
 Beta = Annotated[float, Ge(0), Lt(1)]
 Betas = Annotated[list[Beta], Len(2, 2), doc("two numbers of at least 0 and below 1, as [0.9,0.999]")]
 
@@ -63,10 +65,10 @@ class AdamW(torch.optim.AdamW):
             self.keep()
             return loss
         for (group, parameters, averages, squares, steps), grads in zip(self.kept, gradients, strict=True):
-            torch._foreach_add_(steps, 1)
+            add_to_all(steps, 1)
             beta1, beta2 = group["betas"]
             settings = {name: group[name] for name in ("lr", "weight_decay", "eps", "amsgrad", "maximize")}
-            torch._fused_adamw_(parameters, grads, averages, squares, [], steps, beta1=beta1, beta2=beta2, **settings)
+            fused_adamw(parameters, grads, averages, squares, [], steps, beta1=beta1, beta2=beta2, **settings)
         return loss
 
     # PyTorch would put its profiler's label and hooks around each step, which take as long as the kernel of a bigram.

@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from charlm import schema, terminal
 from charlm.errors import InputError, printable
 from charlm.files import check_tree
+from charlm.home import COMMAND
 from charlm.preflight.command_line import conf_dirs, options, parse, shows_only
 from charlm.preflight.configs import composer, fallback_corpus, resolved, without_hydra
 from charlm.preflight.messages import choices, known_settings, one_line_hydra_errors
@@ -54,7 +55,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             if shows_only(args):
                 return list(argv)
             if sweepers := [o for o in overrides if o.startswith("hydra/sweeper=")]:
-                raise InputError(f"{sweepers[0]} makes many runs: say python train.py -m ...")
+                raise InputError(f"{sweepers[0]} makes many runs: say {COMMAND} -m ...")
             HydraConfig.instance().set_config(cfg)
             run_dir = cfg.hydra.run.dir
         check_processes(overrides)

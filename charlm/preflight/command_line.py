@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from hydra._internal.utils import get_args_parser
-
 from charlm.errors import InputError
+from charlm.home import COMMAND
+from charlm.internals.hydra import argument_parser
 
 
 def conf_dirs(config_dir: Path, args: Namespace) -> list[Path]:
@@ -27,11 +27,9 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """
 
     def refuse(message: str) -> NoReturn:
-        raise InputError(f"{message}: see python train.py --help")
+        raise InputError(f"{message}: see {COMMAND} --help")
 
-    parser = get_args_parser()
-    parser.error = refuse  # type: ignore[method-assign]
-    return parser.parse_args(arguments)
+    return argument_parser(refuse).parse_args(arguments)
 
 
 def options(argv: Sequence[str]) -> list[str]:

@@ -24,6 +24,7 @@ from charlm import schema
 from charlm.budget import budget_of, limit_tokens, steps_of
 from charlm.data.chunks import BATCHES_PER_DRAW
 from charlm.errors import InputError, one_line, out_of_memory
+from charlm.internals.torch import has_cpp_compiler
 from charlm.preflight.flags import check_flags
 from charlm.system import memory
 from charlm.trainer import FSDP, precision_for
@@ -309,16 +310,8 @@ def check_shortcuts(plain: dict[str, Any]) -> None:
             )
         if plain["optimizer"]["_target_"] != "charlm.optimizer.adamw.adamw":
             raise InputError("speed.cuda_graph=true needs numbers that live on the GPU: choose optimizer=adamw")
-    if plain["compile"] and not on_gpu:
-        from torch._inductor.cpp_builder import get_cpp_compiler
-        from torch._inductor.exc import InvalidCxxCompiler
-
-        try:
-            get_cpp_compiler()
-        except InvalidCxxCompiler:
-            raise InputError(
-                "compile=true on a CPU needs a C++ compiler: install one (g++ or clang), or say compile=false"
-            ) from None
+    if plain["compile"] and not on_gpu and not has_cpp_compiler():
+        raise InputError("compile=true on a CPU needs a C++ compiler: install one (g++ or clang), or say compile=false")
 
 
 def how_many(devices: int | str | list[int], on_cpu: bool) -> int:

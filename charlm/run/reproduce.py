@@ -4,7 +4,7 @@ import contextlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,22 +14,23 @@ import torch
 from charlm import checkpoint
 from charlm.errors import InputError
 from charlm.files import open_regular
+from charlm.home import CONF, TRAIN
 from charlm.run.overrides import quoted
 from charlm.run.record import differences, read_record
 from charlm.run.results import LOSSES, read_results
 from charlm.run.resume import CONSTANT
 from charlm.run.trust import check_run
 
-TRAIN = Path(__file__).parent.parent.parent / "train.py"
 TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "ema")  # of a checkpoint: all that training changes
 ELSEWHERE = ("results.stopped_by", "results.device")  # figures that tell of the surroundings, as all seconds do
 
 
-def reproduce(run_dir: Path, report: Callable[[int, int], None]) -> dict[str, Any]:
+def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence[str] = ()) -> dict[str, Any]:
     """Train the run in `run_dir` again, elsewhere, as far as its newest state, and compare.
 
     Args:
-        report: told steps made and steps in all, now and then.
+        report: called with steps made and steps in all, now and then.
+        trust: packages outside of charlm whose recorded parts may run.
 
     Returns:
         equal: whether all is, to the bit.
@@ -43,10 +44,8 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None]) -> dict[str, An
     Raises:
         InputError: if there is no such run, if it has saved no step, or if it cannot be trained here.
     """
-    if not TRAIN.is_file():
-        raise InputError(f"{TRAIN} is not there: install charlm from a clone of it, pip install -e .")
     record, state, results = read_record(run_dir), checkpoint.read_newest(run_dir).content, read_results(run_dir)
-    check_run(run_dir, record["config"], [TRAIN.with_name("conf")])
+    check_run(run_dir, record["config"], [CONF], {"trust": trust})
     step = state["global_step"]
     constant = record["config"]["scheduler"]["_target_"] == CONSTANT
     if step == 0:
@@ -55,6 +54,7 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None]) -> dict[str, An
     with tempfile.TemporaryDirectory(prefix="charlm-") as folder:
         again = Path(folder, "run")
         command = [sys.executable, str(TRAIN), f"rerun={quoted(run_dir.absolute())}", f"hydra.run.dir={again}"]
+        command += [f"trust=[{','.join(trust)}]"] if trust else []
         if results is None or results["stopped_by"] == "time":
             command += [f"stop_at={step}", *(["trainer.max_time=null"] if constant else [])]
         train(command, again / LOSSES, step, report)

@@ -53,6 +53,8 @@ def resumed(run_dir: Path, content: Mapping[str, Any], changes: Mapping[str, Any
     schedule = config["scheduler"]["_target_"]
     known = OmegaConf.create(config)
     for key, value in changes.items():
+        if key == "trust":
+            continue
         if key not in leaves(config):
             raise InputError(unrecorded(key, config, run_dir))
         old = OmegaConf.select(known, key)
@@ -83,7 +85,9 @@ def resumed(run_dir: Path, content: Mapping[str, Any], changes: Mapping[str, Any
             f"{corpus.source} is no longer the text that {run_dir} was trained on: put that back, or start a new run, "
             f"rerun={run_dir}"
         )
-    return changed(moved(config, config["run_dir"], str(run_dir.absolute())), {"stop_at": None, **changes})
+    return changed(
+        moved(config, config["run_dir"], str(run_dir.absolute())), {"stop_at": None, **changes, "trust": None}
+    )
 
 
 def number_of(devices: Any) -> int | None:
@@ -109,15 +113,15 @@ def rerun(run_dir: Path, changes: Mapping[str, Any], new_dir: str) -> DictConfig
     record = read_record(run_dir)
     config, follows = record["config"], record["follows"]
     for key, value in {**follows, **changes}.items():
-        if key not in leaves(config):
+        if key != "trust" and key not in leaves(config):
             raise InputError(unrecorded(key, config, run_dir))
         if isinstance(OmegaConf.select(OmegaConf.create(config), key), DictConfig):
             raise InputError(
                 f"{key}={value} chooses another part, and rerun= takes over all parts with their values: say which "
                 f"values are others, or write a command without rerun"
             )
-    begins = {"run_dir": new_dir, "stop_at": None, "resume": None, "rerun": None}
-    return changed(moved(config, config["run_dir"], new_dir), {**follows, **begins, **changes})
+    begins = {"run_dir": new_dir, "stop_at": None, "resume": None, "rerun": None, "trust": None}
+    return changed(moved(config, config["run_dir"], new_dir), {**follows, **begins, **changes, "trust": None})
 
 
 def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> DictConfig:

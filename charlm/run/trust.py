@@ -9,8 +9,9 @@ All that continues, repeats, compares or reports recorded runs and sweeps reads 
 
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
@@ -23,7 +24,7 @@ from charlm.files import everything
 from charlm.schema import GROUPS, RANGES, ROOT, check, leaves
 
 CHOICES = GROUPS | {"experiment", "sweep"}  # settings that choose a file of conf/
-DECIDED = {"run_dir", "resume", "rerun"}  # settings that say where a run is, which its folder must not
+DECIDED = {"run_dir", "resume", "rerun", "trust"}  # settings that say where a run is, which its folder must not
 REFERENCE = re.compile(r"\$\{(\w+)((?:\.\w+)*)\}")  # another setting; anything else between braces may be a call
 NAME = re.compile(r"[\w-]+")
 SETTING = re.compile(r"\w+(\.\w+)*")
@@ -79,7 +80,9 @@ def check_record(source: Path, config: Mapping[str, Any], follows: Mapping[str, 
             raise refuse(source, f"{key}={value}", "which would have to be looked up elsewhere")
 
 
-def check_run(source: Path, config: Mapping[str, Any], conf_dirs: Iterable[Path], given: Collection[str] = ()) -> None:
+def check_run(
+    source: Path, config: Mapping[str, Any], conf_dirs: Iterable[Path], given: Mapping[str, Any] = MappingProxyType({})
+) -> None:
     """Check resolved settings as `check_config` does, and against the signatures of the parts that they name.
 
     Raises:
@@ -93,13 +96,13 @@ def check_run(source: Path, config: Mapping[str, Any], conf_dirs: Iterable[Path]
 
 
 def check_config(
-    source: Path, config: Mapping[str, Any], conf_dirs: Iterable[Path], given: Collection[str] = ()
+    source: Path, config: Mapping[str, Any], conf_dirs: Iterable[Path], given: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
     """Check resolved settings against the allow-list; nothing that they name is imported.
 
     Args:
         conf_dirs: folders of configuration files, which are not a stranger's.
-        given: settings that the command line gives, which it may set as it likes.
+        given: settings of the command line, which are not checked; `trust` names packages whose parts are accepted.
 
     Raises:
         InputError: for the first setting that charlm would not have recorded.
@@ -122,7 +125,7 @@ def check_part(
     node: Any,
     parts: Mapping[str, Mapping[str, Part]],
     run_dir: str,
-    given: Collection[str] = (),
+    given: Mapping[str, Any],
 ) -> None:
     """Check a part of a configuration: its target is one that conf/ names in this group, and so are its settings.
 
@@ -130,10 +133,13 @@ def check_part(
         InputError: if not.
     """
     target = node.get("_target_") if isinstance(node, dict) else None
+    if isinstance(target, str) and target.partition(".")[0] in trusted(given):
+        return  # its settings are for `schema.check`, against the signature
     part = parts.get(path.partition(".")[0], {}).get(target) if isinstance(target, str) else None
     if part is None or not isinstance(target, str):
         what = printable(repr(target), 200)
-        raise InputError(f"{source} names {what} as {path}, which no file of conf/ does: not run")
+        advice = "trust=PACKAGE accepts the parts of a package"
+        raise InputError(f"{source} names {what} as {path}, which no file of conf/ does ({advice}): not run")
     allowed = {*part.values, *RANGES.get(target, {}), *HARMLESS.get(target, ())}
     own = target.startswith("charlm.")  # `config.check` compares these settings with the signature
     for key, value in part.special.items():
@@ -151,6 +157,12 @@ def check_part(
         if key in PLACES and not as_usual and not is_inside(value, run_dir):
             why = f"which is outside of the run's folder (to use it all the same, repeat {setting}=...)"
             raise refuse(source, f"{setting}={value}", why)
+
+
+def trusted(given: Mapping[str, Any]) -> set[str]:
+    """Return the packages that trust=PACKAGE or trust=[ONE,OTHER] names on the command line."""
+    names = given.get("trust")
+    return {names} if isinstance(names, str) else {str(name) for name in names or ()}
 
 
 def check_overrides(source: Path, overrides: Sequence[str]) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from charlm.callbacks.at_steps import AtSteps
 from charlm.data import CharDataModule
+from charlm.internals.lightning import checkpoint_interval
 from charlm.module import LanguageModel
 
 # Hooks of each batch, and of each step. Of callbacks, those of AtSteps and of the classes below may have some.
@@ -55,7 +56,7 @@ LOOKS: dict[type[L.Callback], Callable[[Any], int]] = {
     Timer: lambda _: 0,
     TQDMProgressBar: lambda bar: bar.refresh_rate if bar.refresh_rate > 1 else 0,
     RichProgressBar: lambda _: 0,
-    ModelCheckpoint: lambda checkpoint: checkpoint._every_n_train_steps,
+    ModelCheckpoint: checkpoint_interval,
 }
 
 

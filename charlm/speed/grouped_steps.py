@@ -7,12 +7,11 @@ from typing import Annotated, Any, Literal
 import lightning as L
 import torch
 from annotated_types import Ge
-from lightning.pytorch.loops.fetchers import _PrefetchDataFetcher
-from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from torch import Tensor
 
 from charlm.callbacks.at_steps import AtSteps
 from charlm.data.chunks import RandomChunks
+from charlm.internals.lightning import batches_of, count_steps, logged_steps, skips_backward
 from charlm.module import Batch, LanguageModel
 from charlm.speed.conditions import reason_against, steps_between
 from charlm.speed.cuda_graph import CUDAGraph
@@ -34,7 +33,7 @@ class GroupedSteps(L.Callback):
 
     def __init__(self, steps_per_execution: Annotated[int, Ge(1)] | Literal["auto"] = "auto", cuda_graph: bool = False):
         self.steps_per_execution, self.cuda_graph = steps_per_execution, cuda_graph
-        self.loop: _TrainingEpochLoop | None = None
+        self.loop: Any = None
 
     def most(self, model: torch.nn.Module, tokens_per_batch: int) -> int:
         """How many steps a group has at most."""
@@ -65,13 +64,13 @@ class GroupedSteps(L.Callback):
         steps = Steps(trainer, pl_module, loader, self.cuda_graph)  # type: ignore[arg-type]
         advance = self.loop.advance
 
-        def grouped(fetcher: _PrefetchDataFetcher) -> None:
-            n = 0 if self.loop.restarting else steps_before_due(trainer, most)  # type: ignore[union-attr]
+        def grouped(fetcher: Any) -> None:
+            n = 0 if self.loop.restarting else steps_before_due(trainer, most)
             if n > 0:
                 steps.take(n, fetcher)
             advance(fetcher)
 
-        self.loop.advance = grouped  # type: ignore[method-assign]
+        self.loop.advance = grouped
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.give_back()
@@ -89,14 +88,14 @@ def steps_before_due(trainer: Any, most: int) -> int:
     """How many steps there are before the next that something is due at, which is Lightning's; `most` - 1 at most."""
     loop, per_step = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
     made, made_in_all, step = loop.batch_progress.current.ready, loop.batch_progress.total.ready, loop.global_step
-    if made % per_step or trainer.fit_loop._skip_backward:
+    if made % per_step or skips_backward(trainer):
         return 0
     batches = [trainer.num_training_batches - made]  # the last of the epoch is due
     if trainer.enable_validation and trainer.val_check_batch:
         since = made_in_all if trainer.check_val_every_n_epoch is None else made
         batches.append(trainer.val_check_batch - since % trainer.val_check_batch)
     due = [math.ceil(n / per_step) for n in batches if n < math.inf]
-    due.append(trainer.log_every_n_steps - loop._batches_that_stepped % trainer.log_every_n_steps)
+    due.append(trainer.log_every_n_steps - logged_steps(trainer) % trainer.log_every_n_steps)
     if trainer.max_steps > 0:
         due.append(trainer.max_steps - step)
     due += [every - step % every for callback in trainer.callbacks if (every := steps_between(callback))]
@@ -119,10 +118,10 @@ class Steps:
         self.graph = CUDAGraph(self.step, [self.optimizer], module.device) if cuda_graph else None
         self.k = 0  # the number of the next batch
 
-    def take(self, n: int, fetcher: _PrefetchDataFetcher) -> None:
+    def take(self, n: int, fetcher: Any) -> None:
         """Take n steps on the batches that Lightning would have fetched for them."""
         trainer, loop, per_step = self.trainer, self.trainer.fit_loop.epoch_loop, self.trainer.accumulate_grad_batches
-        batches: Iterator[Batch] = fetcher.iterator._iterator.iterators[0]  # type: ignore[union-attr]
+        batches: Iterator[Batch] = batches_of(fetcher)
         schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.interval == "step"]
         for callback in self.callbacks:
             callback.before_steps(trainer, self.module)
@@ -138,7 +137,7 @@ class Steps:
                 losses.append(self.graph(fetched).clone() if self.graph else self.step(fetched))
                 for scheduler in schedulers:
                     scheduler.step()
-        count(loop, n, n * per_step, len(schedulers))
+        count_steps(trainer, n, n * per_step, len(schedulers))
         fetcher.fetched += n * per_step
         for callback in self.callbacks:
             callback.after_steps(trainer, self.module, losses)
@@ -163,13 +162,3 @@ class Steps:
                 loss = self.module.mean_loss(self.module.model, x, y) / len(batches)
             loss.backward()
         return loss.detach() * len(batches)
-
-
-def count(loop: Any, steps: int, batches: int, schedulers: int) -> None:
-    """Tell Lightning's loop of the steps that it did not take."""
-    loop.batch_progress.increment_by(batches)
-    optimizer = loop.automatic_optimization.optim_progress.optimizer
-    optimizer.step.increment_by(steps)
-    optimizer.zero_grad.increment_by(steps)
-    loop.scheduler_progress.increment_by(steps * schedulers)
-    loop._batches_that_stepped += steps

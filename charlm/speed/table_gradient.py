@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from charlm.evaluate import mean_loss
+from charlm.internals.torch import is_observed, log_softmax_backward
 from charlm.model.bigram import LARGEST_TABLE, Bigram
 from charlm.module import Batch, LanguageModel
 
@@ -33,7 +34,7 @@ class TableGradient:
         log_p = table.log_softmax(-1)  # (V, V)
         pairs = torch.add(y, x, alpha=len(table)).view(-1)  # (B * T,): x * V + y
         of_log_p = log_p.new_zeros(log_p.numel()).scatter_add_(0, pairs, self.of_pairs).view_as(log_p)
-        table.grad = torch._log_softmax_backward_data(of_log_p, log_p, -1, torch.float32)
+        table.grad = log_softmax_backward(of_log_p, log_p, torch.float32)
         return log_p.take(pairs).neg_().sum() / self.count
 
 
@@ -43,7 +44,7 @@ def table_gradient(trainer: Any, module: LanguageModel, tokens: int) -> TableGra
     if type(model) is not Bigram or "loss" in vars(model) or module.mean_loss is not mean_loss:
         return None
     table = model.token_embedding_table.weight
-    observed = table._backward_hooks or table._post_accumulate_grad_hooks or torch.is_anomaly_enabled()
+    observed = is_observed(table) or torch.is_anomaly_enabled()
     plain = type(table) is torch.nn.Parameter and table.dtype == torch.float32 and table.requires_grad
     whole_steps = trainer.precision == "32-true" and trainer.accumulate_grad_batches == 1
     if observed or not plain or not whole_steps or len(table) > LARGEST_TABLE:

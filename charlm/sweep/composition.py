@@ -4,12 +4,13 @@ import pickle
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 
-from hydra._internal.config_loader_impl import get_overrides_dirname
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from charlm.internals.hydra import override_dirname
 
 SEARCH = "hydra.searchpath"  # a value that says where files are
 
@@ -50,7 +51,5 @@ def with_values(base: DictConfig, values: Sequence[Override], given: Sequence[Ov
     overrides, naming = cfg.hydra.overrides, cfg.hydra.job.config.override_dirname
     overrides.hydra += [o.input_line for o in values if o.is_hydra_override()]
     overrides.task = [o.input_line for o in given if not o.is_hydra_override()]
-    cfg.hydra.job.override_dirname = get_overrides_dirname(
-        [o for o in given if not o.is_hydra_override()], naming.exclude_keys, naming.item_sep, naming.kv_sep
-    )
+    cfg.hydra.job.override_dirname = override_dirname([o for o in given if not o.is_hydra_override()], naming)
     return cfg

@@ -17,13 +17,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from hydra._internal.callbacks import Callbacks
 from hydra.core.utils import JobRuntime, run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
 from charlm.budget import steps_of, within_tokens
 from charlm.files import is_regular
+from charlm.internals.hydra import job_callbacks
 from charlm.preflight.command_line import options
 from charlm.run.overrides import quoted
 from charlm.run.record import previous
@@ -171,7 +171,7 @@ def be(argv: list[str], cfg: DictConfig | None = None) -> None:
         return
     setup_globals()
     JobRuntime.instance().set("name", cfg.hydra.job.name)
-    context: Any = HydraContext(config_loader=None, callbacks=Callbacks(cfg))  # type: ignore[arg-type]
+    context: Any = HydraContext(config_loader=None, callbacks=job_callbacks(cfg))  # type: ignore[arg-type]
     main = runpy.run_path(argv[0], run_name="train")["main"]
     run_job(main, cfg, "hydra.run.dir", None, context).return_value  # noqa: B018, as it raises what the job has raised
 

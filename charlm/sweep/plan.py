@@ -96,7 +96,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         cfgs = [without_hydra(cfg) for cfg in cfgs]
         if continued:
             for cfg in cfgs:
-                check_config(sweep_dir / SWEEP_JSON, resolved(cfg), conf_dirs(config_dir, args))
+                check_config(sweep_dir / SWEEP_JSON, resolved(cfg), conf_dirs(config_dir, args), {"trust": cfg.trust})
         if other := fallback_corpus(cfgs):
             # Report other mistakes before the fallback; the launcher checks the rest later.
             processes.ask(check_runs, [resolved(cfg) for cfg in cfgs], elsewhere, False)

@@ -24,14 +24,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import get_all_start_methods, get_context, parent_process
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
 from typing import Any
 
 from charlm.errors import InputError
+from charlm.home import PACKAGE
 from charlm.system import posix
 
 PRELOAD = "charlm.sweep.preload"  # the module that the server imports
-ROOT = Path(__file__).parent.parent.parent
+ROOT = PACKAGE.parent  # what a job puts on its path
 SECONDS_BETWEEN_LOOKS = 0.5  # a job checks this often that its sweep and its server are alive
 SECONDS_FOR_A_CODE = 2.0  # in which the server reports how a process ended
 PATIENCE = 40.0  # seconds that a job leaves its sweep to stop it, after the server died; longer than the sweep takes

@@ -22,6 +22,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from charlm.errors import Diverged, InputError
 from charlm.files import read_regular
+from charlm.internals.optuna import reopen
 from charlm.run.folder import held
 from charlm.run.results import read_validations, whole_results
 from charlm.run.table import outcome, short
@@ -133,7 +134,7 @@ class Search:
                 f"choose another hydra.sweep.dir"
             )
         told = max(trial.intermediate_values, default=-1)
-        self.followed[name] = Followed(Trial(self.study, trial._trial_id), told, told - 1)
+        self.followed[name] = Followed(reopen(self.study, trial), told, told - 1)
         self.jobs[name] = job
         return job
 
@@ -143,7 +144,7 @@ class Search:
         seed = int(np.random.SeedSequence((self.asked["seed"], number)).generate_state(1)[0])
         self.study.sampler = TPESampler(seed=seed, n_startup_trials=self.asked["n_startup_trials"])
         unnamed = self.unnamed.pop(0) if self.unnamed else None
-        trial = Trial(self.study, unnamed._trial_id) if unnamed else self.study.ask(self.space.open)
+        trial = reopen(self.study, unnamed) if unnamed else self.study.ask(self.space.open)
         job = self.make(self.overrides(trial.params), self.label(number, trial.params), number, None)
         if job.name in self.jobs or held(job.folder):
             raise InputError(f"{job.folder} already holds another run: choose another hydra.sweep.dir")

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from charlm import terminal
 from charlm.errors import InputError, stop
+from charlm.home import COMMAND
 from charlm.preflight.command_line import options
 from charlm.run.folder import held
 from charlm.run.table import outcome, rank, write_csv
@@ -121,7 +122,7 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
     alone = ["hydra.mode=RUN"] if is_sweep(best) else []  # and not the whole study again
     terminal.sweep_summary(sweep_dir, ranked, source.swept, [*options(sys.argv), *best, *alone] if best else [])
     elsewhere = f" hydra/launcher={ledger.content['launcher']}" * (ledger.content["launcher"] != "local")
-    again = f"the rest: python train.py resume={terminal.quote(sweep_dir)}{elsewhere}"
+    again = f"the rest: {COMMAND} resume={terminal.quote(sweep_dir)}{elsewhere}"
     done = sum(outcome(row["status"]) in ("finished", "pruned") for row in ranked)
     if stopped:
         stop(f"{why}stopped with {done} of {source.total} jobs done; {again}", stopped)
