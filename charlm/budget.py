@@ -1,4 +1,4 @@
-"""What ends a run, whichever comes first: optimizer steps, tokens or time."""
+"""The budget of a run: optimizer steps, tokens or time, whichever ends it first."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +12,11 @@ if TYPE_CHECKING:  # which the process of a sweep does without
 
 @dataclass(frozen=True)
 class Budget:
-    """What a run may take.
+    """The budget of a run.
 
     Args:
         steps: optimizer steps, if they end it; tokens are counted as the steps that they take.
-        seconds: of training, with its validations, if the clock ends it.
+        seconds: limit on training time, validations included; None: no limit.
         clock: tells how many seconds have passed.
     """
 
@@ -82,7 +82,7 @@ def within_tokens(max_steps: int, max_tokens: int | None, tokens_per_step: int) 
 
 
 def limit_tokens(trainer: "L.Trainer", max_tokens: int | None, tokens_per_batch: int) -> None:
-    """Let the trainer stop with the step that reaches `max_tokens`, if no fewer steps were asked for.
+    """Let the trainer stop with the step that reaches `max_tokens`, unless `max_steps` comes first.
 
     Only the trainer knows how many processes there are, each with a batch of its own.
     """
@@ -94,10 +94,10 @@ def limit_tokens(trainer: "L.Trainer", max_tokens: int | None, tokens_per_batch:
 
 
 def stopped_by(trainer: "L.Trainer", max_steps: int) -> str:
-    """Which end a run came to.
+    """Return what ended a run.
 
     Args:
-        max_steps: as it was asked for; the trainer has another where tokens are fewer.
+        max_steps: the requested limit; the trainer has a smaller one if tokens end the run first.
     """
     timer = timer_of(trainer)
     left = timer.time_remaining() if timer else None

@@ -1,4 +1,4 @@
-"""What a person gave cannot work: raised with one line to read, told where a command begins."""
+"""Errors that a user can fix: raised with one line, printed where a command begins."""
 
 import errno
 import re
@@ -53,7 +53,7 @@ def one_line(error: BaseException) -> str:
 
 
 class InputError(ValueError):
-    """A mistake of the user's, told in one line: what was given, what is allowed, what to do."""
+    """A mistake of the user, as one line: what was given, what is allowed, what to do."""
 
     code = 2  # of the exit
 
@@ -68,7 +68,7 @@ class Diverged(InputError):
     """Training has left the numbers: at which step, what still stands, what to try."""
 
     code = 1
-    words = "training diverged"  # with which its line begins
+    words = "training diverged"  # start of its message
 
 
 class CorpusUnavailable(InputError):
@@ -124,7 +124,7 @@ def ending_for(error: BaseException, smaller: str) -> tuple[str, int] | None:
     """Return the line and the exit code for an error; None for a defect, and for an end that needs no line."""
     if isinstance(error, InputError):
         return str(error), error.code
-    # Lightning ends a run in silence on Ctrl-C, and with exit code 0 on SIGTERM, which would say that it finished.
+    # Lightning ends a run silently on Ctrl-C, and with exit code 0 on SIGTERM, as if it had finished.
     if interrupted(error) and getattr(error, "code", None) != 130:
         return "interrupted", 130
     if type(error).__name__ == "SIGTERMException":
@@ -144,7 +144,7 @@ def ending_for(error: BaseException, smaller: str) -> tuple[str, int] | None:
 def terminable() -> Iterator[None]:
     """Raise Terminated on SIGTERM and SIGHUP, so that run.json tells how the run ended and no partial file is left.
 
-    What the parent ignored, as nohup does, stays ignored, and other handlers stay in charge.
+    Signals that the parent ignored, as nohup does, stay ignored, and other handlers stay in charge.
     """
     numbers = posix.signals("SIGTERM", "SIGHUP")
     in_main_thread = threading.current_thread() is threading.main_thread()
@@ -225,6 +225,6 @@ def warn(line: str) -> None:
     """Tell something that a person should know, behind what was printed so far."""
     sys.stdout.flush()
     text = printable(line)
-    if len(text) > 2 * LONGEST_PART:  # of a long value, which mostly is in its middle
+    if len(text) > 2 * LONGEST_PART:  # cut the middle, where a long value mostly is
         text = f"{text[:LONGEST_PART]}…{text[-LONGEST_PART:]}"
     print(f"charlm: {text}", file=sys.stderr)

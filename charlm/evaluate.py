@@ -1,4 +1,4 @@
-"""The exact loss of a model over a whole split, and the closed-form losses of counting to hold beside it."""
+"""The exact loss of a model over a whole split, and the closed-form losses of count models as baselines."""
 
 import math
 from collections.abc import Callable
@@ -125,7 +125,7 @@ def references(train: Pairs, split: Pairs, vocab_size: int, smoothing: float) ->
         smoothing: added to each count. 0 with `split` = `train` gives the optimum: no table can do better.
 
     Returns:
-        uniform: log V. unigram, bigram: from the frequencies of characters, and of pairs of them.
+        uniform: log V. unigram, bigram: computed from the frequencies of characters and of pairs.
     """
     v, n = vocab_size, int(split.counts.sum())
     unigram = torch.bincount(train.codes % v, train.counts.double(), v) + smoothing
@@ -149,7 +149,7 @@ def figures(
     report: Reporter | None = None,
     stride: int | None = None,
 ) -> dict[str, Any]:
-    """The exact figures of a model over whole splits, and beside them the references of counting.
+    """Return the exact figures of a model over whole splits, and the count baselines.
 
     On train the counts are unsmoothed, which is the optimum: no bigram has a lower loss there. Elsewhere one is added
     to each count, so that a pair that train never showed is possible.

@@ -97,7 +97,7 @@ def check_tree(folder: Path) -> None:
     """Check that a folder holds only regular files and folders, at any depth, so that writing there stays there.
 
     Raises:
-        InputError: for the first link, FIFO or device.
+        InputError: if there is a link, a FIFO or a device.
     """
     for path in contents(folder):
         check_kind(path, folder=True)
@@ -126,9 +126,9 @@ def copy_into(path: Path, file: IO[bytes]) -> None:
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], previous: Path | None = None) -> None:
-    """Write a file so that its name only ever stands for a whole one: beside it, to the disk, then renamed.
+    """Write a file atomically: into a temporary file in the same folder, flushed to disk, then renamed.
 
-    What stood there before goes to `previous`, if that is given, but only once its successor stands.
+    The old file is renamed to `previous`, if given, once the new one is in place.
 
     Raises:
         OSError: if it cannot be written; what stood there before is then untouched.

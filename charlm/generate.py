@@ -23,7 +23,7 @@ def generate(
 ) -> Iterator[Tensor]:
     """Yield the next ids, (B,) int64, `length` times, so that text can be shown as it comes.
 
-    What a model is given of the text so far: all, where its `block_size` is None; else the last block_size characters,
+    The model sees the whole text so far if its `block_size` is None; otherwise its last block_size characters,
     where it has no `decode`. One that has both goes on from the newer half whenever block_size characters are full, so
     that a window is computed anew once in half a window and not for every character; each character is then
     predicted from block_size // 2 to block_size others, where a sliding window would give it block_size.
@@ -39,7 +39,7 @@ def generate(
             under the same seed, but for what rounding may decide.
 
     Raises:
-        ValueError: for an empty prompt.
+        ValueError: if the prompt is empty.
     """
     if idx.shape[1] == 0:
         raise ValueError("the prompt is empty: generation continues at least one character")
@@ -59,7 +59,7 @@ def generate(
                     logits = model(seen)[:, -1]
                 next_idx = sample(logits.float(), generator, temperature, top_k, top_p)  # (B,)
                 new = next_idx[:, None]
-                if most == 1 or (decode and model.block_size is None):  # of what was, nothing is looked at again
+                if most == 1 or (decode and model.block_size is None):  # nothing earlier is read again
                     seen, state = new, None if most == 1 else state
                 else:
                     seen = torch.cat((seen, new), dim=1)
@@ -111,7 +111,7 @@ def write(
         prompt: what to continue; None starts as a new line does, or with the first character of the alphabet.
 
     Raises:
-        InputError: for an empty prompt, or one with a character that the model does not know.
+        InputError: if the prompt is empty or has a character that the model does not know.
     """
     if prompt is None:
         prompt = "\n" if "\n" in tokenizer.chars else tokenizer.chars[0]

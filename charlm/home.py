@@ -6,4 +6,4 @@ PACKAGE = Path(__file__).parent
 IS_CLONE = not (PACKAGE / "train.py").is_file()
 HOME = PACKAGE.parent if IS_CLONE else PACKAGE
 TRAIN, CONF = HOME / "train.py", HOME / "conf"
-COMMAND = "python train.py" if IS_CLONE else "charlm train"  # what a message tells the user to type
+COMMAND = "python train.py" if IS_CLONE else "charlm train"  # the command in messages to the user

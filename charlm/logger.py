@@ -21,7 +21,7 @@ from charlm.files import write_atomically
 from charlm.internals.lightning import has_written
 from charlm.schema import name_of
 
-# Those of the trainer's settings that are choices of a study.
+# Trainer settings that studies vary.
 TRAINER_SETTINGS = (
     "accelerator",
     "devices",
@@ -32,7 +32,7 @@ TRAINER_SETTINGS = (
     "accumulate_grad_batches",
     "gradient_clip_val",
 )
-# What the CUSTOM SCALARS tab shows: the names are regular expressions.
+# Charts of the CUSTOM SCALARS tab; the names are regular expressions.
 CHARTS = {"loss": {"train and val, nats per character": ["Multiline", ["train/loss$", "val/loss$"]]}}
 SECONDS_BETWEEN_WRITES = 5  # a person who watches does not look more often
 EVENTS = "events.out.tfevents.*"
@@ -54,7 +54,7 @@ class TensorBoard(TensorBoardLogger):
         """Open the session of the HPARAMS tab: this run and its settings.
 
         There is no record of the experiment, on purpose. TensorBoard would take its columns from the record of one
-        run, whichever it finds first. Without any, they are the settings of all runs, those that differ first, and
+        run, whichever it finds first. Without one, columns are the settings of all runs, those that differ first, and
         all scalars, of which a running session shows the newest and a finished one the final.
         """
         values = params if isinstance(params, Mapping) else vars(params)
@@ -66,7 +66,7 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Lightning also tells of each step in which epoch it was, which is no curve to look at."""
+        """Log without Lightning's epoch of each step, which is no useful curve."""
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
     def add_summary(self, summary: Summary, step: int | None = None) -> None:
@@ -81,14 +81,14 @@ class TensorBoard(TensorBoardLogger):
         self.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
     def position(self) -> dict[str, int]:
-        """How far the files go that hold what was told up to now, in bytes."""
+        """Return the current length of each event file in bytes."""
         if has_written(self):
             self.experiment.flush()
         return {file.name: file.stat().st_size for file in Path(self.log_dir).glob(EVENTS)}
 
     @rank_zero_only
     def resume(self, position: dict[str, int]) -> None:
-        """Go on behind what was told there; what followed will be told again."""
+        """Truncate the files to these lengths; the resumed run logs the rest again."""
         for file in Path(self.log_dir).glob(EVENTS):
             if file.name in position:
                 os.truncate(file, min(position[file.name], file.stat().st_size))
@@ -132,7 +132,7 @@ class CSV(CSVLogger):
         super().log_metrics(metrics, step)
 
     def position(self) -> dict[str, int]:
-        """How many rows hold what was told up to now."""
+        """Return the number of rows logged so far."""
         self.save()
         return {"rows": self.rows}
 
@@ -161,7 +161,7 @@ class CSV(CSVLogger):
 def hyperparameters(config: dict[str, Any], data: CharDataModule) -> dict[str, str | int | float | bool]:
     """A configuration as flat settings: what was chosen in each group, and every value that may change a result.
 
-    The corpus is the one that was read, which is not the one asked for if that could not be had. What is null is left
+    The corpus is the one that was read, which may be the fallback. Null values are left
     out, as its column would hold numbers and a word, which TensorBoard cannot sort.
     """
     flat: dict[str, Any] = {"seed": config["seed"], "data": data.corpus.name, "tokenizer": data.tokenizer.name}

@@ -28,7 +28,7 @@ from charlm.optimizer.adamw import adamw
 from charlm.scheduler import constant
 from charlm.tokenizer import CharTokenizer
 
-# What a validation puts on the curves, of the exact figures.
+# Figures that each validation logs.
 VALIDATION = ("val/loss", "val/bits_per_char", "val/perplexity")
 MASK = 2**64 - 1
 
@@ -48,7 +48,7 @@ class LanguageModel(L.LightningModule):
             a dictionary for Lightning ("scheduler", "interval", "frequency", "monitor"), or None for a constant rate.
         record: what a later command needs to know of this run, in plain types; saved in every checkpoint.
         compile: torch.compile for the model and its loss.
-        seed: of what is drawn at random within a step, as by dropout.
+        seed: seed of random draws within a step, such as dropout.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class LanguageModel(L.LightningModule):
         self.lr: float | None = None
         self.mean_loss = mean_loss
         self.validated_at = -1
-        self.tokenizer: CharTokenizer | None = None  # of the data that it is trained on
+        self.tokenizer: CharTokenizer | None = None  # set by `setup` from the data module
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -136,7 +136,7 @@ class LanguageModel(L.LightningModule):
     def log_scored(self, split: str, batches: Any, loader: Any) -> None:
         """Log the mean loss of all targets that were scored, by all processes.
 
-        Where not all batches were, because of `limit_val_batches` for example, the curves say so by their name.
+        If some batches were left out, as by `limit_val_batches`, the curves are named `val_partial/...`.
         """
         total, n = self.trainer.strategy.reduce(self.scored, reduce_op="sum").tolist()
         loss = total / n if n else math.nan
@@ -159,7 +159,7 @@ class LanguageModel(L.LightningModule):
         """Continue `prompt` by `length` characters.
 
         Args:
-            tokenizer: of the text that the model was trained on; None: that of the `CharDataModule` it was fitted to.
+            tokenizer: the tokenizer of the training text; None: that of the `CharDataModule` it was fitted to.
             settings: `seed`, `temperature`, `top_k` and `top_p` of `charlm.generate.write`.
 
         Raises:
@@ -177,7 +177,7 @@ class LanguageModel(L.LightningModule):
         """The exact loss over a whole split of `data`, in nats per character, with its standard error.
 
         Raises:
-            InputError: for a split that there is not.
+            InputError: if the split does not exist.
         """
         data.setup()
         return evaluate(self.model, data.windows(split, self.device))
@@ -194,12 +194,12 @@ class LanguageModel(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
     def budget(self) -> Budget:
-        """What ends the run. The clock of the first process counts for all, which so take the same rate."""
+        """Return the budget. All processes use the clock of the first, so that they compute the same learning rate."""
         budget, strategy = budget_of(self.trainer), self.trainer.strategy
         return replace(budget, clock=lambda: strategy.broadcast(budget.clock())) if budget.seconds else budget
 
     def configure_model(self) -> None:
-        """Compile and spread the model, where that is asked for."""
+        """Compile the model if requested, and shard it under FSDP."""
         strategy = self.trainer.strategy
         if self.compile_it and isinstance(strategy, SingleDeviceStrategy):
             self.mean_loss = torch.compile(mean_loss)
@@ -258,7 +258,7 @@ class LanguageModel(L.LightningModule):
                 the name and the arguments in the file.
 
         Raises:
-            InputError: for a file that is missing, damaged or of another kind, or whose model is not charlm's.
+            InputError: if the file is missing, damaged or of another kind, or its model is not charlm's.
         """
         if hparams_file is not None or weights_only is False:
             raise InputError("load_from_checkpoint reads no hparams_file, and unpickles nothing: leave both away")

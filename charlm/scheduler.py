@@ -64,14 +64,14 @@ def scheduled(
     """A warm-up, and `fall` from 1 to 0 brought between 1 and `final_lr`.
 
     Raises:
-        ValueError: if the warm-up takes all steps that there are.
+        ValueError: if the warm-up takes all steps.
     """
     if budget.steps is not None and warmup_steps >= budget.steps:
         raise ValueError(
             f"warmup_steps={warmup_steps} leaves nothing of a run of {budget.steps} steps: "
             f"choose fewer, or a longer run"
         )
-    known: dict[int, float] = {}  # of the newest step: the groups of an optimizer must not read the clock in turn
+    known: dict[int, float] = {}  # cache of the newest step, so that all parameter groups read the clock once
 
     def factor(step: int) -> float:
         if step not in known:
@@ -80,5 +80,5 @@ def scheduled(
             known[step] = min(risen, final_lr + (1 - final_lr) * fall(step))
         return known[step]
 
-    # A function is left out of LambdaLR's state, which so stays plain numbers; a resumed run makes it anew.
+    # LambdaLR leaves a function out of its state, which stays plain numbers; a resumed run creates it again.
     return LambdaLR(optimizer, factor)

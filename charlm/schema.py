@@ -41,7 +41,7 @@ ROOT = {
 }
 GROUPS = {"data", "tokenizer", "model", "optimizer", "scheduler", "trainer", "speed", "callbacks", "logger"}
 MAY_BE_EMPTY = {"speed", "callbacks", "logger"}
-# What train.py itself passes; the other parameters are settings. A partial's first parameter is passed by its user.
+# Parameters that train.py passes; the others are settings. The caller passes a partial's first parameter.
 PASSED = {
     "data": {"tokenizer"},
     "model": {"vocab_size"},
@@ -106,7 +106,7 @@ def check(config: dict[str, Any]) -> None:
     """Hold a resolved configuration, as plain types, against the signatures that it names.
 
     Raises:
-        InputError: for the first setting that is unknown, of a wrong type or out of range.
+        InputError: if a setting is unknown, of a wrong type or out of range.
     """
     for key, value in config.items():
         if key in ROOT:
@@ -193,7 +193,7 @@ def adapter(hint: Any) -> TypeAdapter[Any]:
 
 
 def allowed(hint: Any) -> str:
-    """What a type annotation allows, in words."""
+    """Describe the values that a type annotation allows."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
         said = [m.documentation for m in hint.__metadata__ if isinstance(m, DocInfo)]
@@ -254,7 +254,7 @@ def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 def unknown_key(key: str, known: Iterable[str]) -> str:
-    """The one line for a setting that there is not, with the nearest that there is."""
+    """Return the message for an unknown setting, with the nearest known name."""
     known = sorted(set(known))
     same_leaf = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
     nearest = same_leaf[:1] or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
@@ -263,5 +263,5 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def name_of(node: dict[str, Any]) -> str:
-    """What a configuration node is called: the last part of its `_target_`, which is also the name of its file."""
+    """Return the name of a config node: the last part of its `_target_`, which is also its file's name."""
     return str(node["_target_"]).rpartition(".")[2].lower()

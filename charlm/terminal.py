@@ -1,4 +1,4 @@
-"""What a person reads on the terminal: what will be trained, what was found, what went wrong."""
+"""Terminal output of a run: header, final figures, warnings, next commands."""
 
 import io
 import logging
@@ -66,7 +66,7 @@ LEVELS = {"uniform": "uniform", "unigram": "counted unigram", "bigram": "counted
 def logged() -> Iterator[None]:
     """Inside a run: warnings and messages of libraries, and the traceback of a failure, go to the run's own log."""
     logging.captureWarnings(True)
-    logging.raiseExceptions = False  # a log that cannot be written has a reason that is told anyway
+    logging.raiseExceptions = False  # another message reports the broken disk
     threading.excepthook = lambda failed: log.error("a thread failed", exc_info=failed.exc_value)
     warnings.simplefilter("default")
     warnings.filterwarnings("ignore", message=".*`dataloader_iter`")  # Lightning's caution, which charlm has read
@@ -172,7 +172,7 @@ def notice_fallback(wanted: str, given: str, reason: Exception) -> None:
 
 
 def figures(found: dict[str, Any], name: str) -> Table:
-    """The losses of a run beside those of counting, a column for each split."""
+    """Return the table of losses and baselines, one column per split."""
     splits = list(found["references"])
     title = "loss, nats per character"
     if found.get("min_context", 1) > 1:
@@ -193,7 +193,7 @@ def figures(found: dict[str, Any], name: str) -> Table:
 
 
 def checkpoint(found: dict[str, Any]) -> RenderableType:
-    """What a checkpoint holds, and its tensors."""
+    """Return the summary of a checkpoint and the table of its tensors."""
     settings = {k: v for k, v in found["model"].items() if not k.startswith("_")}
     lines = {
         "file": f"{quote(Path(found['checkpoint']))}, {found['bytes']:,} bytes",
@@ -241,7 +241,7 @@ def comparison(found: dict[str, Any]) -> RenderableType:
 
 
 def summary(results: dict[str, Any], sample: str) -> None:
-    """After a run: its figures beside the references, and some text."""
+    """Print the final figures, the baselines and a sample."""
     title = f"{results['model']} after {results['steps']:,} steps"
     say(figures(results, title))
     speed = f"{results['train/tokens_per_second']:,.0f} tokens/s"
@@ -251,13 +251,13 @@ def summary(results: dict[str, Any], sample: str) -> None:
 
 
 def stopped(why: str, step: int, run_dir: Path | None) -> None:
-    """A run that was told to stop, and how to go on with it."""
+    """Print why a run stopped and how to resume it."""
     how = f"go on with: {COMMAND} resume={quote(run_dir)}" if run_dir else "without checkpoints, nothing is left"
     warn(f"{why} after step {step:,}; {how}")
 
 
 def next_commands(run_dir: Path) -> None:
-    """What to type now, as it can be pasted."""
+    """Print the commands to type next."""
     from charlm.checkpoint import BEST
 
     charlm, board = command("charlm", "charlm"), command("tensorboard", "tensorboard.main")
@@ -357,7 +357,7 @@ def told_steps(step: int, total: int) -> str:
 
 
 def as_wide_as_fits(make: Callable[[Sequence[str]], Table], spare: Sequence[str], onto: Console = console) -> Table:
-    """A table without the columns, of those that can be spared the first first, that there is no room for."""
+    """Return the table without columns that do not fit; `spare` lists them in the order of removal."""
     for number in range(len(spare) + 1):
         made = make(spare[:number])
         if onto.measure(made, options=onto.options.update(max_width=1000)).maximum <= onto.width:

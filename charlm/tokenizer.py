@@ -64,7 +64,7 @@ class CharTokenizer:
         """Text of N characters -> ids, (N,), of the smallest integer type that holds the vocabulary.
 
         Raises:
-            InputError: for a character outside the vocabulary, saying which and where.
+            InputError: if a character is outside the vocabulary; names it and its place.
         """
         ids = self._lookup(text)
         if len(ids) and ids.max() == self._unknown:
@@ -79,7 +79,7 @@ class CharTokenizer:
         """Ids (N,), any integer type, on any device -> text of N characters.
 
         Raises:
-            IndexError: for an id outside the vocabulary.
+            IndexError: if an id is outside the vocabulary.
         """
         array = ids.detach().cpu().numpy()
         if len(array) and not (array.min() >= 0 and array.max() < self.vocab_size):

@@ -1,4 +1,4 @@
-"""What Lightning's Trainer lacks: fully sharded training on any device, and values for settings that are `auto`."""
+"""FSDP2 for Lightning's Trainer on any device, and the values of settings that are `auto`."""
 
 import atexit
 from collections.abc import Mapping
@@ -87,7 +87,7 @@ def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
     cfg.trainer.max_steps = steps_of(cfg.trainer.max_steps, cfg.max_tokens, cfg.trainer.max_time)
     if cfg.data.path:
         cfg.data.path = data.corpus.source
-    # What a forward pass multiplies; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
+    # Multiplications of a forward pass; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
     multiplications = sum(p.numel() for p in model.parameters()) * data.batch_size * data.block_size
     if model.block_size == 1:  # a table: to look up more at once takes no memory, and a batch costs more than that
         data.tokens_at_once = 65_536
@@ -101,4 +101,4 @@ def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
     on_cpu = cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     if on_cpu and cfg.trainer.precision.startswith("bf16") and data.block_size <= 256:
         # So short, PyTorch's fused attention takes a CPU up to four times as long in bf16 as the plain one.
-        torch.backends.cuda.enable_flash_sdp(False)  # of all devices, for all its name
+        torch.backends.cuda.enable_flash_sdp(False)  # despite its name, for CPUs too

@@ -40,7 +40,7 @@ class SweepLauncher(Launcher):
     def pool(self, gpus: int) -> "Pool | Engine": ...
 
     def settings(self, cfg: DictConfig) -> dict[str, Any]:
-        """What one job is run with; here, what all are."""
+        """Return the engine's settings for one job."""
         return {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -88,7 +88,7 @@ class SweepLauncher(Launcher):
         return list(composed(job_overrides, self.compose))
 
     def fair(self, ledger: "Ledger", cfgs: Sequence[DictConfig]) -> list[str]:
-        """The overrides by which jobs of several block sizes compare, see `Ledger.min_context`; in `cfgs`, they are."""
+        """Return overrides that make jobs of several block sizes comparable (`Ledger.min_context`), also in `cfgs`."""
         sizes = [cfg.data.block_size for cfg in cfgs]
         if not all(isinstance(size, int) for size in sizes):
             return []  # the check tells
@@ -103,11 +103,11 @@ class SweepLauncher(Launcher):
     def job(
         self, cfg: DictConfig, overrides: list[str], name: str, number: int, place: Callable[[str, str], str]
     ) -> "tuple[dict[str, Any], Callable[[int], Job]]":
-        """The resolved configuration to check, and what makes the job of it, from the number of GPUs that there are.
+        """Return the resolved config to check, and a function from the number of GPUs to the job.
 
         Args:
             cfg: what `overrides` were composed to.
-            name: for hydra.sweep.subdir to use.
+            name: name of the job, for hydra.sweep.subdir.
             place: the name of its folder, from its fingerprint and what hydra.sweep.subdir wants.
         """
         from charlm.preflight.configs import RUN_DIR, resolved, without_hydra
@@ -117,7 +117,7 @@ class SweepLauncher(Launcher):
         with open_dict(cfg):
             cfg.hydra.job.id, cfg.hydra.job.num = name, number
             cfg.hydra.sweep.dir, cfg.hydra.mode = str(self.sweep_dir), "RUN"
-        HydraConfig.instance().cfg = cfg  # where ${hydra:...} is looked up; `set_config` would copy it first
+        HydraConfig.instance().cfg = cfg  # resolves ${hydra:...}; `set_config` would copy the config first
         run = resolved(without_hydra(cfg))
         itself = json.dumps(moved(run, RUN_DIR, ""), sort_keys=True)  # all that it is, wherever it is
         fingerprint = hashlib.sha256(itself.encode()).hexdigest()
@@ -169,8 +169,8 @@ class EngineLauncher(SweepLauncher):
     target = ""
 
     def __init__(self, **settings: Any):
-        logging.getLogger("hydra_plugins").setLevel(logging.ERROR)  # of what the table tells better
-        # Jobs take charlm from beside train.py, and not from where it is installed.
+        logging.getLogger("hydra_plugins").setLevel(logging.ERROR)  # the table reports it
+        # Jobs import the charlm that is next to train.py, not an installed one.
         places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
         os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, places)]))
 
@@ -182,7 +182,7 @@ class EngineLauncher(SweepLauncher):
         """Returns when all have ended.
 
         Raises:
-            Exception: of the engine's own, if it does not take a job, or has lost one.
+            Exception: an error of the engine, if it refuses or loses a job.
         """
         from charlm.preflight.command_line import options
         from charlm.run.overrides import quoted
@@ -235,7 +235,7 @@ class RayLauncher(EngineLauncher):
 
 @dataclass
 class Task:
-    """What an engine calls for each job, in a process of its own."""
+    """The function that an engine calls for each job, in a process of its own."""
 
     script: str
     options: list[str]

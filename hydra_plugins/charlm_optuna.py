@@ -19,12 +19,14 @@ class OptunaSweeperConf:
 
     _target_: str = "hydra_plugins.charlm_optuna.OptunaSweeper"
     n_trials: Any = 30  # in all: a search that goes on runs what is missing, or more if this is more
-    seed: Any = "${seed}"  # of what is suggested
+    seed: Any = "${seed}"  # seed of the suggestions
     n_startup_trials: Any = 10  # drawn at random, before TPE has something to learn from
     prune: Any = True  # end trials whose best val loss is above the median of the others at the same step
     prune_startup_trials: Any = 5  # that must have finished, and been validated at that step
-    prune_warmup_steps: Any = 0  # of a trial, which always has so many
-    params: Any = None  # what is searched, beside the command line: {optimizer.lr: "tag(log,interval(1e-4,1e-1))"}
+    prune_warmup_steps: Any = 0  # steps before a trial may be pruned
+    params: Any = (
+        None  # searched settings besides those on the command line: {optimizer.lr: "tag(log,interval(1e-4,1e-1))"}
+    )
 
 
 ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaSweeperConf, provider="charlm")

@@ -371,7 +371,7 @@ def test_a_text_needs_a_path(refused, check):
 
 
 def test_a_named_corpus_takes_no_path(refused, check):
-    assert "say data.corpus=text" in refused(check, "data=pydoc", "data.path=x.txt")
+    assert "give data.corpus=text" in refused(check, "data=pydoc", "data.path=x.txt")
 
 
 def test_an_unknown_corpus_lists_the_known(refused, check):

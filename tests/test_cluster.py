@@ -122,7 +122,7 @@ def check_sweep(train, tmp_path: Path, text: list[str], engine: str, **env: str)
     launcher = f"hydra/launcher={engine}"
     ended = train("-m", launcher, *text, *SHORT, "data.batch_size=8,16,10000000000000", "hydra.sweep.dir=s", **env)
     assert ended.code == 1, ended.err
-    assert ended.err.startswith("charlm: 1 of 3 jobs failed; each one's terminal.log under s tells why"), ended.err
+    assert ended.err.startswith("charlm: 1 of 3 jobs failed; see terminal.log in their folders under s"), ended.err
     assert ended.err.endswith(f"the rest: python train.py resume=s {launcher}\n")
     assert ended.err.count("\n") == 1
     rows = [*csv.DictReader((tmp_path / "s" / "results.csv").read_text().splitlines())]
@@ -135,7 +135,7 @@ def check_sweep(train, tmp_path: Path, text: list[str], engine: str, **env: str)
     equal(tmp_path / "alone", tmp_path / "s" / "batch_size=8")
     before = {file: file.stat().st_mtime_ns for file in (tmp_path / "s").glob("*/results.json")}
     refused = train("resume=s", "data.batch_size=8,16", **env)
-    assert refused.err.startswith(f"charlm: s ran with {launcher}: say so again"), refused.err
+    assert refused.err.startswith(f"charlm: s ran with {launcher}: repeat that with its settings"), refused.err
     again = train("resume=s", "data.batch_size=8,16", launcher, **env)
     assert again.code == 0, again.err
     assert {file: file.stat().st_mtime_ns for file in before} == before

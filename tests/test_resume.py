@@ -275,7 +275,7 @@ def test_metrics_csv_goes_on_where_the_state_was_saved(start, tmp_path, text_fil
         ("model=gpt", "model=gpt is not how"),
         ("optimizer.rl=1", "did you mean optimizer.lr?"),
         ("trainer.max_steps=10", "has made 20 steps"),
-        ("~callbacks.samples", "is not possible beside resume"),
+        ("~callbacks.samples", "is not possible with resume"),
         ("-m", "leave -m away"),
         ("stop_at=3", "has made 20 steps"),
         ("trainer.devices=2", "would change the batches, since"),

@@ -83,7 +83,7 @@ def test_a_job_that_fails_costs_only_itself(sweep, tmp_path, faulty):
     """No check can know that a part has a defect."""
     ended = sweep(*faulty, "callbacks.fault.kind=raise,none", "trainer.max_steps=120", PYTHONPATH=str(ROOT))
     assert ended.code == 1
-    assert ended.err.startswith("charlm: 1 of 2 jobs failed; each one's terminal.log under s tells why")
+    assert ended.err.startswith("charlm: 1 of 2 jobs failed; see terminal.log in their folders under s")
     assert ended.err.count("\n") == 1
     assert "failed: kind=raise: " in ended.out
     failed = tmp_path / "s" / "kind=raise"

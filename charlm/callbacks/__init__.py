@@ -49,7 +49,7 @@ def in_order(
     given = [*(observers or {}).values()]
     savers = [callback for callback in given if isinstance(callback, Checkpoint)]
     return [
-        Validations(run_dir, throughput),  # no checkpoint is ahead of its file
+        Validations(run_dir, throughput),  # first, so that its file never lags behind a checkpoint
         *(callback for callback in given if callback not in savers),
         *savers,  # a state is saved when all others are done with its step
         Losses(run_dir),

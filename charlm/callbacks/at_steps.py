@@ -1,4 +1,4 @@
-"""What a callback must be for several optimizer steps to pass between two calls of it."""
+"""Base class of callbacks that allow several optimizer steps between two calls."""
 
 from collections.abc import Sequence
 
@@ -10,7 +10,7 @@ class AtSteps(L.Callback):
     """A callback whose batch hooks are needed at some steps only. Whoever derives from it directly promises that.
 
     The grouped steps of `charlm.speed` end at each multiple of `every_n_steps`, which Lightning takes with all of its
-    hooks; None: any step will do. Of the steps before, a callback is told here. Without grouped steps Lightning calls
+    hooks; None: any step will do. Hooks here report the grouped steps. Without grouped steps Lightning calls
     the batch hooks at each batch, and none of these.
     """
 

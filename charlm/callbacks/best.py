@@ -1,4 +1,4 @@
-"""The best state of a run, beside its last."""
+"""Keeps the checkpoint with the lowest validation loss."""
 
 import math
 from pathlib import Path

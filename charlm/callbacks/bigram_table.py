@@ -1,4 +1,4 @@
-"""What follows each character: the model's probabilities as a heat map, beside those that were counted."""
+"""Heat map of next-character probabilities: the model's next to the counted ones."""
 
 import io
 from typing import Annotated
@@ -20,7 +20,7 @@ TAG = "what_follows/bigram_table"  # its own group, which TensorBoard sorts behi
 LETTER = 11  # pixels of one probability, at least: room for one letter on the axes
 SIDE = 480  # pixels of a heat map, at least: room for its titles
 LEFT, TOP, GAP, BOTTOM = 24, 44, 24, 40
-TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1)  # of the scale of colours
+TICKS = (0, 0.01, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 1)  # labels on the colour scale
 NAMES = {"\n": "\\n", "\t": "\\t", "\r": "\\r", " ": "·"}
 # Five colours of Matplotlib's viridis (Smith and van der Walt, 2015): even to the eye, and readable in grey.
 VIRIDIS = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=float)
@@ -100,7 +100,7 @@ def left_of(t: int, side: int) -> int:
 
 
 def paste(image: Image.Image, table: Tensor, t: int) -> None:
-    """Put a table in its place. The colour is the square root of the probability, since most of them are small."""
+    """Draw one table. The colour is the square root of the probability, since most of them are small."""
     side = len(table) * cell_of(len(table))
     colours = Image.fromarray((table.clamp(0, 1).sqrt() * TOP_COLOUR).round().byte().numpy())
     image.paste(colours.resize((side, side), Image.Resampling.NEAREST), (left_of(t, side), TOP))
@@ -113,5 +113,5 @@ def png(image: Image.Image) -> bytes:
     image = image.copy()
     image.putpalette(np.concatenate([viridis, greys]).astype(np.uint8).tobytes())
     file = io.BytesIO()
-    image.save(file, "png", compress_level=3)  # of all levels, the best for its time
+    image.save(file, "png", compress_level=3)  # the best trade of size for time
     return file.getvalue()

@@ -19,7 +19,7 @@ from charlm.logger import CSV, TensorBoard
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoints as files of charlm.archive, written beside the target and renamed.
+    """Lightning's checkpoints as files of `charlm.checkpoint.archive`, written atomically.
 
     A kill or a full disk costs only the new one.
 
@@ -59,7 +59,7 @@ def save(trainer: L.Trainer, path: Path) -> None:
         raise
     except InputError as error:  # DiskError is one
         failure = error
-        trainer.strategy.barrier()  # where the others wait for the end of saving
+        trainer.strategy.barrier()  # the other processes wait here
     code = trainer.strategy.broadcast(failure.code if failure else 0)
     if code:
         raise failure or SystemExit(code)
@@ -115,7 +115,7 @@ class Checkpoint(AtSteps):
         if self.loaded:
             check_optimizers(trainer, self.loaded, trainer.ckpt_path)
             self.loaded = {}
-        if not trainer.ckpt_path:  # before anything is told of the first step
+        if not trainer.ckpt_path:  # before the first step is logged
             fresh = [optimizer.state_dict() for optimizer in trainer.optimizers]
             self.save(trainer)
             for optimizer, state in zip(trainer.optimizers, fresh, strict=True):
@@ -190,6 +190,6 @@ class Checkpoint(AtSteps):
 
 
 def unlogged(trainer: Any) -> dict[str, float]:
-    """What a step has told, and Lightning will log once all of its hooks have been called: after its state is saved."""
+    """Return metrics of the current step that Lightning will log only after the checkpoint is saved."""
     total = trainer.fit_loop.epoch_loop.batch_progress.total
     return {} if total.processed == total.completed else metrics_to_log(trainer)

@@ -19,14 +19,14 @@ KEY = "ema"  # of a checkpoint
 class EMA(AtSteps):
     """Validations, exhibits, final figures and checkpoints take the averaged weights; training goes on with its own.
 
-    A checkpoint holds the average where readers look for weights and those of training beside it, to resume from.
+    A checkpoint stores the average as its weights, and the training weights separately to resume from.
 
     The average begins with the first update, and the n-th one leaves at most (n - 1) / (n + 8) of it. So it reaches
     back over about a ninth of a run, and not to the weights that a short run began with. TensorFlow's
     ExponentialMovingAverage introduced such a ramp, as `num_updates`.
 
     Args:
-        decay: what one step leaves of the average of a long run, which so reaches back over 1 / (1 - decay) steps.
+        decay: factor of the old average at each step; the average reaches back over about 1 / (1 - decay) steps.
         every_n_steps: how often the average is updated, which counts for as many steps.
     """
 
@@ -93,7 +93,7 @@ class EMA(AtSteps):
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if not self.raw:
-            self.update(trainer, pl_module)  # where it is due: an observer before this one may save at the same step
+            self.update(trainer, pl_module)  # if due: an earlier callback may save a checkpoint at this step
         if not self.average:
             return
         weights = checkpoint["state_dict"]
@@ -102,7 +102,7 @@ class EMA(AtSteps):
         checkpoint[KEY] = {"raw": raw, "updates": self.updates, "updated_at": self.updated_at}
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if KEY not in checkpoint:  # of a run without an average: it begins here
+        if KEY not in checkpoint:  # the run had no average: start one here
             return
         kept, average = checkpoint[KEY], checkpoint["state_dict"]
         self.updates, self.updated_at = kept["updates"], kept["updated_at"]

@@ -31,18 +31,18 @@ class Losses(AtSteps):
     A state with weights that are not finite is never saved. It has to come after an average of weights.
 
     Raises:
-        Diverged: for a loss or a weight that is infinite or not a number, in all processes together.
+        Diverged: if a loss or a weight is NaN or infinite, in all processes together.
         DiskError: if the losses cannot be written.
     """
 
     def __init__(self, run_dir: str):
         self.file = Path(run_dir, LOSSES)
         self.open: IO[bytes] | None = None
-        self.losses: list[Tensor] = []  # of the newest steps, until they are looked at
+        self.losses: list[Tensor] = []  # newest steps, not yet checked
         self.told_of = 0  # steps
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What followed the state that the run goes on from will be told again."""
+        """Truncate what was logged after the checkpoint; the resumed run logs it again."""
         self.told_of = trainer.global_step
         if trainer.is_global_zero:
             self.open = self.file.open("ab", buffering=0)
@@ -55,14 +55,14 @@ class Losses(AtSteps):
         self.told_of = trainer.global_step
 
     def on_before_backward(self, trainer: Any, pl_module: L.LightningModule, loss: Tensor) -> None:
-        self.newest = loss.detach() * trainer.accumulate_grad_batches  # by which Lightning divides it
+        self.newest = loss.detach() * trainer.accumulate_grad_batches  # undo Lightning's division
 
     def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, *_: Any) -> None:
         if self.note(trainer) and (trainer.global_step % trainer.log_every_n_steps == 0 or len(self.losses) >= MOST):
             self.look(trainer)
 
     def note(self, trainer: L.Trainer) -> bool:
-        """Note the loss of a step that was made since, if there is one; also ahead of others' hooks, which may save."""
+        """Record the loss of the last step, if any; called before the hooks of others, which may save a checkpoint."""
         if trainer.global_step == self.told_of:
             return False
         self.losses.append(self.newest)
@@ -96,7 +96,7 @@ class Losses(AtSteps):
         if self.open:
             left = memoryview(losses).cast("B")
             try:
-                while left:  # a disk that becomes full takes a part first, and then tells why not the rest
+                while left:  # a full disk accepts a part of the data first, and then raises the reason
                     left = left[self.open.write(left) :]
             except OSError as error:
                 raise DiskError(f"{self.file} could not be written ({error.strerror}): see to the disk") from error
@@ -108,7 +108,7 @@ class Losses(AtSteps):
 
 
 class Validations(L.Callback):
-    """A line for each validation. It has to come before the checkpoints, so that no state is ahead of it.
+    """One line per validation. Runs before the checkpoint callbacks, so that the file never lags behind a checkpoint.
 
     Raises:
         DiskError: if it cannot be written.
@@ -118,7 +118,7 @@ class Validations(L.Callback):
         self.folder, self.throughput = Path(run_dir), throughput
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What followed the state that the run goes on from will be told again."""
+        """Truncate what was logged after the checkpoint; the resumed run logs it again."""
         if trainer.is_global_zero:
             text = io.StringIO(newline="")
             rows = [row for row in read_validations(self.folder) if row[0] <= trainer.global_step]
@@ -158,7 +158,7 @@ def earliest(trainer: L.Trainer, step: int | None) -> int | None:
 
 
 def diverged(trainer: L.Trainer, told: str) -> BaseException:
-    """What ends the run: the first process tells it, and the others go without a word."""
+    """End the run: the first process reports the reason, and the others exit silently."""
     if not trainer.is_global_zero:
         return SystemExit(Diverged.code)
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]

@@ -21,7 +21,7 @@ class Progress(AtSteps):
     """Shows step, loss, speed, the last validation and the time left; at the end, the time it took.
 
     Args:
-        seconds_between_lines: where the output is not a terminal.
+        seconds_between_lines: interval of progress lines if the output is not a terminal.
     """
 
     def __init__(self, seconds_between_lines: Annotated[float, Gt(0)] = 5.0):
@@ -64,7 +64,7 @@ class Progress(AtSteps):
 
     def show(self, trainer: L.Trainer) -> None:
         loss, chunk_tokens = self.newest
-        loss = loss * trainer.accumulate_grad_batches  # by which Lightning divides it
+        loss = loss * trainer.accumulate_grad_batches  # undo Lightning's division
         step, seconds = trainer.global_step, time.perf_counter() - self.start
         self.shown_at = step
         steps_per_second = (step - self.first_step) / seconds

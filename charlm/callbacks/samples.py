@@ -10,7 +10,7 @@ from charlm.callbacks.exhibit import Exhibit
 from charlm.generate import write
 from charlm.logger import TensorBoard
 
-COLUMNS = 100  # of the Text tab; a line without end would leave its frame
+COLUMNS = 100  # width of a line in the Text tab, which does not wrap
 
 
 class Samples(Exhibit):
@@ -18,7 +18,7 @@ class Samples(Exhibit):
 
     Args:
         length: characters.
-        seed: of the sampling, which has a generator of its own: watching a run does not change it.
+        seed: seed of the sampling; it has its own generator, so that logging never changes training.
     """
 
     def __init__(self, length: Annotated[int, Ge(1), Le(1_000_000)] = 200, seed: Annotated[int, Ge(0)] = 1337):

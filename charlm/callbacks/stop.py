@@ -14,28 +14,28 @@ from charlm.callbacks.at_steps import AtSteps
 from charlm.callbacks.checkpoint import Checkpoint, between_steps, validates_now
 from charlm.system import posix, streams
 
-# The last two are what Slurm is asked to send ahead of the end: sbatch --signal=USR1@60, and submitit for USR2.
+# Slurm sends the last two before the time limit: sbatch --signal=USR1@60, and USR2 for submitit.
 SIGNALS = posix.signals("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
 NAMES = {streams.SIGPIPE: "SIGPIPE"} | {number: number.name for number in SIGNALS}
 
 
 class Stop(AtSteps):
-    """Ends the process with 128 + the signal's number, as a shell tells it. A second Ctrl-C stops at once.
+    """Ends the process with exit code 128 + signal number, as shells do. A second Ctrl-C stops at once.
 
-    It has to come after the checkpoints, so that there is one of the step just made.
+    Runs after the checkpoint callbacks, so that the last step is saved.
 
     Args:
-        at: a step to stop after in the same way, but with exit code 0, as that is what was asked for.
+        at: a step to stop after; the exit code is then 0.
     """
 
     def __init__(self, at: int | None = None) -> None:
-        self.every_n_steps = at  # and whenever Lightning has its turn for something else
+        self.every_n_steps = at  # besides the steps at which Lightning calls hooks anyway
         self.at = at
         self.received = 0
         self.before: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # What a parent had ignored, as nohup and background jobs do, stays so.
+        # Signals that the parent ignored, as nohup does, stay ignored.
         heard = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
         self.before = {number: signal.signal(number, self.note) for number in heard}
         # A run that was ended after it had stopped early goes on to its final figures, and not to more steps.
@@ -57,7 +57,7 @@ class Stop(AtSteps):
             self.leave(trainer)
 
     def leave(self, trainer: L.Trainer, at_end: bool = False) -> None:
-        """All processes together, whichever of them was told to."""
+        """Stop all processes together, whichever of them received the signal."""
         if not at_end and not between_steps(trainer):
             return
         number = self.received

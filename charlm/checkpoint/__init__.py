@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with JSON metadata and a hash; no pickle, and no code from a file runs.
 
-archive.py   the file format: tensors, JSON and a SHA-256, read without trusting them
-content.py   what a checkpoint must hold, and of which types
+archive.py   the file format: tensors, JSON and a SHA-256, read without trust in the file
+content.py   the keys that a checkpoint must have, and their types
 file.py      the checkpoints of a run folder: read one, read the newest intact one, write
 model.py     from content to a model with its weights, never larger than these
 restore.py   training state from a file, checked against the trainer that continues with it

@@ -62,13 +62,13 @@ class Encoder:
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
-        self.names: dict[Any, str] = {}  # of tensors by their place in memory, so that tied weights are stored once
+        self.names: dict[Any, str] = {}  # names of tensors by memory address, so that tied weights are stored once
 
     def encode(self, node: Any, path: tuple[Any, ...] = ()) -> Any:
         """Return the JSON value of what stands at `path`.
 
         Raises:
-            InputError: for data of another type, with the name of the callback that it belongs to.
+            InputError: if data has another type; names the callback that it belongs to.
         """
         kind = type(node)
         if len(path) > DEEPEST:
@@ -153,7 +153,7 @@ def dump(content: dict[str, Any], file: IO[bytes]) -> None:
     text += b" " * (-len(text) % 8)
     if len(text) > LARGEST_HEADER:
         raise InputError(
-            f"the checkpoint holds {len(text):,} bytes beside its tensors, and {LARGEST_HEADER:,} are possible: keep "
+            f"the checkpoint holds {len(text):,} bytes besides its tensors, and {LARGEST_HEADER:,} are possible: keep "
             f"long lists of numbers as tensors in state_dict()"
         )
     text = len(text).to_bytes(8, "little") + text
@@ -305,7 +305,7 @@ def digest(file: IO[bytes]) -> str:
 def load_lightning(path: Path, device: str = "cpu") -> dict[str, Any]:
     """Return the content of a file that Lightning's own `trainer.save_checkpoint` wrote.
 
-    torch reads it without running its code. Before that, the zip must be one that torch writes: not compressed, no
+    torch reads it without running its code. Before that, the zip must be one that torch writes: uncompressed, no
     record twice, no more in it than the size of the file.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The content of a checkpoint: what it must hold, and of which types."""
+"""The content of a checkpoint: required keys and their types."""
 
 from functools import reduce
 from pathlib import Path
@@ -17,10 +17,12 @@ if TYPE_CHECKING:  # to generate text takes no Lightning, and so not the seconds
     from charlm.data.datamodule import CharDataModule
 
 
-Count = Annotated[int, Ge(0), Le(2**48)]  # of steps, bytes and the like: more would overflow in sums and products
+Count = Annotated[
+    int, Ge(0), Le(2**48)
+]  # a number of steps, bytes, ...; larger ones would overflow in sums and products
 
 
-# What every checkpoint holds, beside what a run needs to go on: each place in the file, and its type.
+# Required keys of every checkpoint, and their types.
 MODEL: dict[str, Any] = {
     "global_step": Count,
     "state_dict": dict[str, Tensor],
@@ -29,7 +31,7 @@ MODEL: dict[str, Any] = {
 }
 
 
-# And what it holds where a `CharDataModule` served the batches.
+# Also required if a `CharDataModule` served the batches.
 TEXT: dict[str, Any] = {
     "charlm.config.data": dict[str, Any],
     "charlm.config.evaluate": list[str],
@@ -41,7 +43,7 @@ TEXT: dict[str, Any] = {
 }
 
 
-# What a run needs to go on; `charlm.restore` holds the rest of it against the trainer that goes on.
+# Required to resume; `charlm.checkpoint.restore` checks the rest against the new trainer.
 TRAINING: dict[str, Any] = {
     "validated_at": Annotated[int, Ge(-1), Le(2**48)],
     "loops.fit_loop": dict[str, Any],
@@ -56,12 +58,12 @@ AVERAGES: dict[str, Any] = {"ema.raw": dict[str, Tensor], "ema.updates": Count, 
 
 
 def record(config: dict[str, Any], tokenizer: CharTokenizer, corpus: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint holds beside weights and training state; plain types only."""
+    """Return the metadata that a checkpoint stores with weights and training state; plain types only."""
     return {"format": FORMAT, "config": config, "tokenizer": tokenizer.state_dict(), "corpus": corpus}
 
 
 def record_of(model: nn.Module, data: "CharDataModule | None") -> dict[str, Any]:
-    """Return the same without a configuration of Hydra: from the model, and what it is trained on.
+    """Return the same metadata without a Hydra config: taken from the model and its data.
 
     Args:
         data: None where it is trained on batches of the user's own, of whose text and tokenizer nothing is known.
@@ -75,10 +77,10 @@ def record_of(model: nn.Module, data: "CharDataModule | None") -> dict[str, Any]
 
 
 def check_training(path: Path, content: dict[str, Any]) -> None:
-    """Check the parts of a checkpoint from which its run goes on.
+    """Check the parts of a checkpoint that a resumed run needs.
 
     Raises:
-        InputError: for the first that is missing or of another type.
+        InputError: if one is missing or has another type.
     """
     check_parts(path, content, TRAINING | (AVERAGES if "ema" in content else {}))
 

@@ -1,4 +1,4 @@
-"""Checkpoint files in a run folder: which there are, reading one, reading the newest intact one, writing."""
+"""Checkpoint files in a run folder: list them, read one, read the newest intact one, write."""
 
 import os
 from functools import partial

@@ -27,7 +27,7 @@ if TYPE_CHECKING:  # to generate text takes no Lightning, and so not the seconds
 LARGEST_VOCABULARY = 0x110000  # characters in Unicode
 
 
-COMPUTED = 2**28  # bytes, at most, of what a model computes from its settings and keeps beside its weights
+COMPUTED = 2**28  # limit in bytes on buffers that a model computes from its settings
 
 
 TOO_LARGE = "it names a larger model than it has weights for; use another checkpoint"
@@ -35,7 +35,7 @@ TOO_LARGE = "it names a larger model than it has weights for; use another checkp
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a run left behind: the model with its trained weights, and all that its text and figures depend on."""
+    """A loaded checkpoint: the model with its trained weights, its tokenizer, config and corpus."""
 
     path: Path
     step: int
@@ -52,7 +52,7 @@ def load(run_or_file: str | Path, device: str | torch.device = "cpu", trust: Col
         trust: packages outside of charlm whose models may be built.
 
     Raises:
-        InputError: for a file that is missing, cut off, of another kind or not charlm's.
+        InputError: if the file is missing, truncated, of another kind or not charlm's.
     """
     path, content, _ = read_newest(run_or_file)
     kept, tokenizer = content["charlm"], tokenizer_of(path, content)
@@ -65,7 +65,7 @@ def tokenizer_of(path: Path, content: dict[str, Any]) -> CharTokenizer | None:
     """Return the tokenizer of a checkpoint, if it has one.
 
     Raises:
-        InputError: for one that cannot be.
+        InputError: if it is invalid.
     """
     kept = content["charlm"].get("tokenizer")
     with readable(path):
@@ -78,7 +78,7 @@ def model_of(
     """Return the model of a checkpoint, with its weights, on the CPU.
 
     Raises:
-        InputError: for a model outside of charlm and of the trusted packages, or that has other weights.
+        InputError: if the model is neither charlm's nor trusted, or has other weights.
     """
     node = content["charlm"]["config"]["model"]
     with readable(path):
@@ -120,7 +120,7 @@ def one_line(error: Exception) -> str:
 def trained(
     node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tensor], trust: Collection[str] = ()
 ) -> nn.Module:
-    """The model that a configuration names, with these weights, for which it must not be too large."""
+    """Build the model that a config names and load `weights`; refuse a model larger than these."""
     sketch(node, vocab_size, weights, trust)  # before memory is taken
     model = build(node, vocab_size, trust)
     model.load_state_dict(weights)
@@ -168,7 +168,7 @@ def build(node: dict[str, Any], vocab_size: int | None, trust: Collection[str] =
         trust: packages outside of charlm whose models may be built.
 
     Raises:
-        InputError: for a class outside of charlm.model and of the trusted packages, or settings that it does not take.
+        InputError: if the class is neither charlm's nor trusted, or does not take the settings.
     """
     target = node["_target_"] if isinstance(node["_target_"], str) else "no name"
     package = target.partition(".")[0]
@@ -178,7 +178,7 @@ def build(node: dict[str, Any], vocab_size: int | None, trust: Collection[str] =
     if not isinstance(found, type) or not is_model or (own and not found.__module__.startswith("charlm.model.")):
         raise InputError(
             f"the checkpoint names {printable(target, 100)} as its model, which is not one of charlm.model: if you "
-            f"trust its package, say so: --trust {printable(package, 50)}, or in Python "
+            f"trust its package, add --trust {printable(package, 50)}, or in Python "
             f"load_from_checkpoint(PATH, model=...)"
         )
     settings = {k: v for k, v in node.items() if not k.startswith("_")}
@@ -194,7 +194,7 @@ def build(node: dict[str, Any], vocab_size: int | None, trust: Collection[str] =
 
 
 def describe(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """What is in a checkpoint, for people and programs; `content` may be an outline."""
+    """Summarize a checkpoint for people and programs; `content` may have tensors on the meta device."""
     kept, weights = content["charlm"], weights_of(content)
     return {
         "checkpoint": str(path),
@@ -218,7 +218,7 @@ def export(loaded: Checkpoint, file: Path) -> None:
     """Write the weights for other tools, as safetensors with what they belong to as metadata.
 
     Raises:
-        InputError: for a file of another name than *.safetensors, which may be something else.
+        InputError: if the file name does not end with .safetensors.
         OSError: if it cannot be written.
     """
     from safetensors.torch import save

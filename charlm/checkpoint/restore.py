@@ -20,7 +20,7 @@ from charlm.internals.lightning import RESTORING
 from charlm.optimizer.muon import Several
 
 MOST = 2**48  # of any count
-OURS = ("charlm.", "lightning.", "torch.")  # where callbacks and schedulers are from whose state keeps its shape
+OURS = ("charlm.", "lightning.", "torch.")  # packages whose callbacks and schedulers keep the shape of their state
 CHANGING = ("capturable", "lr")  # settings of an optimizer that CUDA graphs and schedules change
 
 
@@ -40,7 +40,7 @@ def check_progress(trainer: L.Trainer, content: dict[str, Any], path: Any) -> No
     """Hold recorded loops and callbacks against those of a trainer.
 
     Raises:
-        InputError: for the first difference in keys or types.
+        InputError: if keys or types differ.
     """
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     try:
@@ -57,7 +57,7 @@ def check_optimizers(trainer: L.Trainer, content: dict[str, Any], path: Any) -> 
     """Hold recorded optimizers and schedules against those of a trainer.
 
     Raises:
-        InputError: for the first difference in keys, types or shapes.
+        InputError: if keys, types or shapes differ.
     """
     sharded = [*trainer.lightning_module.parameters()] if isinstance(trainer.strategy, ModelParallelStrategy) else []
     schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
@@ -77,7 +77,7 @@ def check_optimizer(optimizer: Optimizer, recorded: Any, place: str, order: Sequ
     """Hold the recorded state of one optimizer, whose parameters are numbered in `order`, against the optimizer.
 
     Raises:
-        Mismatch: for the first difference.
+        Mismatch: at the first difference.
     """
     groups, index_of = optimizer.param_groups, {id(p): index for index, p in enumerate(order)}
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
@@ -92,7 +92,7 @@ def check_optimizer(optimizer: Optimizer, recorded: Any, place: str, order: Sequ
         if [*map(repr, found["params"])] != [*map(repr, mine)]:
             raise Mismatch(f"{place}.param_groups.{number}.params names other parameters")
         of_index |= mine
-    expected: dict[Any, dict[str, Any] | None] = {}  # by group, shape and type
+    expected: dict[Any, dict[str, Any] | None] = {}  # keys: group, shape, dtype
     for index, state in recorded["state"].items():
         if type(index) is not int or index not in of_index:
             raise Mismatch(f"{place}.state is for parameter {index!r}, which does not exist")
@@ -125,7 +125,7 @@ def slots(optimizer: Optimizer, number: int, parameter: Tensor) -> dict[str, Any
     probe.param_groups = [{**optimizer.param_groups[number], "params": [zeros], "lr": 0.0, "capturable": False}]
     try:
         probe.step()
-    except Exception:  # of an optimizer of anybody
+    except Exception:  # from the user's own optimizer
         return None
     return dict(probe.state[zeros])
 
@@ -133,14 +133,14 @@ def slots(optimizer: Optimizer, number: int, parameter: Tensor) -> dict[str, Any
 def compare(fresh: Any, recorded: Any, place: str, exact: bool = False) -> None:
     """Hold recorded state against fresh state: the same keys, lengths, shapes and types.
 
-    What is empty or None in the fresh state may have any content. More keys are possible, as those of a stateful
+    Values that are empty or None in the fresh state may have any content. Extra keys are allowed, as of a stateful
     DataLoader.
 
     Args:
         exact: numbers are counts, from 0 up; else they may be of another type, as a rate that a schedule has changed.
 
     Raises:
-        Mismatch: for the first difference.
+        Mismatch: at the first difference.
     """
     if fresh is None:
         return

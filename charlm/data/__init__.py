@@ -9,7 +9,7 @@ __all__ = ["CharDataModule"]
 
 
 def __getattr__(name: str) -> Any:
-    """What is of Lightning's is imported where it is asked for: a text is read without."""
+    """Import the data module lazily, since reading a text needs no Lightning."""
     if name in __all__:
         from charlm.data.datamodule import CharDataModule
 

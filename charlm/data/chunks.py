@@ -13,7 +13,7 @@ from charlm.errors import InputError
 
 # Batches whose random starts are drawn together: one call of the generator serves this many steps.
 BATCHES_PER_DRAW = 256
-# Characters that one gather may fetch: small batches cost less by the dozen, and many large ones would fill memory.
+# Characters that one gather fetches at most: gather small batches together, and keep memory bounded.
 TOKENS_PER_GATHER = 16_384
 # A target that cross_entropy leaves out; PyTorch's own default for `ignore_index`.
 IGNORE = -100
@@ -36,7 +36,7 @@ class RandomChunks:
     Args:
         ids: the training split, (N,), any integer type, on the device where batches are wanted.
         batches_per_epoch: in one iteration.
-        first: tells the number of the batch that an iteration begins with; None: the one after the last iteration's.
+        first: returns the number of the first batch of an iteration; None: continue after the previous iteration.
 
     Raises:
         InputError: if the split is shorter than block_size + 1.

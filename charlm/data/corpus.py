@@ -33,7 +33,7 @@ class Corpus:
         return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
 
     def card(self) -> dict[str, str | int]:
-        """What a checkpoint and a results file say of the corpus; plain types."""
+        """Return the description of the corpus for checkpoints and results.json; plain types."""
         return {"name": self.name, "source": self.source, "sha256": self.sha256, "characters": len(self.text)}
 
     def cautions(self) -> Iterator[str]:
@@ -57,7 +57,7 @@ def tinyshakespeare(path: str | None = None) -> Corpus:
     A file with another hash is refused; a download reaches its place only whole.
     """
     if path is not None:
-        raise InputError(f"path={path}: Tiny Shakespeare needs no path; for your own text say corpus=text")
+        raise InputError(f"path={path}: Tiny Shakespeare needs no path; for your own text give corpus=text")
     folder = os.environ.get("CHARLM_DATA")
     local = Path(folder, "tinyshakespeare", "input.txt") if folder else None
     if local is not None and local.is_file():
@@ -81,7 +81,7 @@ def download_shakespeare() -> Path:
     import pooch
 
     cache_dir = Path(pooch.os_cache("charlm")) / "tinyshakespeare"
-    pooch.get_logger().setLevel("ERROR")  # what went wrong is told below, in one line
+    pooch.get_logger().setLevel("ERROR")  # an error is reported below, in one line
     try:
         return Path(
             pooch.retrieve(
@@ -120,7 +120,7 @@ def describe(error: OSError) -> str:
 def pydoc(path: str | None = None) -> Corpus:
     """The language reference that every CPython carries for `help()`: English prose, with no download."""
     if path is not None:
-        raise InputError(f"path={path}: the pydoc corpus needs no path; for your own text say corpus=text")
+        raise InputError(f"path={path}: the pydoc corpus needs no path; for your own text give corpus=text")
     from pydoc_data import topics
 
     text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
@@ -189,7 +189,7 @@ def load_corpus(name: str, path: str | None = None) -> Corpus:
     """The corpus called `name`.
 
     Raises:
-        InputError: for an unknown name, or for a text that cannot be read.
+        InputError: if the name is unknown or the text cannot be read.
         CorpusUnavailable: if it cannot be had from here.
     """
     if name not in CORPORA:

@@ -46,13 +46,13 @@ class CharDataModule(L.LightningDataModule):
         val_fraction, test_fraction: the part of the text, at its end, that is kept for val, and after it for test.
         min_context: characters that evaluation shows a model, at least, for each target, of its block_size at most;
             where 1 suffices, windows do not overlap. Losses compare across block sizes if it is the same.
-        batches_per_epoch: after which Lightning calls it an epoch: random chunks have no natural end. Rounded up to
+        batches_per_epoch: length of an epoch for Lightning, since random chunks have no natural end. Rounded up to
             whole optimizer steps where the trainer accumulates gradients.
-        seed: of the random chunks.
+        seed: seed of the random chunks.
         tokenizer: makes a tokenizer from the whole text.
 
     Raises (from `setup`):
-        InputError: for a text that cannot be read, a split shorter than block_size + 1, or a min_context above it.
+        InputError: if the text cannot be read, a split is shorter than block_size + 1, or min_context exceeds it.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class CharDataModule(L.LightningDataModule):
         return splits
 
     def pairs(self, split: str) -> Pairs:
-        """Those of a split, counted once."""
+        """Return the baselines of a split, counted once."""
         if split not in self.counted:
             self.counted[split] = Pairs.of(self.splits[split], self.tokenizer.vocab_size)
         return self.counted[split]
@@ -178,7 +178,7 @@ class CharDataModule(L.LightningDataModule):
         """Every target of `split` exactly once, with min_context unless there is another `stride` between windows.
 
         Raises:
-            InputError: for a split that there is not.
+            InputError: if the split does not exist.
         """
         if split not in self.splits:
             raise InputError(f"there is no split {split!r} in this run: choose one of {', '.join(self.splits)}")

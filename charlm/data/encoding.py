@@ -4,7 +4,7 @@ import codecs
 import shlex
 from pathlib import Path
 
-SAMPLE = 2**16  # bytes of a file by which its encoding is judged
+SAMPLE = 2**16  # leading bytes of a file that decide its encoding
 MARKS = {  # UTF-32 first, as its little-endian mark begins with that of UTF-16
     "UTF-32LE": codecs.BOM_UTF32_LE,
     "UTF-32BE": codecs.BOM_UTF32_BE,
@@ -41,7 +41,7 @@ def remedy(file: Path, raw: bytes) -> str:
     broken = lenient.count("\ufffd")
     if sum(character > "\x7f" for character in lenient) > 2 * broken:  # Latin-1 hardly ever looks like UTF-8
         return f"only some of its bytes are damaged, remove them with {conversion(file, 'UTF-8')}"
-    # Western text is mostly ASCII; where it is not, Latin-1 would turn another alphabet into garbage.
+    # Western text is mostly ASCII; for any other text, Latin-1 would turn its alphabet into garbage.
     if 3 * count(raw, HIGH) < len(raw) - count(raw, b" \n\r\t"):
         # Windows puts quotes and dashes where Latin-1 has control characters.
         name = "WINDOWS-1252" if count(raw, HIGH[:32]) else "LATIN1"
@@ -79,7 +79,7 @@ def count(raw: bytes, among: bytes) -> int:
 
 
 def conversion(file: Path, name: str) -> str:
-    """Return the command that converts a file to UTF-8; from UTF-8 itself, it drops invalid bytes."""
+    """Return the command that converts a file to UTF-8; a file in UTF-8 only loses its invalid bytes."""
     options = f"{'-c ' * (name == 'UTF-8')}-f {name} -t UTF-8"
     if file.suffix == ".gz":
         return f"gunzip -c {shlex.quote(str(file))} | iconv {options} > NEW"

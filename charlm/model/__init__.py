@@ -1,7 +1,7 @@
 """Models: idx (B, T) in, logits (B, T, V) out. Plain torch: no Lightning, no Hydra, no text.
 
 A model is an `nn.Module` with `forward(idx) -> logits` and `block_size`, the characters it can look back over: a
-number, or None where it looks back over all that came before. If it cannot be given more than that, it says so.
+number, or None if it looks back over the whole text. `forward` raises ValueError for an input that is too long.
 
 A model may also have `decode(idx (B, T), state) -> (logits (B, V) of the last position, state)`, for generation: it
 goes on after what `state` has seen, None at the beginning, without computing that again. It is equal to `forward`. A

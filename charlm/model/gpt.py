@@ -17,11 +17,11 @@ from charlm.model import keeps_arguments
 
 
 class Cache(NamedTuple):
-    """What `decode` has seen, and what it needs of the blocks: looked up once, and not for every character."""
+    """State of `decode`: the key-value cache, and the weights of the blocks, looked up once."""
 
-    kv: Tensor  # keys and values (2, n_layer, B, nh, block_size, hs), of which `length` positions are filled
+    kv: Tensor  # keys and values (2, n_layer, B, nh, block_size, hs); the first `length` positions are filled
     length: int
-    parts: list[list[tuple[Tensor, Tensor | None]]]  # of each block, weight and bias of each module
+    parts: list[list[tuple[Tensor, Tensor | None]]]  # per block: weight and bias of each module
 
 
 class Attention(nn.Module):
@@ -96,7 +96,7 @@ class GPT(nn.Module):
         n_layer: blocks.
         n_head: heads of attention in each.
         n_embd: C, a multiple of n_head.
-        dropout: of the embedding, of attention and of what each part adds.
+        dropout: probability for the embedding, attention and residual branches.
         bias: do linear maps and LayerNorms have one? GPT-2's do; without is a little faster and no worse.
 
     Raises:
@@ -142,7 +142,7 @@ class GPT(nn.Module):
     def decode(self, idx: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
         """idx (B, T) int64 -> logits (B, V) of its last position; the state is filled in place.
 
-        The arithmetic of the blocks without their modules, the calls of which take a single character as long again.
+        Computes the blocks without calling their modules, since these calls double the time of a single character.
         """
         (B, T), (nh, hs) = idx.shape, self.heads
         if state is None:
@@ -151,7 +151,7 @@ class GPT(nn.Module):
         kv, start, end = state.kv, state.length, state.length + T
         x = self.embed(idx, start).flatten(0, 1)  # (B * T, C)
         mask = x.new_ones(T, end, dtype=torch.bool).tril(start) if start and T > 1 else None
-        # Of all layers at once: where the new keys and values go, (2, B, nh, T, hs), and all of them, (B, nh, end, hs).
+        # All layers: slots of new keys and values, (2, B, nh, T, hs), and all of them, (B, nh, end, hs).
         new, (keys, values) = kv[..., start:end, :].unbind(1), (part.unbind() for part in kv[..., :end, :])
         for (norm1, qkv, proj, norm2, fc, out), new_kv, k, v in zip(state.parts, new, keys, values, strict=True):
             y = F.layer_norm(x, (nh * hs,), *norm1)
@@ -165,7 +165,7 @@ class GPT(nn.Module):
         return logits, Cache(kv, end, state.parts)
 
     def embed(self, idx: Tensor, start: int) -> Tensor:
-        """idx (B, T), of which the first stands at position `start` -> (B, T, C)."""
+        """idx (B, T), whose first token has position `start` -> (B, T, C)."""
         end = start + idx.shape[1]
         if end > self.block_size:
             raise ValueError(

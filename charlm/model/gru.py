@@ -1,4 +1,4 @@
-"""GRU: a state that is carried along the text, with two gates where the LSTM has three and no cell beside it.
+"""GRU: a recurrent state with two gates, where the LSTM has three gates and a cell.
 
 Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation" (2014), in
 the variant that cuDNN and PyTorch compute; as a model of characters it is one of those in Karpathy's char-rnn (2015).
@@ -19,7 +19,7 @@ class GRU(nn.Module):
     Args:
         vocab_size: V, the number of symbols.
         n_layer: layers, each reading the states of the one below.
-        n_embd: C, of the embedding and of the state of each layer.
+        n_embd: C, the size of the embedding and of each layer's state.
         dropout: of the embedding and of what each layer hands on.
     """
 

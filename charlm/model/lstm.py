@@ -19,7 +19,7 @@ class LSTM(nn.Module):
     Args:
         vocab_size: V, the number of symbols.
         n_layer: layers, each reading the states of the one below.
-        n_embd: C, of the embedding and of the state of each layer.
+        n_embd: C, the size of the embedding and of each layer's state.
         dropout: of the embedding and of what each layer hands on.
     """
 

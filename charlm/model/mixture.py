@@ -1,4 +1,4 @@
-"""Mixture: what was counted after the last 1, 2, ... characters, weighed by networks, and Transformers beside it.
+"""Mixture: n-gram counts of the last 1, 2, ... characters, weighted by networks, mixed with Transformers.
 
 Counting knows a small text by heart at once; a network learns what to make of it. The logits are the log-probabilities
 of symbols alone, and what each longer context changes in those of the shorter one, each with a weight; and to that a
@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from charlm.model import keeps_arguments
 from charlm.model.transformerpp import Cache, TransformerPP
 
-MULTIPLIER = 6364136223846793005  # of Knuth's generator modulo 2^64
+MULTIPLIER = 6364136223846793005  # the multiplier of Knuth's generator modulo 2^64
 INVERSE = -(-pow(MULTIPLIER, -1, 2**64) % 2**64)  # to undo it, as a number with a sign
 SCATTER = 0xBF58476D1CE4E5B9 - 2**64  # of SplitMix64
 SCALE = 0.3  # brings logarithms of counts, which reach 10, near 1
@@ -56,7 +56,7 @@ def spread(starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def discounts(counts: Tensor) -> Tensor:
-    """What is taken from a count of 0, 1, 2 and more for symbols that were not seen: Chen and Goodman's equation 26."""
+    """Return the discounts of counts 0, 1, 2 and more: Chen and Goodman (1999), equation 26."""
     n = [float((counts == i).sum()) + 1 for i in range(1, 5)]
     y = n[0] / (n[0] + 2 * n[1])
     found = [i - (i + 1) * y * n[i] / n[i - 1] for i in (1, 2, 3)]
@@ -64,7 +64,7 @@ def discounts(counts: Tensor) -> Tensor:
 
 
 class Found(NamedTuple):
-    """What is known by counting at n positions, after K lengths of context."""
+    """Counts at n positions, for K lengths of context."""
 
     alone: Tensor  # (n, V): log-probabilities of symbols without any context
     change: Tensor  # (K, n, V): what each longer context changes in those of the shorter one
@@ -76,7 +76,7 @@ class Found(NamedTuple):
 
 
 class Counts:
-    """What follows which context in a text: a table with a row for each context.
+    """Next-symbol counts of every context in a text: a table with one row per context.
 
     A row lists the symbols that were seen, and has one number for all others. Row 0 is of contexts that never were.
 
@@ -85,15 +85,15 @@ class Counts:
         vocab_size: V.
         n_context: K, the characters of the longest context.
         parts: of the text. To each context in each part belongs a row of what follows it in all others.
-        device: where the table is to be.
+        device: device of the table.
     """
 
     def __init__(self, text: Tensor, vocab_size: int, n_context: int, parts: int, device: str | torch.device = "cpu"):
         self.text, self.V, self.K = text, vocab_size, n_context
-        self.order: dict[int, tuple[Tensor, Tensor]] = {}  # of the chunks of a length: their hashes, and where they are
+        self.order: dict[int, tuple[Tensor, Tensor]] = {}  # per length of chunk: sorted hashes, and their positions
         self.position = torch.arange(len(text) - 1)
         self.part = self.position * parts // len(self.position) + 1
-        self.keys: list[tuple[Tensor, int]] = []  # for each length, the hashes of its contexts, and their first row
+        self.keys: list[tuple[Tensor, int]] = []  # per length: hashes of its contexts, and their first row
         self.rows_at = self.part.new_zeros(n_context, len(self.position), dtype=torch.int32)
         often = torch.bincount(self.part * self.V + text[1:], minlength=(parts + 1) * self.V).view(parts + 1, self.V)
         often = often.sum(0) - often + 0.1  # row 0: in the whole text; row i: in all parts but the i-th
@@ -111,7 +111,7 @@ class Counts:
         zeros = self.alone.new_zeros
         table = [(nothing.new_zeros(1), nothing, zeros(0), zeros(1), zeros(1, 3))]
         n_rows = 1
-        whole, others = torch.zeros_like(self.part), self.part  # of the shorter context: its rows at each position
+        whole, others = torch.zeros_like(self.part), self.part  # rows of the shorter context at each position
         codes, log_p = torch.arange(self.alone.numel()), self.alone.flatten()  # and all of its entries
         for n in range(1, min(self.K, len(y)) + 1):
             at = self.position[n - 1 :]
@@ -159,7 +159,7 @@ class Counts:
             place = torch.searchsorted(keys, h).clamp_max(len(keys) - 1)
             known = (keys[place] == h) & (torch.arange(T, device=idx.device) >= n - 1)
             found.append(torch.where(known, first + place, 0))
-        found += [torch.zeros_like(idx)] * (self.K - len(found))  # of a text too short for the longest
+        found += [torch.zeros_like(idx)] * (self.K - len(found))  # the text is too short for the longest contexts
         return torch.stack(found), torch.zeros_like(idx)
 
     def rows_elsewhere(self, idx: Tensor) -> tuple[Tensor, Tensor]:
@@ -180,7 +180,7 @@ class Counts:
         return torch.where(within, self.rows_at[:, position].long(), 0), self.part[position]
 
     def look_up(self, rows: Tensor, alone: Tensor) -> Found:
-        """What stands in rows (K, n), and in those of symbols alone, (n,)."""
+        """Look up rows (K, n), and rows of single symbols (n,)."""
         change = self.other[rows][..., None].expand(*rows.shape, self.V).contiguous()
         row, entry = spread(self.starts, rows.flatten())
         change.view(-1)[row * self.V + self.symbols[entry]] = self.change[entry]
@@ -207,7 +207,7 @@ def _(idx: Tensor, last: int, number: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class State(NamedTuple):
-    """What `decode` has seen: the last characters (B, T), and what each network made of all."""
+    """State of `decode`: the last characters (B, T), and the state of each network."""
 
     idx: Tensor
     caches: list[Cache]
@@ -261,7 +261,7 @@ class Mixture(nn.Module):
         vocab_size: V, the number of symbols.
         block_size: the positions there are, and so the characters it can look back over.
         n_context: the longest context that is counted, in characters.
-        parts: of the training text; in each the networks are shown what was counted in the others.
+        parts: number of folds of the training text; in each fold the networks see the counts of the others.
         n_networks: each a Transformer of the following measures.
         n_layer, n_head, n_embd, mlp, dropout: as in `TransformerPP`.
 
@@ -312,7 +312,7 @@ class Mixture(nn.Module):
     def loss(self, idx: Tensor, targets: Tensor) -> Tensor:
         """idx, targets (B, T) int64 -> the loss of each target, in nats (B, T); in training, the mean of the networks'.
 
-        What is averaged would let one network rest on another; so each learns as if it were alone.
+        Each network learns from its own loss, since an averaged loss would let one rely on another.
         """
         each = log_probabilities(self.each(idx))  # (M, B, T, V)
         known = targets.clamp_min(0).expand(len(each), *targets.shape)
@@ -339,7 +339,7 @@ class Mixture(nn.Module):
 
     @torch.no_grad()
     def look_up(self, idx: Tensor, last: int) -> Found:
-        """What was counted after the contexts that end at the `last` positions of idx (B, T), which are B * last."""
+        """Return the counts of the contexts that end at the `last` positions of idx (B, T): B * last of them."""
         V, K = self.vocab_size, self.n_context
         if len(self.text) < 2:
             n = idx[:, -last:].numel()
@@ -351,8 +351,10 @@ class Mixture(nn.Module):
         return self.counted.look_up(rows[..., -last:].flatten(1), alone[:, -last:].flatten())
 
     def shown(self, found: Found) -> Tensor:
-        """What networks are told of the counts, (n, V + 3 * K)."""
-        told = torch.cat((found.log_p().mul(0.5).exp(), found.seen), 1)  # of probabilities, the root: small ones matter
+        """Return the features of the counts that networks read, (n, V + 3 * K)."""
+        told = torch.cat(
+            (found.log_p().mul(0.5).exp(), found.seen), 1
+        )  # square roots, since small probabilities matter
         return told.to(next(self.parameters()).dtype)
 
 

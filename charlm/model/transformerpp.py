@@ -17,11 +17,11 @@ from charlm.model import keeps_arguments
 
 
 class Cache(NamedTuple):
-    """What `decode` has seen, and what it needs of the blocks: looked up once, and not for every character."""
+    """State of `decode`: the key-value cache, and the weights of the blocks, looked up once."""
 
-    kv: Tensor  # keys and values (2, n_layer, B, nh, block_size, hs), of which `length` positions are filled
+    kv: Tensor  # keys and values (2, n_layer, B, nh, block_size, hs); the first `length` positions are filled
     length: int
-    parts: list[list[Tensor]]  # of each block, its parameters
+    parts: list[list[Tensor]]  # per block: its parameters
 
 
 def norm(x: Tensor) -> Tensor:
@@ -36,7 +36,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def activate(x: Tensor, mlp: Literal["relu2", "swiglu"]) -> Tensor:
-    """Squared ReLU; or SwiGLU, by which one half of the channels lets the other through."""
+    """Squared ReLU; or SwiGLU, where one half of the channels gates the other."""
     if mlp == "relu2":
         return F.relu(x).square()
     gate, x = x.chunk(2, dim=-1)
@@ -114,7 +114,7 @@ class TransformerPP(nn.Module):
         n_head: heads of attention in each.
         n_embd: C, an even multiple of n_head.
         mlp: what a position does by itself: squared ReLU, or SwiGLU with as many parameters.
-        dropout: of the embedding, of attention and of what each part adds.
+        dropout: probability for the embedding, attention and residual branches.
 
     Raises:
         ValueError: if n_embd is not an even multiple of n_head.
@@ -170,7 +170,7 @@ class TransformerPP(nn.Module):
     def think_on(self, x: Tensor, cos: Tensor, sin: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
         """As `think`, after what `state` has seen, for the last position only: (B, C).
 
-        The arithmetic of the blocks without their modules, the calls of which take a single character as long again.
+        Computes the blocks without calling their modules, since these calls double the time of a single character.
         """
         (B, T, _), (nh, hs) = x.shape, self.heads
         if state is None:
@@ -179,7 +179,7 @@ class TransformerPP(nn.Module):
         kv, start, end = state.kv, state.length, state.length + T
         x = x.flatten(0, 1)  # (B * T, C)
         mask = x.new_ones(T, end, dtype=torch.bool).tril(start) if start and T > 1 else None
-        # Of all layers at once: where the new keys and values go, (B, nh, T, hs), and all of them, (B, nh, end, hs).
+        # All layers: slots of new keys and values, (B, nh, T, hs), and all of them, (B, nh, end, hs).
         (new_keys, new_values), (keys, values) = kv[..., start:end, :].unbind(), kv[..., :end, :].unbind()
         layers = zip(state.parts, new_keys, new_values, keys, values, strict=True)
         for (qkv, sharpness, proj, fc, out), new_k, new_v, k, v in layers:
@@ -193,7 +193,7 @@ class TransformerPP(nn.Module):
         return norm(x[T - 1 :: T]), Cache(kv, end, state.parts)
 
     def embed(self, idx: Tensor, start: int) -> tuple[Tensor, Tensor, Tensor]:
-        """idx (B, T), of which the first stands at position `start` -> x (B, T, C), cos and sin (T, hs/2)."""
+        """idx (B, T), whose first token has position `start` -> x (B, T, C), cos and sin (T, hs/2)."""
         end = start + idx.shape[1]
         if end > self.block_size:
             raise ValueError(

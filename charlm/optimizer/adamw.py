@@ -35,7 +35,7 @@ def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> lis
 
 
 class AdamW(torch.optim.AdamW):
-    """PyTorch's AdamW with its fused kernel, of which a step is hardly more than that kernel.
+    """PyTorch's AdamW with its fused kernel, and little overhead per step.
 
     PyTorch looks up and sorts the parameters anew at each step, which takes a small model longer than the update.
     """

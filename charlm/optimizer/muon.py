@@ -32,7 +32,7 @@ def muon(
         adjust_lr_fn: how Muon's step depends on the shape of a matrix. "original" scales its spectrum to lr;
             "match_rms_adamw" its entries to about those of AdamW at the same lr (Liu et al. 2025, section 2.2).
         betas, eps: of AdamW.
-        weight_decay: of both, but not of gains and biases.
+        weight_decay: for both optimizers; gains and biases do not decay.
     """
     hidden = hidden_matrices(model)
     chosen = {id(p) for p in hidden}
@@ -78,7 +78,7 @@ class Several(Optimizer):
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:
-    """What maps activations to activations: all matrices but those that symbols or positions enter or leave by.
+    """Return the hidden matrices: all except embeddings and output layers.
 
     Rows of an embedding are looked up one by one, and those of an output layer are used one by one: directions among
     them mean nothing, so that there is nothing to make orthogonal. A matrix that is both, tied, is an embedding's.

@@ -1,4 +1,4 @@
-"""What can be wrong with a run's command and settings, found before anything is written.
+"""Checks of a run's command and settings, made before anything is written.
 
 command.py        one command line -> the command line to run, or one line of error
 command_line.py   Hydra's options, parsed

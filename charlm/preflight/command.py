@@ -36,7 +36,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         fallback.
 
     Raises:
-        InputError: for the first thing that cannot work.
+        InputError: if something cannot work; reports the first problem.
     """
     from charlm.preflight.settings import check_settings, check_text
 
@@ -91,7 +91,7 @@ def check_launcher(overrides: Sequence[str]) -> None:
     """Check that a run chooses no launcher other than the default.
 
     Raises:
-        InputError: for one that does not exist, or that runs the jobs of sweeps.
+        InputError: if it does not exist, or is for sweeps.
     """
     for override in overrides:
         key, _, name = override.partition("=")
@@ -119,7 +119,7 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
         The overrides to run with.
 
     Raises:
-        InputError: for a change of what has begun, another text, or parts that charlm does not have.
+        InputError: if a change is impossible, the text differs, or a part is unknown.
     """
     from charlm.checkpoint import check_training, check_weights, read_newest
     from charlm.preflight.settings import check_settings, check_text
@@ -152,7 +152,7 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
         run_dir = Path(str(changes(chosen)["hydra.run.dir"])) if chosen else recorded
         check_run(recorded, read_record(recorded)["config"], conf, changes(given))
         cfg = rerun(recorded, changes(given), str(run_dir))
-        # What a run has that conf/train.yaml by itself would not.
+        # Settings of the run that conf/train.yaml alone does not have.
         given = ["++" + o.lstrip("+") for o in given]
     with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
         check_config(recorded, run := resolved(cfg), conf, changes(given))  # after its places have moved
@@ -168,10 +168,10 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
 
 
 def check_overrides(overrides: Sequence[str]) -> None:
-    """What Hydra would take, and what no run can do with.
+    """Refuse overrides that Hydra accepts and no run can use.
 
     Raises:
-        InputError: for a group without a choice, a setting taken away, a run_dir, or a launcher that is not charlm's.
+        InputError: if a group has no choice, a required setting is deleted, or run_dir is set.
     """
     loader = GlobalHydra.instance().config_loader()
     for override in OverridesParser.create(config_loader=loader).parse_overrides(list(overrides)):

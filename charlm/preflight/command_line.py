@@ -23,7 +23,7 @@ def parse(arguments: Sequence[str]) -> Namespace:
     """Parse a command line with Hydra's own parser.
 
     Raises:
-        InputError: for an unknown option.
+        InputError: if an option is unknown.
     """
 
     def refuse(message: str) -> NoReturn:

@@ -22,7 +22,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
     """A composed configuration, without Hydra's own part, as plain types.
 
     Raises:
-        InputError: for a value that is missing, or that cannot be looked up.
+        InputError: if a value is missing or cannot be resolved.
     """
     with one_line_hydra_errors():
         if OmegaConf.is_interpolation(cfg, "run_dir"):
@@ -65,6 +65,6 @@ def fallback_corpus(cfgs: Sequence[DictConfig]) -> tuple[str, CorpusUnavailable]
         load_corpus(str(data.corpus), data.path)
     except CorpusUnavailable as error:
         return fallback, error
-    except InputError:  # which is told with the rest of what is wrong with a text
+    except InputError:  # a later check reports it
         pass
     return None

@@ -90,7 +90,7 @@ def check_flags(trainer: Mapping[str, Any]) -> None:
     """Check which flags a run has, and values that Lightning takes and a run does not.
 
     Raises:
-        InputError: for the first that a run cannot have, with the reason.
+        InputError: if a run cannot have a flag or a value; gives the reason.
     """
     for flag, value in trainer.items():
         reason = VALUES.get(flag, {}).get(value) if isinstance(value, str | int) else None

@@ -20,7 +20,7 @@ from charlm.preflight.flags import refusal
 def one_line_hydra_errors(overrides: Sequence[str] = ()) -> Iterator[None]:
     """Raise errors of Hydra and OmegaConf as an InputError.
 
-    Needs an initialized Hydra, to find the nearest name of a setting that there is not.
+    Needs an initialized Hydra, to suggest the nearest name for an unknown setting.
     """
     try:
         yield
@@ -66,7 +66,7 @@ def absent(key: str, overrides: Sequence[str]) -> str:
 
 
 def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
-    """The settings that there are under the groups that the command chose, without the wrong one."""
+    """Return the settings of the chosen groups, without the wrong one."""
     return list(schema.leaves(composed_settings(overrides, wrong)))
 
 

@@ -44,7 +44,7 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
     """Check one resolved configuration and, where it is not to train elsewhere, the hardware that it asks for.
 
     Raises:
-        InputError: for the first thing that cannot work.
+        InputError: if something cannot work; reports the first problem.
     """
     if isinstance(plain.get("trainer"), dict):
         check_flags(plain["trainer"])
@@ -52,14 +52,14 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
     trainer = {**plain["trainer"]}
     trainer["max_steps"] = steps_of(trainer["max_steps"], plain["max_tokens"], trainer["max_time"])
     if "val" not in plain["evaluate"]:
-        raise InputError(f"evaluate={plain['evaluate']} leaves out val, by which runs are compared: add it")
+        raise InputError(f"evaluate={plain['evaluate']} leaves out val, the split that compares runs: add it")
     if trainer["max_steps"] == -1 and not any((trainer["max_time"], plain["max_tokens"], plain["stop_at"])):
         raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
     check_places(plain)
     check_average(plain)
     check_recorded_settings(plain)
     check_epochs(plain)
-    if elsewhere:  # where each job checks this by itself
+    if elsewhere:  # each job checks its own hardware
         trainer |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
     else:
         check_hardware(trainer)
@@ -80,7 +80,7 @@ def check_trainer(node: str, max_tokens: int | None, tokens_per_batch: int) -> L
     Raises:
         InputError: with Lightning's own words.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # of the devices, a run tells by itself
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # the header of a run names the devices
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
@@ -174,7 +174,7 @@ def check_text(plain: dict[str, Any]) -> list[str]:
     """Read the text of one resolved configuration and cut it as training will. Return warnings about it.
 
     Raises:
-        InputError: for a text that cannot be had or is too short, or a split that there is not.
+        InputError: if the text is unavailable or too short, or a split does not exist.
     """
     data = instantiate(plain["data"], tokenizer=instantiate(plain["tokenizer"]))
     with schema.arguments_as_settings("data", plain["data"]):
@@ -253,7 +253,7 @@ def check_recorded_settings(plain: dict[str, Any]) -> None:
     """Does no callback change settings that run.json records?
 
     Raises:
-        InputError: for the first that does.
+        InputError: if one does.
     """
     for name, node in (plain["callbacks"] or {}).items():
         kind = schema.resolve(f"callbacks.{name}", node["_target_"])
@@ -269,7 +269,7 @@ def check_epochs(plain: dict[str, Any]) -> None:
     """Is there a validation in each epoch that is to have one?
 
     Raises:
-        InputError: for an interval that is longer than an epoch.
+        InputError: if an interval is longer than an epoch.
     """
     trainer, data = plain["trainer"], plain["data"]
     parameters = inspect.signature(schema.resolve("data", data["_target_"])).parameters

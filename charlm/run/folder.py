@@ -17,10 +17,10 @@ LOCK = ".lock"
 
 
 def held(folder: Path) -> str | None:
-    """What a folder holds already: a run, a sweep or neither."""
+    """Return what a folder already holds: a run, a sweep or neither."""
     if any(any(folder.glob(trace)) for trace in ("results.json", "checkpoints/*.ckpt")):
         return "run"
-    # Hydra writes multirun.yaml ahead of the first job; a sweep that was killed in between has left nothing.
+    # Hydra writes multirun.yaml before the first job; a sweep killed in between has left nothing.
     begun = (folder / "multirun.yaml").exists() and any(place.is_dir() for place in folder.iterdir())
     return "sweep" if begun else None
 
@@ -47,7 +47,7 @@ def own_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False, 
 
 
 def check_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False) -> None:
-    """A run needs a folder of its own that can be written; `new`: there is place beside one that is taken.
+    """Check that a run can have a folder; with `new`, a free name next to a taken one will do.
 
     Raises:
         InputError: if there is a run in it already, or if it cannot be made.
@@ -80,7 +80,7 @@ def is_first() -> bool:
         return True
     from lightning.pytorch.utilities import rank_zero_only
 
-    known: Any = rank_zero_only  # which is told by each of them
+    known: Any = rank_zero_only  # each launcher sets its rank
     return bool(known.rank == 0)
 
 
@@ -96,7 +96,7 @@ def claim(folder: Path) -> bool:
     made = [place for place in (folder, *folder.parents) if not place.exists()]
     check_kind(folder / LOCK)  # which would be emptied
     lock = FileLock(folder / LOCK)
-    claimed[folder] = lock, made  # ahead of the first trace, so that none is left
+    claimed[folder] = lock, made  # before creating anything, so that `abandon` removes it
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(blocking=False)

@@ -13,16 +13,16 @@ from charlm.errors import InputError, one_line
 
 
 def changes(overrides: Sequence[str]) -> dict[str, Any]:
-    """What a command line sets, beside the run to begin from.
+    """Return the settings of a command line, without resume= and rerun=.
 
     Raises:
-        InputError: for what is not a setting with a value.
+        InputError: if an override is not NAME=VALUE.
     """
     given = {}
     for override in parsed(overrides):
         line, key = override.input_line, override.key_or_group
         if override.is_delete() or override.is_add() or override.is_sweep_override():
-            raise InputError(f"{line} is not possible beside resume or rerun: give settings as NAME=VALUE")
+            raise InputError(f"{line} is not possible with resume or rerun: give settings as NAME=VALUE")
         if key not in ("resume", "rerun"):
             given[key] = override.value()
     return given
@@ -41,7 +41,7 @@ def unquoted(text: str) -> str:
     """A path as it was typed: as it is, with all the = and , that names of sweeps have, or quoted for Hydra.
 
     Raises:
-        InputError: for a quote that is not closed.
+        InputError: if a quote is not closed.
     """
     if text[0] not in "'\"":
         return text
@@ -56,7 +56,7 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
     """Overrides as Hydra's grammar takes them apart.
 
     Raises:
-        InputError: for one that is not as the grammar wants it.
+        InputError: if one cannot be parsed.
     """
     found = []
     for text in overrides:

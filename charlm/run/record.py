@@ -1,4 +1,4 @@
-"""A run's folder: one process at a time writes in it, and its run.json tells what the run is and how it is.
+"""run.json: what a run is, and its current status.
 
 run.json stands from the first second. Its `status` is running, finished, stopped (by a signal, or by stop_at) or
 failed, with the reason; while it runs, its `heartbeat` is never older than a minute: what says "running" and is older
@@ -72,7 +72,7 @@ class Run:
     def __init__(self, config: dict[str, Any], follows: dict[str, str]):
         self.folder = Path(config["run_dir"])
         self.step: Callable[[], int] = lambda: 0
-        self.before: Record | None = None  # of an earlier process in the same folder
+        self.before: Record | None = None  # record of an earlier process in the same folder
         self.ended = threading.Event()
         self.pulse = threading.Thread(target=self.beat, daemon=True)
         self.record: Record = {
@@ -106,7 +106,7 @@ class Run:
         return self
 
     def tell(self, config: dict[str, Any], corpus: dict[str, str | int], trainer: "L.Trainer", steps: str) -> None:
-        """What was not known in the first second."""
+        """Add what is known once the trainer exists: resolved config, corpus, device."""
         import torch
 
         self.record["config"], self.record["corpus"] = config, corpus
@@ -128,7 +128,7 @@ class Run:
             try:
                 self.write()
             except OSError:
-                continue  # the next checkpoint tells it better
+                continue  # the next checkpoint reports a broken disk
 
     def write(self) -> None:
         if is_first():
@@ -158,7 +158,7 @@ class Run:
                 raise
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Raises DiskError: where it was the disk that ended the run, under whatever name."""
+        """Write the final status. Raises DiskError if the disk ended the run."""
         if not is_first() or self.record["status"] == "finished":  # which nothing can change any more
             return
         self.ended.set()
@@ -177,7 +177,7 @@ class Run:
 
 
 def disk_trouble(error: BaseException, folder: Path) -> DiskError | None:
-    """What the disk has to do with it, if it has. Libraries bury that deep below errors of their own."""
+    """Return the disk error behind an error, if any. Libraries wrap it in errors of their own."""
     if isinstance(error, DiskError):
         return None  # which tells it
     if not folder.is_dir():
@@ -220,7 +220,7 @@ def now() -> str:
 
 
 def read_record(folder: Path) -> Record:
-    """What run.json tells, held against `Record`.
+    """Read run.json and validate it against `Record`.
 
     Raises:
         InputError: if there is none, or none that can be read, or if it records settings that would be looked up
@@ -243,7 +243,7 @@ def previous(folder: Path) -> Record | None:
 
 
 def differences(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
-    """What a run depends on beside its settings, and is not as it was: by name, then and now.
+    """Return differences of environment and corpus between two records: name -> (then, now).
 
     How many steps are taken at once changes nothing but the speed.
     """
@@ -264,7 +264,7 @@ def flat(node: Any, place: str = "") -> dict[str, Any]:
 
 
 def session(record: Record) -> dict[str, Any]:
-    """How an earlier process ended. As it does not train any more, one that still says so was killed."""
+    """Summarize an earlier process of the run. One whose status is still running was killed."""
     kept = ("status", "reason", "step", "started", "heartbeat", "process", "surroundings")
     told: dict[str, Any] = {key: record[key] for key in kept}  # type: ignore[literal-required]
     return told | ({"status": "killed"} if told["status"] == "running" else {})
@@ -272,7 +272,7 @@ def session(record: Record) -> dict[str, Any]:
 
 @cache  # the code that a process has loaded stays as it was
 def surroundings() -> dict[str, Any]:
-    """What a run depends on beside its settings and its text."""
+    """Versions, hardware and git commit that a run depends on."""
     import torch
 
     required = (re.match(r"[\w-]+", line) for line in metadata.requires("charlm") or [] if "extra ==" not in line)
@@ -298,7 +298,7 @@ def processor() -> str:
 
 
 def git() -> dict[str, str | bool] | None:
-    """The commit of charlm's code, and whether there are changes beside it; None if it is in no repository."""
+    """Return the commit of charlm's code and whether it has uncommitted changes; None outside a repository."""
 
     def ask(*question: str) -> str:
         return subprocess.run(

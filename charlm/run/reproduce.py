@@ -22,7 +22,7 @@ from charlm.run.resume import CONSTANT
 from charlm.run.trust import check_run
 
 TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "ema")  # of a checkpoint: all that training changes
-ELSEWHERE = ("results.stopped_by", "results.device")  # figures that tell of the surroundings, as all seconds do
+ELSEWHERE = ("results.stopped_by", "results.device")  # figures that depend on the environment, as all seconds do
 
 
 def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence[str] = ()) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence
     Returns:
         equal: whether all is, to the bit.
         steps: that both made.
-        first_step: whose loss differs, or None.
+        first_step: first step whose loss differs, or None.
         losses: then and now, at that step.
         differs: the names of what else does: weights, states, final figures.
         surroundings: what is not as it was, by name, then and now.
@@ -80,7 +80,7 @@ def read_losses(run_dir: Path, steps: int) -> "np.ndarray[Any, np.dtype[np.float
     """Return the loss of each of the first `steps` steps of a run, (steps,).
 
     Raises:
-        InputError: if they are not all there, so that there is nothing to compare.
+        InputError: if some are missing.
     """
     path = run_dir / LOSSES
     try:

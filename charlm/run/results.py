@@ -43,7 +43,7 @@ def read_results(run_dir: Path) -> Results | None:
     """The final figures of a run, or None if it did not get that far.
 
     Raises:
-        InputError: for a results.json that charlm has not written like that.
+        InputError: if charlm did not write the file.
     """
     try:
         found = read_json(run_dir / RESULTS, Results, LARGEST)

@@ -44,10 +44,10 @@ def resumed(run_dir: Path, content: Mapping[str, Any], changes: Mapping[str, Any
     """The configuration of the run in `run_dir`, with a longer budget or other devices if `changes` ask for them.
 
     Args:
-        content: of its newest checkpoint.
+        content: content of its newest checkpoint.
 
     Raises:
-        InputError: for a change after which the steps already made would have been others, or for another text.
+        InputError: if a change would have altered steps already made, or the text has changed.
     """
     step, config = content["global_step"], content["charlm"]["config"]
     schedule = config["scheduler"]["_target_"]

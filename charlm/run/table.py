@@ -68,7 +68,7 @@ def figures_of(row: dict[str, Any]) -> dict[str, str]:
 
 
 def short(value: Any) -> str:
-    """A value as one reads it: of a number that nobody typed, four digits."""
+    """Format a value; floats get four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 

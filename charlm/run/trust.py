@@ -63,7 +63,7 @@ def check_record(source: Path, config: Mapping[str, Any], follows: Mapping[str, 
         follows: its settings that were given as references, such as {"data.seed": "${seed}"}.
 
     Raises:
-        InputError: for settings that are nested too deep, or that would be looked up outside of the settings.
+        InputError: if settings are nested too deep, or refer to anything but other settings.
     """
     for place, value in everything(source, config):
         plain = isinstance(value, str | float | dict | list | None) or (isinstance(value, int) and abs(value) < 2**63)
@@ -86,7 +86,7 @@ def check_run(
     """Check resolved settings as `check_config` does, and against the signatures of the parts that they name.
 
     Raises:
-        InputError: for the first setting that charlm would not have recorded.
+        InputError: if charlm would not have recorded a setting.
     """
     check_config(source, config, conf_dirs, given)
     try:
@@ -105,7 +105,7 @@ def check_config(
         given: settings of the command line, which are not checked; `trust` names packages whose parts are accepted.
 
     Raises:
-        InputError: for the first setting that charlm would not have recorded.
+        InputError: if charlm would not have recorded a setting.
     """
     check_record(source, config, {})
     parts = parts_of(conf_dirs)
@@ -169,7 +169,7 @@ def check_overrides(source: Path, overrides: Sequence[str]) -> None:
     """Check the overrides of a recorded command: groups and settings of a run, with plain values.
 
     Raises:
-        InputError: for the first that charlm does not record, such as any of Hydra's own.
+        InputError: if charlm does not record one, such as Hydra's own.
     """
     parser = OverridesParser.create()
     for text in overrides:

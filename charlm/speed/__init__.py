@@ -1,4 +1,4 @@
-"""What makes small models fast, and nothing else needs: a part that can be taken away, speed=off.
+"""Fast paths for small models; removable, since speed=off imports none of it.
 
 Lightning spends a millisecond on each step of a bigram that itself takes a tenth of that. Here steps at which nothing
 else is due are taken in groups, in a plain loop; the step that ends a group is Lightning's own, with all hooks.

@@ -1,4 +1,4 @@
-"""When several steps may pass at once: only where nobody could tell the difference."""
+"""Conditions for grouped steps: only if results and hooks stay the same."""
 
 from collections.abc import Callable
 from typing import Any
@@ -30,7 +30,7 @@ HOOKS = (
     "on_after_backward",
     "on_before_optimizer_step",
 )
-# What a subclass of LanguageModel may not have replaced.
+# Methods that a subclass of LanguageModel must not override.
 OF_MODULE = (
     *HOOKS,
     "training_step",
@@ -49,7 +49,7 @@ OF_MODULE = (
 OF_DATA = ("train_dataloader", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 # Callbacks of Lightning that look at batches, and the steps between two at which they do something. What the trainer
-# logs is due anyway; clocks and progress bars are told the truth at whichever step they look.
+# logs is due anyway; clocks and progress bars read correct values at every step.
 LOOKS: dict[type[L.Callback], Callable[[Any], int]] = {
     LearningRateMonitor: lambda _: 0,
     DeviceStatsMonitor: lambda _: 0,

@@ -26,7 +26,7 @@ class CUDAGraph:
         device: the GPU.
 
     Raises:
-        ValueError: for an optimizer that keeps numbers in Python.
+        ValueError: if an optimizer keeps numbers in Python.
     """
 
     def __init__(

@@ -39,7 +39,7 @@ class GroupedSteps(L.Callback):
         """How many steps a group has at most."""
         if self.steps_per_execution != "auto":
             return self.steps_per_execution
-        # What a forward pass multiplies; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
+        # Multiplications of a forward pass; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
         multiplications = sum(p.numel() for p in model.parameters()) * tokens_per_batch
         return max(1, min(MOST, int(2e8 / multiplications)))
 

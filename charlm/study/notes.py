@@ -1,4 +1,4 @@
-"""What a reader must know before comparing: what ended the runs, what they saw, and what was not alike."""
+"""Notes for comparing runs: what ended them, how much data they saw, and how they differ."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,7 +11,7 @@ from charlm.study.runs import Run, ordered, shown
 
 ALIKE = 1.02  # as many tokens, as a run ends with the step that reaches them, which may go beyond
 MOST_DAMAGED = 10  # that are named
-# What ends a run, and the setting that tells when.
+# What ends a run, and its setting.
 LIMITS = {
     "steps": "trainer.max_steps",
     "tokens": "max_tokens",
@@ -34,7 +34,7 @@ def notes(runs: list[Run], follows: dict[str, list[str]], repeated: int = 0, dam
     Args:
         runs: that are compared.
         follows: settings that differ only as a choice brought them, by that choice.
-        repeated: how many runs have the settings and the seed of a newer one, which is compared in their place.
+        repeated: number of runs that a newer run with the same settings and seed replaces.
         damaged: a line for each folder that could not be read.
     """
     found = [*texts(runs), *windows(runs), *budget(runs), *surroundings(runs)]
@@ -106,7 +106,7 @@ def budget(runs: list[Run]) -> Iterator[Note]:
 
 
 def surroundings(runs: list[Run]) -> Iterator[Note]:
-    """What a run depends on beside its settings and its text."""
+    """Versions, hardware and git commit that a run depends on."""
     told = [flat(run.record["surroundings"]) for run in runs if run.record]
     commits = Counter(str(one.get("git.commit") or "unknown")[:7] for one in told)
     if len(commits) > 1:

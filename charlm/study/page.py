@@ -1,4 +1,4 @@
-"""A study as one HTML file that needs nothing else: notes, tables, pictures. All that is told is escaped."""
+"""A study as one self-contained HTML file: notes, tables, plots. All text is escaped."""
 
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -118,7 +118,7 @@ def line(study: Study, row: Row) -> str:
 
 
 def number(value: float, digits: int) -> str:
-    """With so many decimals, as long as there is room for them."""
+    """Format with `digits` decimals; large numbers get three significant digits."""
     return f"{value:,.{digits}f}" if digits == 0 or value < 1e5 else f"{value:.3g}"
 
 

@@ -49,17 +49,17 @@ STYLE: Any = {
     "svg.fonttype": "none",  # text that can be searched
     "svg.hashsalt": "charlm",  # the same study, the same bytes
 }
-MOST_LINES = 7  # of one panel, as there are colours
-MOST_CELLS = 12  # of a heat map, each way; a setting with more values was searched rather than swept
+MOST_LINES = 7  # lines per panel: one per colour
+MOST_CELLS = 12  # cells of a heat map per axis; a setting with more values was searched, not swept
 MOST_MAPS = 6
 MOST_CURVES = 12
-LEGEND = 66  # characters beside one another below a panel
+LEGEND = 66  # characters in one line of the legend below a panel
 GEOMETRIC = 8  # values that span such a factor are on a logarithmic axis
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: what it is called, what must be said about it, how it is drawn, and its size in inches."""
+    """One plot: title, caption, drawing function and size in inches."""
 
     title: str
     caption: str
@@ -67,7 +67,7 @@ class Panel:
     size: tuple[float, float] = (3.8, 3.1)
 
     def svg(self) -> str:
-        """As an element that can stand in a page, alone or beside others."""
+        """Return the plot as an SVG element for an HTML page."""
         file = io.StringIO()
         with style():
             figure = Figure(figsize=self.size, layout="constrained")
@@ -356,7 +356,7 @@ def draw_png(study: Study) -> bytes:
     """The panels that tell most, as one picture.
 
     Raises:
-        InputError: where there is nothing to draw.
+        InputError: if there is nothing to draw.
     """
     panels = [*settings_panels(study)[:2], *maps_panels(study)[:1], *curves_panels(study)[:1]]
     if not panels:

@@ -1,4 +1,4 @@
-"""Folders of runs, whoever made them and wherever they lie: how each run ended, with which settings, what it found.
+"""Run folders -> runs: how each ended, its settings and its figures.
 
 Nothing in a folder is trusted: it is read as plain types, what is damaged is named and left out, and names that end up
 on a terminal or a page hold no control characters.
@@ -27,11 +27,11 @@ SIGN_OF_LIFE = 60.0  # seconds; a run at work writes run.json every ten
 FAILED = ("failed", "killed", "stopped")  # the states that want a decision
 STATES = (*FAILED, "finished", "pruned", "running", "waiting")
 # No settings: where a run is and how it was begun; what follows the machine, unless somebody asked for it; and the
-# text, which is told by its name and its hash.
+# text, which its name and its hash identify.
 PLACES = {"run_dir", "resume", "rerun", "stop_at", "seed"}
 CHOSEN = {"threads", "speed.steps_per_execution"}
 TEXT = {"data.corpus", "data.path", "data.fallback"}
-TYPED = ("experiment", "callbacks")  # choices of which a configuration keeps only what they set
+TYPED = ("experiment", "callbacks")  # choices that a config does not name, only their values
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Run:
     Args:
         name: its folder, as one reads it.
         state: one of STATES; `reason` says why.
-        seed: None where no run.json tells it.
+        seed: None without a run.json.
         settings: all that it was trained with, by dotted names; a choice by its group: {"model": "gpt"}.
         given: the names of those that its command line set, in its order.
         figures: the numbers of its results.json, by their names there and below: "references.val.bigram".
@@ -97,7 +97,7 @@ def read_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
     Raises:
         InputError: if one of `places` is no folder.
     """
-    folders: dict[str, Path] = {}  # by their real paths
+    folders: dict[str, Path] = {}  # keys: real paths
     sweeps: dict[str, Path] = {}
     for place in places:
         if not os.path.isdir(place):
@@ -145,7 +145,7 @@ def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
     """A run folder, and what the ledger of its sweep says about it.
 
     Raises:
-        InputError, OSError, ValueError, ArithmeticError, RecursionError: where it is damaged, in one way or another.
+        InputError, OSError, ValueError, ArithmeticError, RecursionError: if it is damaged.
     """
     record = read_record(folder)
     results: Any = read_results(folder) or {}
@@ -188,7 +188,7 @@ def waiting(folder: Path, entry: ledger.Entry) -> Run:
 
 
 def state_of(record: Record, entry: ledger.Entry | None, results: bool) -> tuple[str, str | None]:
-    """How a run is, and why: by its own record and, where that could not be written any more, by the ledger."""
+    """Return the state of a run and its reason: from run.json or, if that could not be written, from sweep.json."""
     state, reason = record["status"], record["reason"]
     if state == "finished":
         return (state, None) if results else ("failed", f"its {RESULTS} is gone")
@@ -218,7 +218,7 @@ def silent(heartbeat: str) -> bool:
 
 
 def given_in(words: Iterable[str]) -> dict[str, str]:
-    """What a command line sets, by name."""
+    """Return the settings of a command line by name."""
     pairs = (word.partition("=") for word in words if "=" in word and not word.startswith(("hydra", "-", "~")))
     return {name.lstrip("+"): value for name, _, value in pairs}
 

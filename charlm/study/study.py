@@ -31,7 +31,7 @@ class Row:
     """Finished runs that differ in their seed only.
 
     Args:
-        settings: of what was swept; a setting that its choices do not have is left out.
+        settings: the swept settings; one that its choices do not have is left out.
         runs: one for each seed.
     """
 
@@ -56,7 +56,7 @@ class Row:
 
     @property
     def error(self) -> float | None:
-        """What stands behind the ±: the spread over seeds or, of one seed, the standard error of the text."""
+        """Return the number behind the ±: the standard deviation over seeds or, for one seed, the standard error."""
         return self.sd() if len(self.runs) > 1 else self.mean("val/loss_se")
 
 
@@ -68,7 +68,7 @@ class Study:
         runs: all that were found.
         swept: the names of the settings that differ, as they were given first, the seed not among them.
         labels: short names for them.
-        rows: by val loss, the best first.
+        rows: sorted by val loss, best first.
         unfinished: all others, those that want a decision first.
         notes: what to know before comparing, what is loud first.
         place: the folder that all are in, as the names of the runs begin.
@@ -88,7 +88,7 @@ class Study:
 
     @property
     def others(self) -> list[Run]:
-        """Those that have no final loss for a good reason."""
+        """Unfinished runs that did not fail."""
         return [run for run in self.unfinished if run.state not in FAILED]
 
     @cached_property
@@ -107,7 +107,7 @@ class Study:
         return found
 
     def values(self, name: str) -> list[Value]:
-        """Those of a setting that finished runs had, in order."""
+        """Return the values of a setting in finished runs, sorted."""
         return ordered({row.settings[name] for row in self.rows if name in row.settings})
 
     def label(self, row: Row, names: Sequence[str] | None = None) -> str:
@@ -136,7 +136,7 @@ class Study:
 
     @cached_property
     def varied(self) -> list[str]:
-        """Settings of which several values were finished, those that matter most first."""
+        """Return settings with several finished values, the most influential first."""
 
         def effect(name: str) -> float:  # the range of what each value reaches at its best
             losses = [row.loss for row in self.best_by_value(name).values()]
@@ -184,7 +184,7 @@ def read_study(places: Iterable[Path]) -> Study:
 
 
 def study_of(runs: Sequence[Run], damaged: Sequence[str] = (), place: str = "") -> Study:
-    """What differs between runs, and those that differ in nothing but their seeds as one row."""
+    """Runs compared: the swept settings, and one row for runs that differ only in their seed."""
     swept, follows = swept_in(runs)
     finished = [run for run in runs if run.loss is not None]
     groups: dict[tuple[Any, ...], dict[int | None, Run]] = {}
@@ -259,5 +259,5 @@ def welch(one: Sequence[float], other: Sequence[float]) -> float | None:
     end = math.atan(apart / math.sqrt(sum(parts) * df))
     angles, step = np.linspace(0, [end, math.pi / 2], 2001, retstep=True)
     density = np.cos(angles) ** (df - 1)
-    within, all_of_it = step * (density.sum(0) - (density[0] + density[-1]) / 2)  # by the trapezoidal rule
+    within, all_of_it = step * (density.sum(0) - (density[0] + density[-1]) / 2)  # trapezoidal rule
     return float(1 - within / all_of_it)

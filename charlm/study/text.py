@@ -17,7 +17,7 @@ from charlm.terminal import as_wide_as_fits
 MOST_ROWS = 30
 MOST_VALUES = 8
 MARKS = {"within noise": "≈ best", "one seed": "?"}  # as a terminal is narrow
-# What a narrow terminal does without, the first first.
+# Columns that a narrow terminal drops, in this order.
 SPARE = ("perplexity", "tokens", "seconds", "bits/char")
 
 
@@ -37,14 +37,14 @@ def text(study: Study, console: Console) -> RenderableType:
 
 
 def table(study: Study, console: Console) -> Table:
-    """A line for each row, best first, without the columns that there is no room for."""
+    """Return the table of rows, best first, without columns that do not fit."""
     return as_wide_as_fits(partial(lines, study), SPARE, console)
 
 
 def lines(study: Study, without: Sequence[str]) -> Table:
     rows = study.rows[:MOST_ROWS]
     cells = [cells_of(study, row) for row in rows]
-    if all(len(row.runs) == 1 for row in study.rows):  # of which nothing can be said by seeds
+    if all(len(row.runs) == 1 for row in study.rows):  # one seed per row: no statistics over seeds
         without = [*without, "seeds", "vs best"]
     columns = [column for column in cells[0] if column not in without]
     runs = sum(len(row.runs) for row in study.rows)
@@ -84,7 +84,7 @@ def cells_of(study: Study, row: Row) -> dict[str, str]:
 
 
 def legend(study: Study) -> str:
-    """What the ± is, and what the last column says."""
+    """Explain the ± and the last column."""
     seeds = {len(row.runs) for row in study.rows}
     told = ["± is the standard deviation over seeds."] if max(seeds) > 1 else []
     told += ["±* is the standard error of the text, as there is one seed."] if 1 in seeds else []
@@ -94,7 +94,7 @@ def legend(study: Study) -> str:
 
 
 def settings(study: Study) -> Table:
-    """What each value of a setting came to, whatever the others were; the settings that matter most first."""
+    """Return the best loss of each value of a setting over all others, the most influential setting first."""
     made = Table("", "", "rows", "best", "median", box=box.SIMPLE_HEAD, title="One setting at a time: val loss")
     made.title_justify, made.title_style = "left", "bold"
     for column in made.columns[1:]:

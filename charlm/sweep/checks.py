@@ -7,7 +7,7 @@ from charlm.errors import InputError, memory_errors
 
 
 class Checked(NamedTuple):
-    """What the runs of a sweep find on this machine: GPUs, and a line for each thing that is strange about a text."""
+    """The GPUs of this machine, and warnings about the texts of a sweep."""
 
     gpus: int
     cautions: list[str]
@@ -22,7 +22,7 @@ def check_runs(runs: Sequence[dict[str, Any]], elsewhere: bool, texts: bool = Tr
         elsewhere: an engine runs them, perhaps on other machines.
 
     Raises:
-        InputError: for the first thing that cannot work.
+        InputError: if something cannot work; reports the first problem.
     """
     import torch
 

@@ -17,7 +17,7 @@ from charlm.sweep.plan import check_command
 def sweep(argv: Sequence[str], config_dir: Path) -> NoReturn:
     """`python train.py -m ...`: check what can be checked without PyTorch, and let Hydra's sweeper and launcher go on.
 
-    Whatever ends it before there is a job, or a mistake in one, leaves nothing behind.
+    An error before the first job leaves nothing behind.
     """
     with one_line_errors():
         processes.start()
@@ -31,5 +31,5 @@ def sweep(argv: Sequence[str], config_dir: Path) -> NoReturn:
 
 
 def job(cfg: DictConfig) -> NoReturn:
-    """What Hydra would have this process do for each."""
+    """Hydra's task function, which is never called: the launcher starts processes."""
     raise AssertionError("jobs have processes of their own")

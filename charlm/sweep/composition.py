@@ -1,4 +1,4 @@
-"""What Hydra composes for many jobs: those that choose the same files, and differ in values, share the reading."""
+"""Configs of many jobs: jobs that choose the same files and differ in values share one composition."""
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -40,7 +40,7 @@ def composed(jobs: Sequence[Sequence[str]], compose: Callable[[tuple[str, ...]],
         try:
             yield with_values(compose(choices), values, parsed)
         except OmegaConfBaseException:
-            yield compose(tuple(job))  # which tells what is wrong with it
+            yield compose(tuple(job))  # raises with Hydra's own message
 
 
 def with_values(base: DictConfig, values: Sequence[Override], given: Sequence[Override]) -> DictConfig:

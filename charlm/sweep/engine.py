@@ -1,6 +1,6 @@
 """Jobs in the hands of an engine that spans machines: handed over, waited for, and judged by what is in their folders.
 
-What an engine tells of a job is not enough to go by: Slurm has one that failed as COMPLETED, forgets one that was
+An engine's report about a job is not reliable: Slurm calls a failed job COMPLETED, forgets one that was
 killed, and begins one again whose machine has died. A job's own run.json and results.json are true wherever it ran.
 """
 
@@ -31,7 +31,7 @@ from charlm.system import posix
 SECONDS_BETWEEN_LOOKS = 0.5
 SECONDS_BETWEEN_QUESTIONS = 5.0  # to Slurm, which may have many to answer
 SECONDS_TO_SUBMIT = 60.0
-# Told ahead of the end of its time, a job saves and ends; submitit then has Slurm begin it again.
+# Slurm sends one of these before the time limit: the job saves and ends, and submitit requeues it.
 AHEAD = posix.signals("SIGUSR1", "SIGUSR2")
 
 
@@ -50,7 +50,7 @@ class Handed:
         return self.recorded != before
 
     def settled(self) -> bool:
-        """Has it come to an end after which no engine begins it again?"""
+        """Return whether it ended in a way that no engine retries."""
         record = previous(self.job.folder)
         return self.job.done() or (record is not None and record["status"] == "failed")
 
@@ -69,7 +69,7 @@ class Engine:
 
     Args:
         hand: gives jobs to the engine, with its settings, and returns when all of them have ended.
-        sweep_dir: where their folders are.
+        sweep_dir: parent of their folders.
     """
 
     def __init__(self, hand: Callable[[dict[str, Any], Sequence[Job]], None], sweep_dir: Path):
@@ -98,7 +98,7 @@ class Engine:
         self.check()
         try:
             self.begin([one.job for one in handed])
-            with terminable(signal.SIGTERM):  # for which Ray has just found a use of its own
+            with terminable(signal.SIGTERM):  # Ray has just installed a handler of its own
                 while handed and self.at_work():
                     time.sleep(SECONDS_BETWEEN_LOOKS)
                     for one in [one for one in handed if one.news()]:
@@ -157,9 +157,9 @@ class Engine:
 
 
 class Slurm(Engine):
-    """Jobs of a sweep as jobs of Slurm. All have one name, by which Slurm itself is asked for them.
+    """Jobs of a sweep as jobs of Slurm. They share one name, which squeue and scancel select.
 
-    Those that need the same go together, as an array.
+    Jobs with the same resources form one array.
     """
 
     def __init__(self, hand: Callable[[dict[str, Any], Sequence[Job]], None], sweep_dir: Path):
@@ -189,7 +189,7 @@ class Slurm(Engine):
             yield json.loads(settings) | {"name": self.name}, batch
 
     def at_work(self) -> bool:
-        """The threads know of success; of a job that was killed, only Slurm may know."""
+        """Return whether jobs are left: threads report success, and only Slurm reports a killed job."""
         waiting = super().at_work()
         if not waiting and not self.trouble:
             return False
@@ -209,7 +209,7 @@ class Slurm(Engine):
 
     def stop(self) -> None:
         with suppress(KeyboardInterrupt):
-            subprocess.run(["scancel", *self.which], check=False)  # by SIGTERM, and after a while by SIGKILL
+            subprocess.run(["scancel", *self.which], check=False)  # Slurm sends SIGTERM, and SIGKILL later
             while self.ask():
                 time.sleep(SECONDS_BETWEEN_LOOKS)
 
@@ -229,7 +229,7 @@ class Ray(Engine):
         super().begin(jobs)
 
     def stop(self) -> None:
-        """Those on this machine. What Ray runs on others goes on from what it has saved."""
+        """Stop jobs on this machine. Jobs on others can be resumed from their checkpoints."""
         for record in filter(None, map(previous, self.folders)):
             if record["status"] == "running" and record["process"]["host"] == socket.gethostname():
                 with suppress(ProcessLookupError, PermissionError):
@@ -260,7 +260,7 @@ def work(script: str, options: Sequence[str], overrides: Sequence[str], folder: 
             code = 1
         if code and "SUBMITIT_EXECUTOR" in os.environ:
             if callable(again := queue_again.get(code - 128)):
-                with suppress(Exception):  # where it has been so often enough
+                with suppress(Exception):  # submitit raises if it was requeued too often
                     again(code - 128, None)  # the first process ends here
                     return code  # and any other in peace, which Slurm might else end the first for
             raise SystemExit(code)  # so that Slurm knows as well
@@ -269,7 +269,7 @@ def work(script: str, options: Sequence[str], overrides: Sequence[str], folder: 
 
 @contextmanager
 def output(log: Path) -> Iterator[None]:
-    """What this process prints goes to a file meanwhile."""
+    """Redirect the output of this process to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     kept = [os.dup(1), os.dup(2)]

@@ -40,7 +40,7 @@ class Job:
 
     overrides: list[str]
     folder: Path
-    fingerprint: str  # of its whole configuration
+    fingerprint: str  # hash of its whole config
     processes: int = 1  # it trains with so many
     on_gpu: bool = False
     max_steps: int = -1  # which end it, if nothing does before
@@ -86,7 +86,7 @@ class Job:
         """Begin, or go on where it was ended, in a fresh process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         argv = command(sys.argv[0], options(sys.argv), self.overrides, self.folder)
-        # What has begun is held against its own record first, as any resume= is.
+        # A job that has begun is resumed, with the checks of resume=.
         cfg = None if has_begun(self.folder) else self.cfg
         process = launch(become, argv, cfg, str(self.folder / LOG), threads, list(gpus), daemon=False)
         return Running(self, process, time.monotonic(), list(gpus))
@@ -121,7 +121,7 @@ class Running:
     process: Child
     since: float
     gpus: list[int]
-    verdict: str | None = None  # where it is the sweep that ends it
+    verdict: str | None = None  # set if the sweep ends it
     told: float | None = None  # when, by time.monotonic()
 
     def end(self, verdict: str) -> None:
@@ -143,7 +143,7 @@ def become(connection: Connection, argv: list[str], cfg: bytes | None, log: str,
         del os.environ[name]  # in an allocation of Slurm's, processes are the job's own to start
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
-    os.environ["OMP_NUM_THREADS"] = str(threads)  # for the processes that it starts
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # read by its child processes
     import torch  # which the sweep itself does without; after the environment that it reads
 
     torch.set_num_threads(threads)
@@ -177,6 +177,6 @@ def be(argv: list[str], cfg: DictConfig | None = None) -> None:
 
 
 def last_line(log: Path) -> str:
-    """Of what a job printed, or nothing."""
+    """Return the last line that a job printed, or an empty text."""
     said = log.read_text(errors="replace").strip().splitlines() if is_regular(log) else []
     return said[-1] if said else ""

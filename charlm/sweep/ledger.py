@@ -1,4 +1,4 @@
-"""What a sweep has to do, and what has become of it: sweep.json in its folder."""
+"""sweep.json: the jobs of a sweep and their states."""
 
 import os
 from collections.abc import Collection, Sequence
@@ -22,7 +22,7 @@ ENDED = {"done", "pruned"}  # states with nothing left to do
 
 
 class Entry(TypedDict):
-    """A job. Its state is waiting, running, done, pruned or failed; the reason tells why."""
+    """A job, its state, and the reason of a failure."""
 
     overrides: list[str]
     fingerprint: str
@@ -31,7 +31,7 @@ class Entry(TypedDict):
 
 
 class Search(TypedDict):
-    """What a search was asked for: the settings of hydra.sweeper, and what is searched, in Hydra's words."""
+    """The settings of a search: those of hydra.sweeper, and its space in Hydra's grammar."""
 
     n_trials: int
     seed: int
@@ -47,17 +47,17 @@ class Content(TypedDict):
 
     format: int
     command: list[str]  # the settings that were given, without those of Hydra
-    launcher: Literal["local", "slurm", "ray"]  # where its jobs ran last
+    launcher: Literal["local", "slurm", "ray"]  # launcher of the last command
     min_context: int | None  # that all jobs are evaluated with; None: what each one's settings say
     search: Search | None  # None: a grid
-    jobs: dict[str, Entry]  # by the names of their folders
+    jobs: dict[str, Entry]  # keys: names of their folders
 
 
 class Ledger:
     """The jobs of a sweep, of all commands that ran in its folder. Every change is written at once, whole.
 
     Raises:
-        InputError: for a file that cannot be read.
+        InputError: if the file cannot be read.
     """
 
     def __init__(self, folder: Path):
@@ -81,14 +81,14 @@ class Ledger:
     def min_context(self, block_sizes: Collection[int], chosen: bool) -> int | None:
         """The data.min_context of all jobs, so that their losses compare: None is as each one's settings say.
 
-        Where block sizes differ it is half the smallest, for which the windows of that one overlap by half. A sweep
+        If block sizes differ, it is half the smallest, whose windows then overlap by half. A sweep
         that grows keeps what it began with, as its jobs that are done do.
 
         Args:
             chosen: whether the command gives one.
 
         Raises:
-            InputError: for a block size that is smaller than what the sweep began with.
+            InputError: if a block size is smaller than this context.
         """
         if self.is_new:
             fair = max(1, min(block_sizes) // 2) if len(set(block_sizes)) > 1 else None
@@ -102,10 +102,10 @@ class Ledger:
         return kept
 
     def begin(self, command: list[str], search: Search | None) -> None:
-        """Note what is asked for, or asked for again.
+        """Store the command and the search.
 
         Raises:
-            InputError: for a search where a grid is or another search, and for a grid where a search is.
+            InputError: if the folder holds another kind of sweep, or another search.
         """
         known = self.content["search"]
         if not self.is_new and not (alike(search, known) and (not search or self.fixed(command) == self.fixed())):
@@ -121,7 +121,7 @@ class Ledger:
         return {o for o in command or self.content["command"] if o.partition("=")[0] not in searched}
 
     def name_of(self, fingerprint: str, wanted: str) -> str:
-        """The folder of a job: where it is already, else as is wanted, or with a number where that is another's."""
+        """Return the folder name of a job: its present one, else the wanted one, with a number if that is taken."""
         for name, entry in self.jobs.items():
             if entry["fingerprint"] == fingerprint:
                 return name
@@ -148,10 +148,10 @@ def alike(one: Search | None, other: Search | None) -> bool:
 
 
 def goes_on(folder: Path, command: list[str], search: Search | None) -> bool:
-    """Does a command ask for more of the sweep in `folder`: for a job, or for the table of all?
+    """Return whether the sweep in `folder` has the same command and is unfinished.
 
     Raises:
-        InputError: for a ledger that cannot be read.
+        InputError: if sweep.json cannot be read.
     """
     content = read(folder / SWEEP_JSON)
     ended = [entry["state"] in ENDED for entry in content["jobs"].values()]
@@ -160,7 +160,7 @@ def goes_on(folder: Path, command: list[str], search: Search | None) -> bool:
 
 
 def read(file: Path) -> Content:
-    """What a sweep.json holds.
+    """Read and validate a sweep.json.
 
     Raises:
         InputError: if it is damaged or of another version, or records what charlm would not.

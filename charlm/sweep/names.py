@@ -18,7 +18,7 @@ def varying(job_overrides: Sequence[Sequence[str]]) -> list[str]:
 
 
 def label(values: Mapping[str, str]) -> str:
-    """Settings as part of a file's name: by their last words, where those are not the same."""
+    """Return settings as part of a file name; keys are shortened to their last part if these differ."""
     short = {key: key.rpartition(".")[2] for key in values}
     if len(set(short.values())) < len(values):
         short = {key: key for key in values}

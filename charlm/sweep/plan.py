@@ -58,7 +58,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         fallback.
 
     Raises:
-        InputError: for the first thing that cannot work.
+        InputError: if something cannot work; reports the first problem.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would shorten tracebacks; charlm prints mistakes as one line itself
     args = parse(argv[1:])
@@ -137,7 +137,7 @@ def continued_overrides(args: Namespace) -> list[str]:
     content = read(folder / SWEEP_JSON)
     if content["launcher"] != "local" and "hydra/launcher" not in keys:
         raise InputError(
-            f"{folder} ran with hydra/launcher={content['launcher']}: say so again, with what settings that had, or "
+            f"{folder} ran with hydra/launcher={content['launcher']}: repeat that with its settings, or give "
             f"hydra/launcher=local"
         )
     begun = [*content["command"], *(recorded(content["search"], content["command"]) if content["search"] else [])]
@@ -161,7 +161,7 @@ def unfinished(folder: Path, overrides: Sequence[str], searched: Search | None) 
 def expand(
     overrides: Sequence[str], compose: Callable[[tuple[str, ...]], DictConfig]
 ) -> tuple[list[list[str]], Space | None]:
-    """Return the overrides of each job of a grid; for a search, those of its corners, and its space."""
+    """Return the overrides of each job of a grid; a search returns its corners and its space."""
     parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
     firsts = [first_value(override) for override in parser.parse_overrides(list(overrides))]
     [cfg] = composed([firsts], compose)
@@ -178,10 +178,10 @@ def grid(overrides: Sequence[Override]) -> Iterator[list[str]]:
     """Yield the overrides of each job: every combination of the swept values, the last setting varying fastest.
 
     Raises:
-        InputError: for an interval, which has no values to list.
+        InputError: if one is an interval, which has no values to list.
     """
     values = []
-    for override in {o.get_key_element(): o for o in overrides}.values():  # of the same setting, the last counts
+    for override in {o.get_key_element(): o for o in overrides}.values():  # the last override of a setting counts
         if override.is_interval_sweep():
             raise InputError(
                 f"{override.input_line} is for a search: add hydra/sweeper=optuna, or give values, as in "
@@ -226,7 +226,7 @@ def check_launchers(overrides: Sequence[str]) -> None:
 
 
 def check_launcher(cfg: DictConfig) -> None:
-    """Can the jobs of a sweep be run as is asked for?
+    """Check the launcher's settings.
 
     Raises:
         InputError: if not.
@@ -240,4 +240,4 @@ def check_launcher(cfg: DictConfig) -> None:
         raise InputError(f"trainer.devices={devices} tells too little of what a job needs: give a number, as in 2")
     if launcher["_target_"].endswith(".RayLauncher") and cfg.trainer.num_nodes > 1:
         raise InputError("hydra/launcher=ray has each job on one machine: leave trainer.num_nodes, or use slurm")
-    OmegaConf.to_container(cfg.hydra.launcher, resolve=True)  # whose types are those of its package
+    OmegaConf.to_container(cfg.hydra.launcher, resolve=True)  # checks the types of the plugin's schema

@@ -14,17 +14,17 @@ from charlm.sweep.processes import wait_for
 from charlm.system import posix
 
 SECONDS_BETWEEN_LOOKS = 0.25
-SECONDS_TO_SAVE = 30.0  # for a job that is told to stop
+SECONDS_TO_SAVE = 30.0  # that a stopped job gets
 STOPPED = "stopped"  # how a job ended that the end of the whole sweep has interrupted
 
 
 class Pool:
-    """Runs jobs, `n_jobs` at a time or as many as there are cores and GPUs for.
+    """Runs jobs in parallel: `n_jobs` at a time, or one per core or GPU.
 
     Args:
         n_jobs: at a time, whatever they need; "auto" gives each of their processes a core, or a GPU.
         jobs_per_gpu: that may share one, each with one process.
-        timeout: minutes after which a job is taken to hang.
+        timeout: minutes after which a job is killed.
         gpus: how many there are.
     """
 
@@ -43,7 +43,7 @@ class Pool:
         ended: Callable[[Job, str], None],
         look: Callable[[list[Running]], None],
     ) -> None:
-        """Run all; `begun` and `ended` are told of each, with how it ended, and `look` of those at work now and then.
+        """Run all jobs; calls `begun` and `ended` for each, and `look` with the running ones now and then.
 
         Args:
             jobs: asked for the next only when there may be room for it, as that may depend on how others ended.
@@ -51,7 +51,7 @@ class Pool:
 
         Raises:
             KeyboardInterrupt, SystemExit: after all that ran were stopped, by Ctrl-C, SIGTERM or SIGHUP.
-            ServerDied: likewise, if the server that forks them died.
+            ServerDied: after all jobs were stopped, if the fork server died.
         """
         waiting: Job | None = None
         try:
@@ -84,7 +84,7 @@ class Pool:
         return not self.running or self.fits(replace(self.running[-1].job, processes=1))
 
     def fits(self, job: Job) -> bool:
-        """Is there room for another job beside those that run? For the first, always."""
+        """Return whether another job may start; the first always may."""
         if not self.running:
             return True
         if job.on_gpu and len(set(self.gpus)) < job.processes:
@@ -94,14 +94,14 @@ class Pool:
         return job.on_gpu or job.processes + sum(one.job.processes for one in self.running) <= self.cores
 
     def take(self, number: int) -> list[int]:
-        """So many GPUs, each another; those first of which the most is free."""
+        """Return distinct GPUs for a job, the least busy first."""
         taken = sorted(set(self.gpus), key=lambda gpu: (-self.gpus.count(gpu), gpu))[:number]
         for gpu in taken:
             self.gpus.remove(gpu)
         return taken
 
     def hurry(self) -> None:
-        """End what goes beyond its time, and at once what was told to end and does not."""
+        """Stop jobs that exceed the timeout, and kill those that ignore a request to stop."""
         for one in self.running:
             if self.timeout is not None and time.monotonic() > one.since + 60 * self.timeout:
                 one.end(f"failed: no end within {self.timeout:g} minutes")
@@ -137,7 +137,7 @@ class Pool:
 
 @contextmanager
 def terminable(*numbers: signal.Signals) -> Iterator[None]:
-    """Signals as exceptions, so that the jobs are told to stop."""
+    """Raise signals as exceptions, so that the jobs are stopped."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         raise SystemExit(128 + number)

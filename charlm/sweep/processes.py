@@ -126,7 +126,7 @@ class Spawner:
 
 @contextmanager
 def starting() -> Iterator[None]:
-    """Set what a new Python starts with: where to find charlm, and signals blocked, which `begin` unblocks.
+    """Set what a new Python inherits: the path of charlm, and blocked signals, which `begin` unblocks.
 
     That Python is `python -c`: it must find this charlm, and no module among the files of the current folder. Signals
     such as Ctrl-C are for the sweep alone.
@@ -202,7 +202,7 @@ class Child:
         if posix.GROUPS:
             with suppress(ProcessLookupError, PermissionError):  # macOS forbids to end zombies
                 return group(self.pid)
-        if not FORKS:  # it leads no group before it runs `begin`, for which only a fork server waits
+        if not FORKS:  # a spawned process leads no group before it runs `begin`
             alone()
 
 

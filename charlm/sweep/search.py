@@ -1,6 +1,6 @@
 """A search: trials that Optuna makes up one by one from what is known by then, and that end where they fall behind.
 
-Each is a job as any other. What Optuna knows of them is in optuna.journal, a storage of its own in the folder of the
+Each trial is an ordinary job. Optuna stores its trials in optuna.journal, in the folder of the
 sweep. A suggestion is a function of the seed, of the trial's number and of what is known: with one worker, a search
 repeats itself to the bit, however often it is killed on its way.
 """
@@ -45,7 +45,7 @@ ENDED: dict[TrialState, ledger.State] = {
 
 @dataclass
 class Followed:
-    """A trial at work, the last step that Optuna was told of, and the last at which it was asked."""
+    """A running trial, the last step reported to Optuna, and the last step checked for pruning."""
 
     trial: Trial
     told: int
@@ -57,12 +57,12 @@ class Search:
 
     Args:
         space: what trials set.
-        fair: what all are told beside that.
+        fair: overrides that make all trials comparable.
         make: the job of overrides, by its label and number, and by the name of its folder if it has one already.
-        check: raises InputError for overrides with which no run can be.
+        check: raises InputError if no run can have these overrides.
 
     Raises:
-        InputError: if the journal is damaged, or does not fit to the ledger or to what is asked.
+        InputError: if the journal is damaged, or does not match sweep.json or the command.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class Search:
         self.total = max(asked["n_trials"], len(self.jobs))
 
     def known(self) -> dict[str, FrozenTrial]:
-        """By the names of their jobs, the trials that there are: of one that was tried again, the last try."""
+        """Return the known trials by the names of their jobs; for a repeated trial, the last attempt."""
         found: dict[str, FrozenTrial] = {}
         for trial in self.study.get_trials(deepcopy=False):
             name = trial.user_attrs.get(JOB)
@@ -117,7 +117,7 @@ class Search:
             yield self.next()
 
     def again(self, number: int, name: str, trial: FrozenTrial) -> Job:
-        """What was interrupted, or what failed: for Optuna, that is a second trial, with the values of the first."""
+        """Continue an interrupted trial, or repeat a failed one: for Optuna, a second trial with the same values."""
         if trial.state == TrialState.FAIL:
             again = create_trial(
                 state=TrialState.RUNNING,
@@ -227,7 +227,7 @@ def study(file: Path, asked: ledger.Search) -> optuna.Study:
     Raises:
         InputError: if it is too large or damaged.
     """
-    optuna.logging.disable_default_handler()  # charlm tells what there is to tell
+    optuna.logging.disable_default_handler()  # charlm reports progress itself
     file.with_name(f"{file.name}.lock").unlink(missing_ok=True)  # which a kill has left
     some = asked["prune_startup_trials"]
     pruner = MedianPruner(n_startup_trials=some, n_min_trials=max(1, some)) if asked["prune"] else NopPruner()

@@ -21,17 +21,17 @@ from charlm.sweep.ledger import Search
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
 
-FEW = 16  # values of a range, of which each is tried out before a search begins
+FEW = 16  # ranges with fewer values are checked completely before a search
 
 
 class Space:
-    """What the trials of a search set: some of it alike, the rest each as it is told.
+    """The space of a search: fixed overrides, and the open settings with their distributions.
 
     Args:
-        overrides: parsed; of those that set the same, the last counts, as for Hydra.
+        overrides: parsed overrides; the last one of a setting counts, as in Hydra.
 
     Raises:
-        InputError: for what leaves nothing open, or cannot be searched.
+        InputError: if nothing is open, or something cannot be searched.
     """
 
     def __init__(self, overrides: Sequence[Override]):
@@ -50,17 +50,17 @@ class Space:
         ]
 
     def corners(self) -> list[list[str]]:
-        """Points from which most that is not possible shows: the first values of all, and each other beside those."""
+        """Return points that reveal impossible values: the first values of all, and each other value in turn."""
         firsts = {name: ends(one)[0] for name, one in self.open.items()}
         others = [firsts | {name: value} for name, one in self.open.items() for value in ends(one)[1:]]
         return [self.point(values) for values in [firsts, *others]]
 
     def words(self) -> dict[str, str]:
-        """What is open, as it was typed."""
+        """Return the open settings as they were typed."""
         return {key: str(o.input_line).partition("=")[2] for key, o in self.overrides.items() if o.is_sweep_override()}
 
     def fixed(self) -> set[str]:
-        """What all trials have in common."""
+        """Return the overrides that all trials share."""
         return {str(o.input_line) for o in self.overrides.values() if not o.is_sweep_override()}
 
 
@@ -73,7 +73,7 @@ def distribution(override: Override) -> "BaseDistribution":
     """A sweep of Hydra's as Optuna knows it.
 
     Raises:
-        InputError: for what cannot be searched.
+        InputError: if it cannot be searched.
     """
     # Imported here, as only a search needs it.
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -118,13 +118,13 @@ def ends(one: "BaseDistribution") -> list[Any]:
 
 
 def asked(hydra: Any, space: Space) -> Search:
-    """What a command asks of a search.
+    """Return the settings of a search that a command gives.
 
     Args:
         hydra: its settings of Hydra.
 
     Raises:
-        InputError: for settings that are not possible.
+        InputError: if a setting is not possible.
     """
     node: Any = OmegaConf.to_container(hydra.sweeper, resolve=True)
     schema.check_node("hydra.sweeper", node)
@@ -134,7 +134,7 @@ def asked(hydra: Any, space: Space) -> Search:
 
 
 def recorded(search: Search, command: Sequence[str]) -> list[str]:
-    """The overrides that ask for a search again, beside the command that it was begun with."""
+    """Return the overrides that continue a search, in addition to its first command."""
     settings = [f"hydra.sweeper.{key}={value}" for key, value in search.items() if key != "space"]
     known = {o.partition("=")[0] for o in command}
     elsewhere = [f"{key}={words}" for key, words in search["space"].items() if key not in known]

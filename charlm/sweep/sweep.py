@@ -24,19 +24,19 @@ from charlm.system import streams
 class Source(Protocol):
     """Where the jobs of a sweep come from."""
 
-    jobs: dict[str, Job]  # that there are so far, by name
+    jobs: dict[str, Job]  # created so far, by name
     total: int  # that there will be
     swept: list[str]  # the settings in which they differ
-    ends: dict[str, str]  # how those ended, by name, of which nothing is left to do
+    ends: dict[str, str]  # verdicts of finished jobs, by name
 
     def todo(self) -> Iterator[Job]:
-        """The others, each made when it is asked for."""
+        """Yield the jobs that are left, each created on demand."""
 
     def watch(self, running: Sequence[Running | Handed]) -> None:
-        """Look at jobs at work, of which some may be told to end."""
+        """Look at the running jobs; may stop some."""
 
     def judge(self, job: Job, how: str) -> str:
-        """What is to be said of how a job has ended."""
+        """Return the verdict on a job that ended."""
 
     def row(self, job: Job, how: str) -> dict[str, Any]:
         """Its line of the table."""
@@ -127,6 +127,6 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
     if stopped:
         stop(f"{why}stopped with {done} of {source.total} jobs done; {again}", stopped)
     if done < source.total:
-        why = f"each one's {LOG} under {terminal.quote(sweep_dir)} tells why"
+        why = f"see {LOG} in their folders under {terminal.quote(sweep_dir)}"
         stop(f"{source.total - done} of {source.total} jobs failed; {why}; {again}", 1)
     return rows

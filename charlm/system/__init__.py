@@ -1,4 +1,4 @@
-"""What charlm needs from the operating system, also where that lacks it.
+"""Differences between operating systems, and what charlm does about them.
 
 posix.py     signals, process groups and limits, with what charlm does on Windows instead
 streams.py   standard output and error that never end a run

@@ -1,4 +1,4 @@
-"""What only POSIX offers, and what charlm does without it, as on Windows. No other module uses such names."""
+"""Names that only POSIX has, with what charlm does on Windows instead. No other module uses them."""
 
 import os
 import signal

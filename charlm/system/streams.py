@@ -8,7 +8,9 @@ import select
 import sys
 from typing import Any
 
-SIGPIPE = 13  # by number, as Windows has no such signal; a shell reports 128 + 13 for a program that wrote to no reader
+SIGPIPE = (
+    13  # a number, since Windows lacks the signal; shells report 128 + 13 for a program that wrote to a closed pipe
+)
 HANDLER = "charlm"  # the name of `spelled` as an error handler of codecs
 ASCII = {"±": "+-", "≈": "~", "…": "...", "×": "x", "·": ".", "−": "-", "–": "-", "—": "-", "‘": "'", "’": "'"}
 ASCII |= {"“": '"', "”": '"', "│": "|", "┃": "|", "║": "|"}
@@ -51,7 +53,7 @@ def guarded(stream: Any, descriptor: int) -> Any:
     if os.name == "nt" and stream:  # a console of Windows takes text, and no bytes
         stream.reconfigure(errors=HANDLER)
         return stream
-    if not stream:  # whose descriptor may be another file's by now
+    if not stream:  # the descriptor may belong to another file by now
         raw = Unfailing(os.open(os.devnull, os.O_WRONLY), "w", closefd=False)
         return io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors=HANDLER)
     raw = Unfailing(descriptor, "w", closefd=False)
@@ -98,5 +100,5 @@ def spelled(error: UnicodeError) -> tuple[str, int]:
 
 
 def ascii_for(character: str) -> str:
-    drawn = "\u2500" <= character <= "\u259f"  # lines and blocks, of which tables and bars are made
+    drawn = "\u2500" <= character <= "\u259f"  # lines and blocks of tables and bars
     return ASCII.get(character, "-" if drawn else "?")
