@@ -34,7 +34,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
 
     from charlm import checkpoint
     from charlm.budget import limit_tokens
-    from charlm.callbacks import AtomicCheckpointIO, Throughput, in_order
+    from charlm.callbacks import AtomicCheckpointIO, Recorder
     from charlm.finish import evaluate_run
     from charlm.logger import begin_logs
     from charlm.module import LanguageModel
@@ -49,13 +49,15 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     config, corpus = plain(cfg), data.corpus.card()
     record = checkpoint.record(config, data.tokenizer, corpus)
     module = LanguageModel(model, instantiate(cfg.optimizer), instantiate(cfg.scheduler), record, cfg.compile, cfg.seed)
-    throughput, speed = Throughput(), instantiate(cfg.speed)
+    speed, recorder = instantiate(cfg.speed), Recorder(cfg.run_dir, cfg.stop_at)
+    observers = [*(instantiate(cfg.callbacks) or {}).values()]
     trainer = instantiate(
         cfg.trainer,
         default_root_dir=cfg.run_dir,
         logger=instantiate(cfg.logger) or False,
-        callbacks=in_order(instantiate(cfg.callbacks), cfg.run_dir, throughput, cfg.stop_at, speed),
+        callbacks=[*observers, *([speed] if speed else []), recorder],
         plugins=[AtomicCheckpointIO()],
+        enable_checkpointing=True,  # by `callbacks.checkpoint`, if it is there
     )
     limit_tokens(trainer, cfg.max_tokens, data.batch_size * data.block_size)
     steps = speed.told(trainer, module, data.batch_size * data.block_size) if speed else "1 at a time: speed=off"
@@ -68,10 +70,10 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     # A state from before the first step holds nothing that is not made again.
     path = state.path if state and state.content["global_step"] > 0 else None
     trainer.fit(module, data, ckpt_path=path, weights_only=True)
-    model = module.whole()
+    model = module.unsharded_model()
     if not trainer.is_global_zero:
         return None
-    found, sample = evaluate_run(config, data, model, trainer, throughput)
+    found, sample = evaluate_run(config, data, model, trainer, recorder.clock)
     run.finish(found)
     return found, sample
 

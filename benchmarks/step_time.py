@@ -68,7 +68,7 @@ STOCK, ORDINARY = "stock Lightning", "LanguageModel, with no callbacks of charlm
 OBSERVED = (
     "+callbacks.rates._target_=lightning.pytorch.callbacks.LearningRateMonitor "
     "+callbacks.kept._target_=lightning.pytorch.callbacks.ModelCheckpoint +callbacks.kept.dirpath=kept "
-    "trainer.enable_checkpointing=true trainer.enable_progress_bar=true"
+    "trainer.enable_progress_bar=true"
 )
 SHOWN = {OBSERVED: "charlm, LearningRateMonitor, ModelCheckpoint and Lightning's bar", STOCK: STOCK, ORDINARY: ORDINARY}
 

@@ -26,8 +26,9 @@ TRAIN = Path(__file__).parent.parent / "train.py"
 CLOCKED = f"""
 import json, runpy, sys, time
 sys.path.insert(0, {str(TRAIN.parent)!r})
-from charlm.callbacks import Checkpoint, Losses
-from charlm.run import Run
+from charlm.callbacks import Checkpoint
+from charlm.callbacks.loss_files import Losses
+from charlm.run.record import Run
 spent = {{}}
 def clocked(kind, name, what):
     original = getattr(kind, name)
@@ -41,7 +42,7 @@ def clocked(kind, name, what):
 clocked(Checkpoint, "save", "checkpoints")
 for name in ("__enter__", "tell", "__exit__"):
     clocked(Run, name, "run.json")
-for name in ("on_train_start", "on_train_batch_end"):
+for name in ("open", "end_step"):
     clocked(Losses, name, "losses")
 sys.argv[0] = {str(TRAIN)!r}
 runpy.run_path(sys.argv[0], run_name="__main__")

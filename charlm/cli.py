@@ -125,12 +125,12 @@ def generate(
     import torch
 
     from charlm import checkpoint
-    from charlm.generate import write
+    from charlm.generate import sample_text
 
     loaded = checkpoint.load(run, device, trust)
     if num_samples * sum(p.numel() for p in loaded.model.parameters()) < 1e8:
         torch.set_num_threads(1)  # a character is too little work to share out
-    stream = write(loaded.model, loaded.tokenizer, length, prompt, num_samples=num_samples, **sampling)
+    stream = sample_text(loaded.model, loaded.tokenizer, length, prompt, num_samples=num_samples, **sampling)
     if num_samples == 1 and not as_json:
         first = next(stream)  # a mistake in the prompt is found here, before anything is printed
         sys.stdout.write(printable((prompt or "") + first, keep=LAYOUT))

@@ -118,7 +118,7 @@ def evaluate(model: nn.Module, windows: Windows, report: Reporter | None = None)
     return Score.of(window_nll, windows.counts())
 
 
-def references(train: Pairs, split: Pairs, vocab_size: int, smoothing: float) -> dict[str, float]:
+def baselines(train: Pairs, split: Pairs, vocab_size: int, smoothing: float) -> dict[str, float]:
     """The losses on `split`, nats per character, of models that are counted on `train` and not learned.
 
     Args:
@@ -155,11 +155,11 @@ def figures(
     to each count, so that a pair that train never showed is possible.
     """
     device = next(model.parameters()).device
-    found: dict[str, Any] = {"references": {}}
+    found: dict[str, Any] = {"baselines": {}}
     windows = {split: data.windows(split, device, stride=stride) for split in splits}
     for split in splits:
         found |= evaluate(model, windows[split], report).figures(split)
         smoothing = 0.0 if split == "train" else 1.0
         pairs = data.pairs("train"), data.pairs(split)
-        found["references"][split] = references(*pairs, data.tokenizer.vocab_size, smoothing)
+        found["baselines"][split] = baselines(*pairs, data.tokenizer.vocab_size, smoothing)
     return found

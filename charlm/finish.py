@@ -8,17 +8,17 @@ from torch import nn
 
 from charlm import terminal
 from charlm.budget import stopped_by
-from charlm.callbacks import Throughput
+from charlm.callbacks.clock import Clock
 from charlm.data import CharDataModule
 from charlm.evaluate import figures
-from charlm.generate import write
+from charlm.generate import sample_text
 from charlm.logger import FINISHED
 from charlm.module import VALIDATION
 from charlm.schema import name_of
 
 
 def evaluate_run(
-    config: dict[str, Any], data: CharDataModule, model: nn.Module, trainer: L.Trainer, throughput: Throughput
+    config: dict[str, Any], data: CharDataModule, model: nn.Module, trainer: L.Trainer, clock: Clock
 ) -> tuple[dict[str, Any], str]:
     """Evaluate a trained model exactly. Returns the results, which go to the dashboard as well, and a sample."""
     model = model.to(trainer.strategy.root_device)
@@ -42,11 +42,11 @@ def evaluate_run(
         "device": str(trainer.strategy.root_device),
         "steps": trainer.global_step,
         "stopped_by": stopped_by(trainer, config["trainer"]["max_steps"]),
-        "train/tokens": throughput.tokens,
-        "train/seconds": throughput.seconds,
-        "train/tokens_per_second": throughput.tokens_per_second,
+        "train/tokens": clock.tokens,
+        "train/seconds": clock.seconds,
+        "train/tokens_per_second": clock.tokens_per_second,
         **found,
     }
     with torch.inference_mode():
-        sample = "".join(write(model, data.tokenizer, config["sample_length"], seed=config["seed"]))
+        sample = "".join(sample_text(model, data.tokenizer, config["sample_length"], seed=config["seed"]))
     return results, sample

@@ -94,7 +94,7 @@ def sample(
     return (logits.softmax(-1) / race).argmax(-1)
 
 
-def write(
+def sample_text(
     model: nn.Module,
     tokenizer: CharTokenizer,
     length: int,

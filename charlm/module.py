@@ -22,15 +22,15 @@ from charlm.data import CharDataModule
 from charlm.data.chunks import IGNORE
 from charlm.errors import Diverged, InputError, one_line
 from charlm.evaluate import Score, evaluate, mean_loss, token_losses
-from charlm.generate import write
+from charlm.generate import sample_text
 from charlm.internals.torch import mps_generator
 from charlm.optimizer.adamw import adamw
 from charlm.scheduler import constant
+from charlm.seeds import derive_seed
 from charlm.tokenizer import CharTokenizer
 
 # Figures that each validation logs.
 VALIDATION = ("val/loss", "val/bits_per_char", "val/perplexity")
-MASK = 2**64 - 1
 
 Batch = tuple[Tensor, Tensor]  # inputs and targets, (B, T) int64 each
 MakeOptimizer = Callable[[nn.Module], Optimizer]
@@ -109,11 +109,10 @@ class LanguageModel(L.LightningModule):
 
     def on_train_start(self) -> None:
         self.generator = generator_of(self.device)
-        self.mixed = mix(mix(0, self.seed), self.global_rank)
 
     def seed_batch(self, k: int) -> None:
-        """Let what batch k draws at random, as for dropout, not depend on what was drawn before."""
-        self.generator.manual_seed(mix(self.mixed, k))
+        """Seed the random draws of batch k, such as dropout, whatever was drawn before."""
+        self.generator.manual_seed(derive_seed(self.seed, self.global_rank, k))
 
     def on_validation_epoch_start(self) -> None:
         self.scored = torch.zeros(2, dtype=torch.float64, device=self.device)
@@ -160,7 +159,7 @@ class LanguageModel(L.LightningModule):
 
         Args:
             tokenizer: the tokenizer of the training text; None: that of the `CharDataModule` it was fitted to.
-            settings: `seed`, `temperature`, `top_k` and `top_p` of `charlm.generate.write`.
+            settings: `seed`, `temperature`, `top_k` and `top_p` of `charlm.generate.sample_text`.
 
         Raises:
             InputError: without a tokenizer, or for a prompt with a symbol that it does not have.
@@ -171,7 +170,7 @@ class LanguageModel(L.LightningModule):
                 "the module was not fitted to a CharDataModule, and has no tokenizer: give one, "
                 "generate(prompt, length, tokenizer=CharTokenizer.from_text(text))"
             )
-        return prompt + "".join(write(self.model, tokenizer, length, prompt, **settings))
+        return prompt + "".join(sample_text(self.model, tokenizer, length, prompt, **settings))
 
     def evaluate(self, data: CharDataModule, split: str = "val") -> Score:
         """The exact loss over a whole split of `data`, in nats per character, with its standard error.
@@ -218,16 +217,16 @@ class LanguageModel(L.LightningModule):
         if hasattr(self.model, "loss"):
             register_fsdp_forward_method(self.model, "loss")
 
-    def whole(self) -> nn.Module:
+    def unsharded_model(self) -> nn.Module:
         """The model with all of its weights. Where they are sharded, all processes must ask for it together."""
         if not isinstance(self.model, FSDPModule):
             return self.model
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
         weights = get_model_state_dict(self.model, options=StateDictOptions(full_state_dict=True))
-        whole = self._unsharded[0]
-        whole.load_state_dict(weights)
-        return whole.train(self.model.training)
+        model = self._unsharded[0]
+        model.load_state_dict(weights)
+        return model.train(self.model.training)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -316,14 +315,6 @@ def make_optimizer(given: MakeOptimizer | Optimizer, model: nn.Module) -> Optimi
         parameters: Any = [p for p in model.parameters() if p.requires_grad]
         return given(parameters)
     return given(model)
-
-
-def mix(mixed: int, number: int) -> int:
-    """64 bits that depend on both, well mixed: a step of SplitMix64 (Steele, Lea and Flood 2014)."""
-    mixed = (mixed ^ number) + 0x9E3779B97F4A7C15 & MASK
-    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & MASK
-    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & MASK
-    return mixed ^ mixed >> 31
 
 
 def generator_of(device: torch.device) -> torch.Generator:

@@ -24,22 +24,22 @@ def constant(optimizer: Optimizer, budget: Budget) -> LRScheduler | None:
     return None
 
 
-def warmup_cosine(optimizer: Optimizer, budget: Budget, warmup_steps: Steps, final_lr: Part) -> LRScheduler:
-    """Half a cosine down to `final_lr` times the rate (Loshchilov and Hutter 2017); in steps, nanoGPT's."""
+def warmup_cosine(optimizer: Optimizer, budget: Budget, warmup_steps: Steps, min_lr_ratio: Part) -> LRScheduler:
+    """Half a cosine down to `min_lr_ratio` times the rate (Loshchilov and Hutter 2017); in steps, nanoGPT's."""
 
     def fall(step: int) -> float:
         return 0.5 * (1 + cos(pi * budget.spent(step, since=warmup_steps)))
 
-    return scheduled(optimizer, budget, warmup_steps, final_lr, fall)
+    return scheduled(optimizer, budget, warmup_steps, min_lr_ratio, fall)
 
 
-def linear(optimizer: Optimizer, budget: Budget, warmup_steps: Steps, final_lr: Part) -> LRScheduler:
-    """A straight line down to `final_lr` times the rate (Defazio et al. 2023)."""
+def linear(optimizer: Optimizer, budget: Budget, warmup_steps: Steps, min_lr_ratio: Part) -> LRScheduler:
+    """A straight line down to `min_lr_ratio` times the rate (Defazio et al. 2023)."""
 
     def fall(step: int) -> float:
         return 1 - budget.spent(step, since=warmup_steps)
 
-    return scheduled(optimizer, budget, warmup_steps, final_lr, fall)
+    return scheduled(optimizer, budget, warmup_steps, min_lr_ratio, fall)
 
 
 def warmup_stable_decay(
@@ -47,7 +47,7 @@ def warmup_stable_decay(
     budget: Budget,
     warmup_steps: Steps,
     decay_fraction: Annotated[float, Gt(0), Le(1)],
-    final_lr: Part,
+    min_lr_ratio: Part,
 ) -> LRScheduler:
     """The full rate until the last part of the budget, then down as 1 - sqrt (Hu et al. 2024; Hägele et al. 2024)."""
 
@@ -55,13 +55,13 @@ def warmup_stable_decay(
         left = 1 - budget.spent(step)
         return 1 - sqrt(1 - min(1.0, left / decay_fraction))
 
-    return scheduled(optimizer, budget, warmup_steps, final_lr, fall)
+    return scheduled(optimizer, budget, warmup_steps, min_lr_ratio, fall)
 
 
 def scheduled(
-    optimizer: Optimizer, budget: Budget, warmup_steps: int, final_lr: float, fall: Callable[[int], float]
+    optimizer: Optimizer, budget: Budget, warmup_steps: int, min_lr_ratio: float, fall: Callable[[int], float]
 ) -> LRScheduler:
-    """A warm-up, and `fall` from 1 to 0 brought between 1 and `final_lr`.
+    """A warm-up, and `fall` from 1 to 0 brought between 1 and `min_lr_ratio`.
 
     Raises:
         ValueError: if the warm-up takes all steps.
@@ -77,7 +77,7 @@ def scheduled(
         if step not in known:
             risen = (step + 1) / (warmup_steps + 1)  # never zero, as a step that changes nothing is wasted
             known.clear()
-            known[step] = min(risen, final_lr + (1 - final_lr) * fall(step))
+            known[step] = min(risen, min_lr_ratio + (1 - min_lr_ratio) * fall(step))
         return known[step]
 
     # LambdaLR leaves a function out of its state, which stays plain numbers; a resumed run creates it again.

@@ -11,7 +11,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -173,7 +172,7 @@ def notice_fallback(wanted: str, given: str, reason: Exception) -> None:
 
 def figures(found: dict[str, Any], name: str) -> Table:
     """Return the table of losses and baselines, one column per split."""
-    splits = list(found["references"])
+    splits = list(found["baselines"])
     title = "loss, nats per character"
     if found.get("min_context", 1) > 1:
         title += f", each after {found['min_context']} or more"
@@ -182,9 +181,9 @@ def figures(found: dict[str, Any], name: str) -> Table:
     for split in splits:
         table.add_column(split, justify="right")
     for level, title in LEVELS.items():
-        table.add_row(title, *(f"{found['references'][split][level]:.4f}" for split in splits), style="dim")
+        table.add_row(title, *(f"{found['baselines'][split][level]:.4f}" for split in splits), style="dim")
     table.add_row(name, *(plus_minus(found, split, "loss", 4) for split in splits), style="bold")
-    above = [found[f"{split}/loss"] - found["references"][split]["bigram"] for split in splits]
+    above = [found[f"{split}/loss"] - found["baselines"][split]["bigram"] for split in splits]
     table.add_row("  against the counted bigram", *(f"{d:+.4f}" for d in above))
     table.add_section()
     table.add_row("bits per character", *(plus_minus(found, split, "bits_per_char", 4) for split in splits))
@@ -230,13 +229,13 @@ def comparison(found: dict[str, Any]) -> RenderableType:
         lines += [Text(f"  and {len(names) - 10} more")] if len(names) > 10 else []
     if found["clock"] and not found["equal"]:
         lines.append(Text("Its learning rate followed the clock (trainer.max_time), which no repetition can."))
-    if found["surroundings"]:
-        table = Table("surroundings", "then", "now", box=box.SIMPLE_HEAD)
-        for name, (before, after) in found["surroundings"].items():
+    if found["environment"]:
+        table = Table("environment", "then", "now", box=box.SIMPLE_HEAD)
+        for name, (before, after) in found["environment"].items():
             table.add_row(*(Text(str(cell), overflow="fold") for cell in (name, before, after)))
         lines.append(table)
     elif not found["equal"]:
-        lines.append(Text("The surroundings are as they were: versions, device, threads, corpus, commit."))
+        lines.append(Text("The environment is the same: versions, device, threads, corpus, commit."))
     return Group(*lines)
 
 
@@ -356,22 +355,13 @@ def told_steps(step: int, total: int) -> str:
     return f"{step:{len(f'{total:,}')},}/{total:,}" if total > 0 else f"{step:,}"
 
 
-def as_wide_as_fits(make: Callable[[Sequence[str]], Table], spare: Sequence[str], onto: Console = console) -> Table:
-    """Return the table without columns that do not fit; `spare` lists them in the order of removal."""
-    for number in range(len(spare) + 1):
-        made = make(spare[:number])
-        if onto.measure(made, options=onto.options.update(max_width=1000)).maximum <= onto.width:
-            break
-    return made
-
-
 def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str], best: Sequence[str]) -> None:
     """After a sweep: all its jobs, failures first, then the best, and the settings that train that one again."""
     console.print()
     contexts = {row["min_context"] for row in rows if row.get("min_context")}
     after = f" after {contexts.pop()} or more" if len(contexts) == 1 and max(contexts) > 1 else ""
     title = f"{len(rows)} run{'s' * (len(rows) > 1)}, by val loss (nats per character{after}, ± standard error)"
-    console.print(as_wide_as_fits(partial(runs_table, rows, swept, title), ("perplexity", "seconds", "bits/char")))
+    console.print(runs_table(rows, swept, title, console))
     for row in rows:
         what, _, why = row["status"].partition(" ")
         if why:

@@ -196,7 +196,7 @@ RECORDS: dict[str, Change] = {
     "a circle": record(lambda r: r["follows"].update({"seed": "${data.seed}", "data.seed": "${seed}"})),
     "follows that is a list": record(lambda r: r.update(follows=["seed"])),
     "no config": record(lambda r: r.pop("config")),
-    "a deep record": record(lambda r: r["surroundings"].update(x=deep(700))),
+    "a deep record": record(lambda r: r["environment"].update(x=deep(700))),
     "a record of numbers": record(lambda r: r.update(status=5, seed="x")),
     "a fifo as record": instead("run.json", fifo),
     "zeros as record": instead("run.json", zeros),
@@ -240,7 +240,7 @@ FILES: dict[str, Change] = {
 # Shown text that contains commands to a terminal.
 SHOWN: dict[str, Change] = {
     "a corpus that commands": record(
-        lambda r: (r["corpus"].update(name=ESCAPE, source=ESCAPE), r["surroundings"].update({ESCAPE: ESCAPE}))
+        lambda r: (r["corpus"].update(name=ESCAPE, source=ESCAPE), r["environment"].update({ESCAPE: ESCAPE}))
     ),
     "a status that commands": record(lambda r: r.update(status="failed", reason=ESCAPE, command=f"a b {ESCAPE}=1")),
     "settings that command": settings(lambda c, run: c["data"].update({ESCAPE: ESCAPE})),

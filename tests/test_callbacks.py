@@ -38,9 +38,12 @@ def fit(text_file):
         optimizer = partial(adamw, **SETTINGS)
         module = LanguageModel(Bigram(data.tokenizer.vocab_size), optimizer, constant)
         quiet: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
-        quiet |= {"num_sanity_val_steps": 0, "enable_checkpointing": False, "use_distributed_sampler": False}
+        quiet |= {"num_sanity_val_steps": 0, "use_distributed_sampler": False}
         quiet |= {"check_val_every_n_epoch": None, "val_check_interval": 1000, "max_epochs": -1}
-        given = quiet | {"max_steps": steps, "plugins": [AtomicCheckpointIO()]} | settings
+        saves = any(isinstance(callback, Checkpoint) for callback in callbacks)
+        given = (
+            quiet | {"max_steps": steps, "enable_checkpointing": saves, "plugins": [AtomicCheckpointIO()]} | settings
+        )
         L.Trainer(accelerator="cpu", callbacks=[*callbacks, GroupedSteps(100)], **given).fit(
             module, data, ckpt_path=ckpt_path, weights_only=True
         )

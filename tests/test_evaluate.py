@@ -14,7 +14,7 @@ from charlm.data.chunks import Windows
 from charlm.data.corpus import Corpus
 from charlm.data.datamodule import CharDataModule, Pairs
 from charlm.errors import InputError
-from charlm.evaluate import Score, evaluate, figures, references
+from charlm.evaluate import Score, baselines, evaluate, figures
 from charlm.model.bigram import Bigram
 from charlm.tokenizer import CharTokenizer
 
@@ -103,7 +103,7 @@ def test_one_block_gives_no_error():
 @given(st.lists(st.integers(0, 4), min_size=12, max_size=80), st.integers(3, 9))
 def test_references_are_those_of_counting_by_hand(ids, cut):
     train, val = ids[:cut], ids[cut:]
-    found = references(Pairs.of(torch.tensor(train), 5), Pairs.of(torch.tensor(val), 5), 5, smoothing=1.0)
+    found = baselines(Pairs.of(torch.tensor(train), 5), Pairs.of(torch.tensor(val), 5), 5, smoothing=1.0)
     after, pairs, rows = Counter(train[1:]), Counter(itertools.pairwise(train)), Counter(train[:-1])
     unigram = [-math.log((after[c] + 1) / (len(train) - 1 + 5)) for c in val[1:]]
     bigram = [-math.log((pairs[a, b] + 1) / (rows[a] + 5)) for a, b in itertools.pairwise(val)]
@@ -115,7 +115,7 @@ def test_references_are_those_of_counting_by_hand(ids, cut):
 @given(st.lists(st.integers(0, 4), min_size=5, max_size=100))
 def test_no_table_beats_the_counts_on_train(ids):
     tensor = torch.tensor(ids)
-    floor = references(Pairs.of(tensor, 5), Pairs.of(tensor, 5), 5, smoothing=0.0)["bigram"]
+    floor = baselines(Pairs.of(tensor, 5), Pairs.of(tensor, 5), 5, smoothing=0.0)["bigram"]
     torch.manual_seed(0)
     model = Bigram(5)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=50, line_search_fn="strong_wolfe")
@@ -144,20 +144,20 @@ def test_figures_of_tiny_shakespeare_are_the_known_ones(shakespeare, monkeypatch
     counted.token_embedding_table.weight.data = (counts + 1).float().log()
     found = figures(counted, data, ["train", "val"])
     assert found["val/targets"] == 111_539
-    assert found["references"]["val"] == pytest.approx(
+    assert found["baselines"]["val"] == pytest.approx(
         {"uniform": 4.174387, "unigram": 3.347305, "bigram": 2.481889}, abs=1e-6
     )
-    assert found["references"]["train"]["bigram"] == pytest.approx(2.451914, abs=2e-6)
+    assert found["baselines"]["train"]["bigram"] == pytest.approx(2.451914, abs=2e-6)
     # The model that is the counts has the loss of the counts, by a road that shares no line with them.
-    assert found["val/loss"] == pytest.approx(found["references"]["val"]["bigram"], abs=1e-6)
-    assert found["train/loss"] >= found["references"]["train"]["bigram"]
+    assert found["val/loss"] == pytest.approx(found["baselines"]["val"]["bigram"], abs=1e-6)
+    assert found["train/loss"] >= found["baselines"]["train"]["bigram"]
 
 
 def test_a_text_with_a_large_alphabet_needs_no_table_of_its_square():
     text = "".join(chr(0x4E00 + i % 15_000) for i in range(60_000))
     tokenizer = CharTokenizer.from_text(text)
     ids, v = tokenizer.encode(text), tokenizer.vocab_size
-    assert references(Pairs.of(ids[:50_000], v), Pairs.of(ids[50_000:], v), v, 1.0)["bigram"] > 0
+    assert baselines(Pairs.of(ids[:50_000], v), Pairs.of(ids[50_000:], v), v, 1.0)["bigram"] > 0
 
 
 class LooksBackFour(nn.Module):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from charlm.errors import InputError
-from charlm.generate import generate, sample, write
+from charlm.generate import generate, sample, sample_text
 from charlm.model.bigram import Bigram
 from charlm.model.gpt import GPT
 from charlm.tokenizer import CharTokenizer
@@ -22,7 +22,7 @@ def model() -> Bigram:
 
 
 def text(**settings) -> str:
-    return "".join(write(model(), TOKENIZER, 60, **settings))
+    return "".join(sample_text(model(), TOKENIZER, 60, **settings))
 
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another():
@@ -33,12 +33,12 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another():
 def test_sampling_takes_nothing_from_the_global_generator():
     untrained = model()
     state = torch.get_rng_state()
-    "".join(write(untrained, TOKENIZER, 20))
+    "".join(sample_text(untrained, TOKENIZER, 20))
     assert torch.equal(state, torch.get_rng_state())
 
 
 def test_samples_of_a_batch_differ_and_continue_the_same_prompt():
-    rows = ["".join(row) for row in zip(*write(model(), TOKENIZER, 40, "ab", num_samples=3), strict=True)]
+    rows = ["".join(row) for row in zip(*sample_text(model(), TOKENIZER, 40, "ab", num_samples=3), strict=True)]
     assert len(set(rows)) == 3
     assert all(len(row) == 40 for row in rows)
 
@@ -162,5 +162,5 @@ def test_an_empty_prompt_is_refused():
 
 
 def test_text_comes_as_it_is_written():
-    stream = write(model(), TOKENIZER, 10_000_000)
+    stream = sample_text(model(), TOKENIZER, 10_000_000)
     assert len(next(stream)) == 1  # did not wait for the rest

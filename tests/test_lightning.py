@@ -462,7 +462,7 @@ def test_each_flag_of_lightning_is_tested_or_refused_with_a_reason():
 
 GIVEN = {
     "accelerator": "cpu", "accumulate_grad_batches": 2, "benchmark": True, "check_val_every_n_epoch": 2,
-    "detect_anomaly": True, "deterministic": True, "devices": 1, "enable_checkpointing": True,
+    "detect_anomaly": True, "deterministic": True, "devices": 1,
     "enable_model_summary": True, "enable_progress_bar": True, "gradient_clip_algorithm": "value",
     "gradient_clip_val": 0.5, "inference_mode": False, "limit_train_batches": 6, "log_every_n_steps": 2,
     "max_epochs": 4, "max_steps": 100, "max_time": "00:01:00:00", "min_epochs": 3, "min_steps": 2, "num_nodes": 1,
@@ -478,7 +478,7 @@ def test_each_tested_flag_has_its_effect_on_a_run(train, tmp_path, text_file):
     assert ended.code == 0, ended.err
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert GIVEN.items() <= record["config"]["trainer"].items()
-    assert "limit_train_batches=6 limits or repeats batches" in record["surroundings"]["steps"]
+    assert "limit_train_batches=6 limits or repeats batches" in record["environment"]["steps"]
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert (results["steps"], results["stopped_by"]) == (12, "epochs")  # 4 epochs of 6 batches, 2 in a step
     rows = [*csv.DictReader((tmp_path / "run" / "metrics.csv").read_text().splitlines())]

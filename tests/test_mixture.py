@@ -16,7 +16,7 @@ from charlm.generate import generate
 from charlm.model.mixture import Counts, Mixture, discounts, hashes
 
 V, K, PARTS = 5, 4, 3
-NODE = {"_target_": "charlm.model.mixture.Mixture", "block_size": 12, "n_context": K, "parts": PARTS}
+NODE = {"_target_": "charlm.model.mixture.Mixture", "block_size": 12, "n_context": K, "n_folds": PARTS}
 NODE |= {"n_networks": 2, "n_layer": 1, "n_head": 2, "n_embd": 8, "mlp": "relu2", "dropout": 0.0}
 
 
@@ -58,9 +58,9 @@ def reference(text: list[int], context: list[int], without: range | None, n_cont
 
 @given(st.lists(st.integers(0, V - 1), min_size=2, max_size=60), st.integers(2, PARTS))
 @settings(max_examples=40, deadline=None)
-def test_counts_are_those_of_counting_one_by_one(symbols, parts):
+def test_counts_are_those_of_counting_one_by_one(symbols, n_folds):
     text = torch.tensor(symbols)
-    counts = Counts(text, V, K, parts)
+    counts = Counts(text, V, K, n_folds)
     idx = text[None, : min(len(text), 20)]
     rows, alone = counts.rows(idx)
     found = counts.look_up(rows.flatten(1), alone.flatten()).log_p().exp()
@@ -76,8 +76,8 @@ def test_in_each_part_of_the_text_only_the_others_count():
         rows, alone = counts.rows_elsewhere(chunks[start, None])
         found = counts.look_up(rows.flatten(1), alone.flatten()).log_p().exp()
         for t in range(T):
-            part = int(counts.part[start + t])
-            inside = (counts.part == part).nonzero().flatten()
+            part = int(counts.fold[start + t])
+            inside = (counts.fold == part).nonzero().flatten()
             expected = reference(
                 text.tolist(), text[start : start + t + 1].tolist(), range(int(inside[0]), int(inside[-1]) + 1)
             )

@@ -140,8 +140,8 @@ OPTIMIZERS: dict[str, Any] = {
 }
 SCHEDULES: dict[str, Any] = {
     "constant": constant,
-    "linear": lambda o, b: linear(o, b, warmup_steps=5, final_lr=0.1),
-    "cosine": lambda o, b: warmup_cosine(o, b, warmup_steps=5, final_lr=0.0),
+    "linear": lambda o, b: linear(o, b, warmup_steps=5, min_lr_ratio=0.1),
+    "cosine": lambda o, b: warmup_cosine(o, b, warmup_steps=5, min_lr_ratio=0.0),
     "every epoch": lambda o, b: {"scheduler": torch.optim.lr_scheduler.StepLR(o, 1, 0.5), "interval": "epoch"},
 }
 FLAGS: dict[str, dict[str, Any]] = {

@@ -167,7 +167,7 @@ def test_names_are_short_where_they_can_be(make, tmp_path):
 def test_values_that_are_close_are_told_apart(make, tmp_path):
     for number, eps in enumerate((0.99991, 0.99992, 0.5)):
         make(f"r{number}", optimizer__eps=eps)
-    assert set(read_study([tmp_path]).told["optimizer.eps"].values()) == {"0.99991", "0.99992", "0.5"}
+    assert set(read_study([tmp_path]).formatted["optimizer.eps"].values()) == {"0.99991", "0.99992", "0.5"}
 
 
 @given(
@@ -330,7 +330,7 @@ def test_what_ended_the_runs_and_what_they_saw_is_told(make, tmp_path, told):
 def test_what_cannot_be_compared_is_told_loudly(make, tmp_path, trained):
     record = json.loads((trained / "run.json").read_text())
     other = {"corpus": record["corpus"] | {"sha256": "f" * 64, "name": "other.txt"}}
-    git = {"surroundings": record["surroundings"] | {"git": {"commit": "c" * 40, "dirty": True}, "device": "H200"}}
+    git = {"environment": record["environment"] | {"git": {"commit": "c" * 40, "dirty": True}, "device": "H200"}}
     make("a", 2.0)
     make("b", 3.0, data__block_size=32, data__val_fraction=0.5, record=other)
     make("c", 3.5, optimizer__lr=0.5, record=git)
@@ -455,7 +455,7 @@ JSON = st.recursive(
 )
 
 
-@given(st.dictionaries(st.sampled_from(["config", "corpus", "surroundings", "results", "step", "command"]), JSON))
+@given(st.dictionaries(st.sampled_from(["config", "corpus", "environment", "results", "step", "command"]), JSON))
 def test_whatever_a_stranger_writes_makes_a_page_or_one_line(trained, tmp_path_factory, changes):
     folder = tmp_path_factory.mktemp("stranger")
     for number in range(2):
@@ -463,7 +463,7 @@ def test_whatever_a_stranger_writes_makes_a_page_or_one_line(trained, tmp_path_f
         place.mkdir()
         found = json.loads((trained / "results.json").read_text())
         if number and isinstance(changes.get("results"), dict):
-            found |= dict.fromkeys(("val/loss", "references", "steps", "stopped_by"), changes["results"])
+            found |= dict.fromkeys(("val/loss", "baselines", "steps", "stopped_by"), changes["results"])
         record = json.loads((trained / "run.json").read_text())
         record |= {key: value for key, value in changes.items() if number and key != "results"}
         (place / "run.json").write_text(json.dumps(record))

@@ -14,7 +14,7 @@ from torch import nn
 
 from charlm import checkpoint
 from charlm.callbacks import EMA, AtomicCheckpointIO, Best, Checkpoint
-from charlm.callbacks.exhibit import Exhibit
+from charlm.callbacks.dashboard import DashboardCallback
 from charlm.checkpoint import archive
 from charlm.checkpoint import content as parts_of_content
 from charlm.checkpoint.restore import compare, slots
@@ -31,8 +31,8 @@ STRANGE: list[Any] = [None, True, -1, 0.5, 10**30, float("nan"), "x", ESCAPE, []
 STRANGE += [torch.zeros(2), torch.zeros(3, dtype=torch.int64), torch.zeros(())]
 
 
-class Shown(Exhibit):
-    """An exhibit that shows nothing."""
+class Shown(DashboardCallback):
+    """A dashboard callback that shows nothing."""
 
     def show(self, *_: Any) -> None:
         pass
@@ -73,7 +73,7 @@ def fit(data: CharDataModule, folder: Path, steps: int, resume: bool = False) ->
     module = LanguageModel(model, optimizer, schedule, {"format": archive.FORMAT})
     stopping = EarlyStopping("val/loss", patience=100)
     callbacks = [EMA(0.9, 1), Best(str(folder)), stopping, Shown(), Fragile(), Checkpoint(str(folder))]
-    settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    settings: dict[str, Any] = {"accelerator": "cpu", "logger": False}
     settings |= {"enable_progress_bar": False, "enable_model_summary": False, "max_epochs": -1, "log_every_n_steps": 2}
     trainer = L.Trainer(
         callbacks=callbacks, max_steps=steps, plugins=[AtomicCheckpointIO()], val_check_interval=2, **settings

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from charlm import checkpoint, schema
-from charlm.callbacks import Stop
+from charlm.callbacks import Recorder
 from charlm.errors import InputError
 from charlm.preflight.command import check_command
 from charlm.run import record
@@ -45,13 +45,13 @@ def test_a_finished_run_tells_what_it_was(trained):
     kept = checkpoint.read(trained / "checkpoints" / "last.ckpt")["charlm"]
     assert found["config"] == kept["config"]
     assert found["corpus"] == kept["corpus"]
-    surroundings = found["surroundings"]
-    assert surroundings["packages"]["torch"] == torch.__version__
-    assert surroundings["device"] == "cpu"
-    assert surroundings["processes"] == surroundings["threads"] == 1
+    environment = found["environment"]
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["device"] == "cpu"
+    assert environment["processes"] == environment["threads"] == 1
     asked = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
     commit = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-    assert (surroundings["git"] or {}).get("commit", "") == commit
+    assert (environment["git"] or {}).get("commit", "") == commit
     assert record.read_record(trained) == found
 
 
@@ -213,7 +213,9 @@ def test_a_loss_that_leaves_the_numbers_ends_the_run(train, tmp_path, text_file)
     common += ["trainer=cpu", "threads=1", "trainer.max_steps=500", "callbacks.checkpoint.every_n_steps=1"]
     ended = train(*common, "data.batch_size=2", "optimizer.lr=1e30", "trainer.log_every_n_steps=100")
     assert ended.code == 1
-    named = re.fullmatch(r"charlm: .* step (\d+).*; try a lower optimizer.lr, .* of step (\d+), and whole\n", ended.err)
+    named = re.fullmatch(
+        r"charlm: .* step (\d+).*; try a lower optimizer.lr, .* of step (\d+), and intact\n", ended.err
+    )
     assert named, ended.err
     folder = next((tmp_path / "outputs").iterdir())
     kept = checkpoint.read(folder / "checkpoints" / "last.ckpt")
@@ -252,7 +254,7 @@ def test_two_processes_leave_the_numbers_together_and_are_reproduced(train, char
 
 
 def test_a_run_that_goes_on_in_other_surroundings_says_so(copied, train):
-    rewrite(copied, lambda found: found["surroundings"].update(python="2.7", cpu="a Z80"))
+    rewrite(copied, lambda found: found["environment"].update(python="2.7", cpu="a Z80"))
     ended = train(f"resume={copied}", "trainer.max_steps=30")
     assert ended.code == 0
     assert ended.err.startswith("charlm: python was 2.7 and is 3")
@@ -286,9 +288,9 @@ class Endless(L.Callback):
     """Makes the first step one without an end, and notices when the process has received a signal."""
 
     def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
-        [stop] = [callback for callback in trainer.callbacks if isinstance(callback, Stop)]
+        [recorder] = [callback for callback in trainer.callbacks if isinstance(callback, Recorder)]
         print("a step begins", flush=True)
-        while not stop.received:
+        while not recorder.stop.received:
             time.sleep(0.01)
         print("and goes on after a signal", flush=True)
         while True:
@@ -355,7 +357,7 @@ def test_the_same_run_again_is_equal_to_the_bit(trained, charlm):
     found = json.loads(ended.out)
     assert found["equal"]
     assert found["steps"] == 20
-    assert found["surroundings"] == {}
+    assert found["environment"] == {}
 
 
 @pytest.fixture
@@ -375,11 +377,11 @@ def test_another_run_is_told_from_its_first_step_on_with_what_was_otherwise(copi
     losses = np.fromfile(copied / "losses.f32", "<f4")
     losses[6:] = np.nextafter(losses[6:], np.float32(9))
     losses.tofile(copied / "losses.f32")
-    rewrite(copied, lambda found: found["surroundings"]["packages"].update(torch="1.0"))
+    rewrite(copied, lambda found: found["environment"]["packages"].update(torch="1.0"))
     found = json.loads(call("reproduce", str(copied), "--json").out)
     assert not found["equal"]
     assert found["first_step"] == 7
-    assert found["surroundings"] == {"packages.torch": ["1.0", torch.__version__]}
+    assert found["environment"] == {"packages.torch": ["1.0", torch.__version__]}
     ended = call("reproduce", str(copied))
     assert ended.code == 1
     assert "Losses differ from step 7 on" in ended.out
@@ -395,7 +397,7 @@ def test_other_weights_are_told_though_the_losses_are_the_same(copied, call):
     ended = call("reproduce", str(copied))
     assert ended.code == 1
     assert f"state_dict.{name}" in ended.out
-    assert "surroundings are as they were" in ended.out
+    assert "environment is the same" in ended.out
 
 
 def test_a_run_that_was_stopped_and_resumed_can_be_reproduced_at_each_state(train, call, tmp_path, text_file):
@@ -433,7 +435,7 @@ STRANGE: dict[str, Callable[[dict], Any]] = {
     "no file of conf/": lambda found: found["config"]["model"].update(_target_="charlm.sweep.jobs.become"),
     "looked up elsewhere": lambda found: found["config"].update(model="${oc.create:'{_target_: os.system}'}"),
     "is damaged": lambda found: found.update(config=7),
-    "format 2": lambda found: found.update(format=2),
+    "format 99": lambda found: found.update(format=99),
     "outside of the run's folder": lambda found: found["config"]["logger"].update(save_dir="/elsewhere"),
 }
 

@@ -18,9 +18,9 @@ from charlm.scheduler import constant, linear, warmup_cosine, warmup_stable_deca
 
 LR = 0.3
 SCHEDULES: dict[str, Callable[..., LRScheduler]] = {
-    "cosine": partial(warmup_cosine, final_lr=0.1),
-    "linear": partial(linear, final_lr=0.0),
-    "stable": partial(warmup_stable_decay, decay_fraction=0.2, final_lr=0.05),
+    "cosine": partial(warmup_cosine, min_lr_ratio=0.1),
+    "linear": partial(linear, min_lr_ratio=0.0),
+    "stable": partial(warmup_stable_decay, decay_fraction=0.2, min_lr_ratio=0.05),
 }
 FINAL = {"cosine": 0.1, "linear": 0.0, "stable": 0.05}
 EACH = st.sampled_from(sorted(SCHEDULES))
@@ -75,7 +75,7 @@ def test_a_warm_up_and_a_line_are_pytorchs_one_after_the_other():
 
 
 def test_the_stable_phase_is_flat_and_the_decay_is_one_minus_a_root():
-    found = rates(warmup_stable_decay(sgd(), Budget(100), 10, decay_fraction=0.2, final_lr=0.0), 100)
+    found = rates(warmup_stable_decay(sgd(), Budget(100), 10, decay_fraction=0.2, min_lr_ratio=0.0), 100)
     assert found[10:81] == pytest.approx([LR] * 71, rel=1e-6)
     expected = [LR * (1 - math.sqrt((step - 80) / 20)) for step in range(80, 101)]
     assert found[80:] == pytest.approx(expected, rel=1e-6, abs=1e-12)

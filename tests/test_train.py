@@ -52,7 +52,7 @@ def test_a_run_leaves_its_figures_in_one_file(trained, prose):
     assert found["val/targets"] == len(prose) - int(0.9 * len(prose)) - 1
     for split in ("train", "val"):
         assert found[f"{split}/bits_per_char"] == pytest.approx(found[f"{split}/loss"] / 0.6931471805599453)
-        assert set(found["references"][split]) == {"uniform", "unigram", "bigram"}
+        assert set(found["baselines"][split]) == {"uniform", "unigram", "bigram"}
 
 
 def test_the_same_seed_gives_the_same_bits_and_another_other_ones(run, trained):
@@ -120,7 +120,7 @@ def test_evaluating_a_checkpoint_gives_the_figures_of_the_run_to_the_digit(train
     shared = [key for key in again if key.startswith(("train/", "val/"))]
     assert "val/perplexity_se" in shared
     assert {key: again[key] for key in shared} == {key: first[key] for key in shared}
-    assert again["references"] == first["references"]
+    assert again["baselines"] == first["baselines"]
     one = json.loads(call("evaluate", str(folder / "checkpoints" / "last.ckpt"), "--split", "val", "--json").out)
     assert one["val/loss"] == first["val/loss"]
     assert "train/loss" not in one
@@ -168,7 +168,7 @@ def test_a_text_is_found_from_where_the_command_was_typed(train, tmp_path, text_
 
 def test_a_counted_floor_is_not_undercut_on_train(run):
     found = results(run("a", "trainer.max_steps=500", "trainer.val_check_interval=500", "optimizer.lr=0.1"))
-    assert found["references"]["train"]["bigram"] <= found["train/loss"] < found["references"]["train"]["unigram"]
+    assert found["baselines"]["train"]["bigram"] <= found["train/loss"] < found["baselines"]["train"]["unigram"]
 
 
 def test_the_default_recipe_learns_tiny_shakespeare(train, tmp_path, shakespeare):
@@ -179,7 +179,7 @@ def test_the_default_recipe_learns_tiny_shakespeare(train, tmp_path, shakespeare
     found = results(tmp_path / "a")
     assert found["train/loss"] >= 2.4519
     assert found["val/loss"] <= 2.490
-    assert found["references"]["val"]["bigram"] == pytest.approx(2.4819, abs=1e-4)
+    assert found["baselines"]["val"]["bigram"] == pytest.approx(2.4819, abs=1e-4)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from annotated_types import Ge, Le
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from charlm.callbacks.exhibit import Exhibit
+from charlm.callbacks.dashboard import DashboardCallback
 from charlm.data.datamodule import Pairs
 from charlm.logger import TensorBoard
 
@@ -30,7 +30,7 @@ TOP_COLOUR, INK, PAPER = 191, 192, 255
 INK_GREY = 40
 
 
-class BigramTable(Exhibit):
+class BigramTable(DashboardCallback):
     """Draws P(next | last). Any model has one: its logits after a single character.
 
     Args:

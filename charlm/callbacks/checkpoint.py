@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from annotated_types import Ge, Gt
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint as SavesLast
 from torch import Tensor
 
 from charlm.callbacks.at_steps import AtSteps
@@ -78,11 +79,11 @@ def validates_now(trainer: L.Trainer) -> bool:
     return validates_this_epoch(trainer) and since.ready % every == 0
 
 
-class Checkpoint(AtSteps):
+class Checkpoint(AtSteps, SavesLast):
     """Keeps the newest state of the run in `dirpath`/last.ckpt, and the one before it in previous.ckpt.
 
-    The first is saved before the first step. It has to come after the other observers, whose state and logs are then
-    those of the same step.
+    The first is saved before the first step. Lightning calls subclasses of its own Checkpoint after all other
+    callbacks, so a checkpoint holds the state and the logs that these have after the same step.
 
     Args:
         every_n_steps: how often, in optimizer steps; the end of training saves as well.

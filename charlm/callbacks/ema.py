@@ -17,7 +17,7 @@ KEY = "ema"  # of a checkpoint
 
 
 class EMA(AtSteps):
-    """Validations, exhibits, final figures and checkpoints take the averaged weights; training goes on with its own.
+    """Validations, dashboard, final figures and checkpoints use the averaged weights; training continues with its own.
 
     A checkpoint stores the average as its weights, and the training weights separately to resume from.
 

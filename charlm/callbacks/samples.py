@@ -6,14 +6,14 @@ import lightning as L
 from annotated_types import Ge, Le
 from torch import nn
 
-from charlm.callbacks.exhibit import Exhibit
-from charlm.generate import write
+from charlm.callbacks.dashboard import DashboardCallback
+from charlm.generate import sample_text
 from charlm.logger import TensorBoard
 
 COLUMNS = 100  # width of a line in the Text tab, which does not wrap
 
 
-class Samples(Exhibit):
+class Samples(DashboardCallback):
     """Puts a sample on the dashboard (TensorBoard's Text tab).
 
     Args:
@@ -26,7 +26,7 @@ class Samples(Exhibit):
 
     def show(self, trainer: L.Trainer, model: nn.Module, board: TensorBoard) -> None:
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        text = "".join(write(model, tokenizer, self.length, seed=self.seed))
+        text = "".join(sample_text(model, tokenizer, self.length, seed=self.seed))
         board.experiment.add_text("sample", as_markdown(text), trainer.global_step)
 
 

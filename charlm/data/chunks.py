@@ -68,8 +68,7 @@ class RandomChunks:
     def draw(self, draw: int) -> Tensor:
         """The starts of BATCHES_PER_DRAW batches at once, one batch a row."""
         if draw != self._draw:
-            # A list as the seed is NumPy's documented way to independent streams (SeedSequence).
-            generator = np.random.default_rng([self.seed, self.rank, draw])
+            generator = np.random.default_rng([self.seed, self.rank, draw])  # a stream of its own, as `derive_seed`
             places = len(self.ids) - self.block_size
             drawn = generator.integers(places, size=(BATCHES_PER_DRAW, self.batch_size))
             self._starts = torch.from_numpy(drawn).to(self.ids.device)

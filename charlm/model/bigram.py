@@ -1,7 +1,7 @@
 """Bigram: the next character from the last one alone, as a table of logits.
 
 The model of Karpathy's "Let's build GPT" (2023); the idea is Markov's (1913). Its best possible loss is known in
-closed form, from the counts of pairs of characters: `charlm.evaluate.references`.
+closed form, from the counts of pairs of characters: `charlm.evaluate.baselines`.
 """
 
 from typing import Any

@@ -8,8 +8,8 @@ of neural text generation with n-gram language model" (2022). Counts back off by
 Goodman, "An empirical study of smoothing techniques for language modeling" (1998).
 
 Counted on the very text that the network trains on, contexts would teach it to believe them blindly. So the text is cut
-into a few parts, and in each the network is shown the counts of all others: deleted estimation (Jelinek and Mercer,
-1980), or cross-fitting. The parts are long, as what stands near a character is about the same people.
+into folds, and in each the network is shown the counts of all others: deleted estimation (Jelinek and Mercer,
+1980), or cross-fitting. The folds are long, because neighbouring text is about the same people.
 """
 
 import math
@@ -84,19 +84,21 @@ class Counts:
         text: ids (N,) int64 on the CPU, where counting gives the same bits each time; N of at least 2.
         vocab_size: V.
         n_context: K, the characters of the longest context.
-        parts: of the text. To each context in each part belongs a row of what follows it in all others.
+        n_folds: number of folds of the text. Each context has a row of counts per fold, taken from all other folds.
         device: device of the table.
     """
 
-    def __init__(self, text: Tensor, vocab_size: int, n_context: int, parts: int, device: str | torch.device = "cpu"):
+    def __init__(self, text: Tensor, vocab_size: int, n_context: int, n_folds: int, device: str | torch.device = "cpu"):
         self.text, self.V, self.K = text, vocab_size, n_context
         self.order: dict[int, tuple[Tensor, Tensor]] = {}  # per length of chunk: sorted hashes, and their positions
         self.position = torch.arange(len(text) - 1)
-        self.part = self.position * parts // len(self.position) + 1
+        self.fold = self.position * n_folds // len(self.position) + 1
         self.keys: list[tuple[Tensor, int]] = []  # per length: hashes of its contexts, and their first row
-        self.rows_at = self.part.new_zeros(n_context, len(self.position), dtype=torch.int32)
-        often = torch.bincount(self.part * self.V + text[1:], minlength=(parts + 1) * self.V).view(parts + 1, self.V)
-        often = often.sum(0) - often + 0.1  # row 0: in the whole text; row i: in all parts but the i-th
+        self.rows_at = self.fold.new_zeros(n_context, len(self.position), dtype=torch.int32)
+        often = torch.bincount(self.fold * self.V + text[1:], minlength=(n_folds + 1) * self.V).view(
+            n_folds + 1, self.V
+        )
+        often = often.sum(0) - often + 0.1  # row 0: in the whole text; row i: in all folds but the i-th
         self.alone = (often / often.sum(1, keepdim=True)).log()
         self.count()
         for name, value in vars(self).items():
@@ -106,23 +108,23 @@ class Counts:
 
     def count(self) -> None:
         """Fill the table, from the shortest contexts to the longest."""
-        V, y, parts = self.V, self.text[1:], len(self.alone) - 1
+        V, y, n_folds = self.V, self.text[1:], len(self.alone) - 1
         nothing = self.text[:0]
         zeros = self.alone.new_zeros
         table = [(nothing.new_zeros(1), nothing, zeros(0), zeros(1), zeros(1, 3))]
         n_rows = 1
-        whole, others = torch.zeros_like(self.part), self.part  # rows of the shorter context at each position
+        whole, others = torch.zeros_like(self.fold), self.fold  # rows of the shorter context at each position
         codes, log_p = torch.arange(self.alone.numel()), self.alone.flatten()  # and all of its entries
         for n in range(1, min(self.K, len(y)) + 1):
             at = self.position[n - 1 :]
             contexts, context = hashes(self.text[None, :-1], n)[0, at].unique(return_inverse=True)
             pairs, times = (context * V + y[at]).unique(return_counts=True)
             symbols = pairs % V
-            # Beside its row, a context has one for each part that it occurs in: what follows it elsewhere.
-            in_parts, in_part = (context * (parts + 1) + self.part[at]).unique(return_inverse=True)
+            # A context has its own row, and one row per fold it occurs in, counted in all other folds.
+            in_folds, in_fold = (context * (n_folds + 1) + self.fold[at]).unique(return_inverse=True)
             starts = F.pad((pairs // V).bincount(minlength=len(contexts)).cumsum(0), (1, 0))
-            row, entry = spread(starts, in_parts // (parts + 1))
-            here, times_here = (in_part * V + y[at]).unique(return_counts=True)
+            row, entry = spread(starts, in_folds // (n_folds + 1))
+            here, times_here = (in_fold * V + y[at]).unique(return_counts=True)
             code = row * V + symbols[entry]
             place = torch.searchsorted(here, code).clamp_max(len(here) - 1)
             elsewhere = times[entry] - torch.where(here[place] == code, times_here[place], 0)
@@ -131,8 +133,8 @@ class Counts:
             rows = torch.cat((pairs // V, len(contexts) + row[kept]))
             symbols = torch.cat((symbols, symbols[entry[kept]]))
             counts = torch.cat((times, elsewhere[kept]))
-            lower = y.new_zeros(len(contexts) + len(in_parts))
-            lower[context], lower[len(contexts) + in_part] = whole[at], others[at]
+            lower = y.new_zeros(len(contexts) + len(in_folds))
+            lower[context], lower[len(contexts) + in_fold] = whole[at], others[at]
             below = log_p[torch.searchsorted(codes, lower[rows] * V + symbols)]
             discount = discounts(times)[counts.clamp_max(3)]
             total, left = (rows.bincount(weight, len(lower)).float() for weight in (counts.double(), discount))
@@ -143,10 +145,10 @@ class Counts:
             seen = torch.stack((SCALE * total.log1p(), SCALE * lengths.log1p(), (total > 0) * SCALE), 1)
             table.append((lengths, symbols, log_p - below, other, seen))
             self.keys.append((contexts, n_rows))
-            self.rows_at[n - 1, at] = (n_rows + len(contexts) + in_part).int()
+            self.rows_at[n - 1, at] = (n_rows + len(contexts) + in_fold).int()
             n_rows += len(lower)
             whole, others = torch.zeros_like(whole), torch.zeros_like(others)
-            whole[at], others[at] = context, len(contexts) + in_part
+            whole[at], others[at] = context, len(contexts) + in_fold
         columns = (torch.cat(column) for column in zip(*table, strict=True))
         lengths, symbols, self.change, self.other, self.seen = columns
         self.starts, self.symbols = F.pad(lengths.cumsum(0), (1, 0)), symbols.to(torch.int32)
@@ -163,7 +165,7 @@ class Counts:
         return torch.stack(found), torch.zeros_like(idx)
 
     def rows_elsewhere(self, idx: Tensor) -> tuple[Tensor, Tensor]:
-        """As `rows`, without the part of the text that each chunk is from; it is found there, and if not, as `rows`."""
+        """As `rows`, without the fold that each chunk is from; it is found there, and if not, as `rows`."""
         T = idx.shape[1]
         if T not in self.order:
             chunks = hashes(self.text[None, :-1], T)[0, T - 1 :]
@@ -177,7 +179,7 @@ class Counts:
         position = starts[place][:, None] + t  # (B, T)
         # A context must not reach out of the chunk.
         within = t >= torch.arange(self.K, device=idx.device)[:, None, None]
-        return torch.where(within, self.rows_at[:, position].long(), 0), self.part[position]
+        return torch.where(within, self.rows_at[:, position].long(), 0), self.fold[position]
 
     def look_up(self, rows: Tensor, alone: Tensor) -> Found:
         """Look up rows (K, n), and rows of single symbols (n,)."""
@@ -233,7 +235,7 @@ class Network(TransformerPP):
     def forward(self, idx: Tensor, found: Found, shown: Tensor) -> Tensor:  # type: ignore[override]
         """idx (B, T), what was found at its positions, and how that is shown (B * T, V + 3 * K) -> logits (B, T, V)."""
         x, cos, sin = self.embed(idx, 0)
-        x = self.think(x + self.inject(shown).view_as(x), cos, sin)
+        x = self.trunk(x + self.inject(shown).view_as(x), cos, sin)
         return self.head(x) + self.weighed(found).view(*idx.shape, -1)
 
     def decode(  # type: ignore[override]
@@ -241,7 +243,7 @@ class Network(TransformerPP):
     ) -> tuple[Tensor, Cache]:
         """The same after what `cache` has seen, for the last position only: (B, V)."""
         x, cos, sin = self.embed(idx, cache.length if cache else 0)
-        x, cache = self.think_on(x + self.inject(shown).view_as(x), cos, sin, cache)
+        x, cache = self.decode_trunk(x + self.inject(shown).view_as(x), cos, sin, cache)
         return self.head(x) + self.weighed(found).view(*idx.shape, -1)[:, -1], cache
 
     def weighed(self, found: Found) -> Tensor:
@@ -261,7 +263,7 @@ class Mixture(nn.Module):
         vocab_size: V, the number of symbols.
         block_size: the positions there are, and so the characters it can look back over.
         n_context: the longest context that is counted, in characters.
-        parts: number of folds of the training text; in each fold the networks see the counts of the others.
+        n_folds: number of folds of the training text; in each fold the networks see the counts of the others.
         n_networks: each a Transformer of the following measures.
         n_layer, n_head, n_embd, mlp, dropout: as in `TransformerPP`.
 
@@ -277,13 +279,13 @@ class Mixture(nn.Module):
         n_head: Annotated[int, Ge(1)],
         n_embd: Annotated[int, Ge(1)],
         n_context: Annotated[int, Ge(1), Le(100)] = 8,
-        parts: Annotated[int, Ge(2), Le(1000)] = 8,
+        n_folds: Annotated[int, Ge(2), Le(1000)] = 8,
         n_networks: Annotated[int, Ge(1)] = 1,
         mlp: Literal["relu2", "swiglu"] = "relu2",
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
     ):
         super().__init__()
-        self.block_size, self.vocab_size, self.n_context, self.parts = block_size, vocab_size, n_context, parts
+        self.block_size, self.vocab_size, self.n_context, self.n_folds = block_size, vocab_size, n_context, n_folds
         settings: dict[str, Any] = {"block_size": block_size, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
         settings |= {"mlp": mlp, "dropout": dropout}
         self.networks = nn.ModuleList(Network(vocab_size, n_context, **settings) for _ in range(n_networks))
@@ -346,7 +348,7 @@ class Mixture(nn.Module):
             zeros = partial(torch.zeros, device=idx.device)
             return Found(zeros(n, V), zeros(K, n, V), zeros(n, 3 * K))
         if self.counted is None or self.counted.text.device != idx.device:
-            self.counted = Counts(self.text.cpu().long(), V, K, self.parts, idx.device)
+            self.counted = Counts(self.text.cpu().long(), V, K, self.n_folds, idx.device)
         rows, alone = self.counted.rows_elsewhere(idx) if self.training else self.counted.rows(idx)
         return self.counted.look_up(rows[..., -last:].flatten(1), alone[:, -last:].flatten())
 

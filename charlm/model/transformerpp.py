@@ -51,7 +51,7 @@ class Attention(nn.Module):
         self.n_head, self.dropout = n_head, dropout
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
         # With queries and keys of fixed length nothing else could make a head look more sharply.
-        self.sharpness = nn.Parameter(torch.ones(n_head, 1, 1))
+        self.qk_scale = nn.Parameter(torch.ones(n_head, 1, 1))
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
         q, k = rotate(norm(qkv[:2]), cos, sin).unbind()  # (B, nh, T, hs) each
         dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q * self.sharpness, k, qkv[2], dropout_p=dropout, is_causal=True)
+        x = F.scaled_dot_product_attention(q * self.qk_scale, k, qkv[2], dropout_p=dropout, is_causal=True)
         x = x.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return F.dropout(self.proj(x), self.dropout, self.training)
 
@@ -98,7 +98,7 @@ class Block(nn.Module):
     def parts(self) -> list[Tensor]:
         """The parameters, in the order in which `forward` comes to them."""
         attention, mlp = self.attention, self.mlp
-        return [attention.qkv.weight, attention.sharpness, attention.proj.weight, mlp.fc.weight, mlp.proj.weight]
+        return [attention.qkv.weight, attention.qk_scale, attention.proj.weight, mlp.fc.weight, mlp.proj.weight]
 
 
 @keeps_arguments
@@ -152,9 +152,9 @@ class TransformerPP(nn.Module):
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx (B, T) int64 with T of at most block_size -> logits (B, T, V)."""
-        return self.head(self.think(*self.embed(idx, 0)))  # (B, T, V)
+        return self.head(self.trunk(*self.embed(idx, 0)))  # (B, T, V)
 
-    def think(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def trunk(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, T, C), cos and sin (T, hs/2), as `embed` makes them -> (B, T, C), as the head takes it."""
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
@@ -164,11 +164,11 @@ class TransformerPP(nn.Module):
     @torch.no_grad()
     def decode(self, idx: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
         """idx (B, T) int64 -> logits (B, V) of its last position; the state is filled in place."""
-        x, state = self.think_on(*self.embed(idx, state.length if state else 0), state)
+        x, state = self.decode_trunk(*self.embed(idx, state.length if state else 0), state)
         return self.head(x), state
 
-    def think_on(self, x: Tensor, cos: Tensor, sin: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
-        """As `think`, after what `state` has seen, for the last position only: (B, C).
+    def decode_trunk(self, x: Tensor, cos: Tensor, sin: Tensor, state: Cache | None) -> tuple[Tensor, Cache]:
+        """As `trunk`, after what `state` has seen, for the last position only: (B, C).
 
         Computes the blocks without calling their modules, since these calls double the time of a single character.
         """
@@ -182,12 +182,12 @@ class TransformerPP(nn.Module):
         # All layers: slots of new keys and values, (B, nh, T, hs), and all of them, (B, nh, end, hs).
         (new_keys, new_values), (keys, values) = kv[..., start:end, :].unbind(), kv[..., :end, :].unbind()
         layers = zip(state.parts, new_keys, new_values, keys, values, strict=True)
-        for (qkv, sharpness, proj, fc, out), new_k, new_v, k, v in layers:
+        for (qkv, qk_scale, proj, fc, out), new_k, new_v, k, v in layers:
             y = F.linear(norm(x), qkv).view(B, T, 3, nh, hs).permute(2, 0, 3, 1, 4)  # (3, B, nh, T, hs)
             turned = rotate(norm(y[:2]), cos, sin)  # (2, B, nh, T, hs)
             new_k.copy_(turned[1])
             new_v.copy_(y[2])
-            y = F.scaled_dot_product_attention(turned[0] * sharpness, k, v, mask, is_causal=T > 1 and not start)
+            y = F.scaled_dot_product_attention(turned[0] * qk_scale, k, v, mask, is_causal=T > 1 and not start)
             x = F.linear(y.transpose(1, 2).reshape(x.shape), proj, x)  # in one operation with the sum
             x = F.linear(activate(F.linear(norm(x), fc), self.mlp), out, x)
         return norm(x[T - 1 :: T]), Cache(kv, end, state.parts)

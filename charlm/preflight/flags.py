@@ -16,7 +16,6 @@ TESTED = frozenset(
         "detect_anomaly",
         "deterministic",
         "devices",
-        "enable_checkpointing",
         "enable_model_summary",
         "enable_progress_bar",
         "gradient_clip_algorithm",
@@ -53,6 +52,10 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "callbacks": ((), "a run has those of its own group: add one with +callbacks.NAME._target_=CLASS"),
     "default_root_dir": ((), "a run has one folder: say hydra.run.dir=FOLDER"),
     "plugins": ((), "charlm passes the one that writes checkpoints without pickle"),
+    "enable_checkpointing": (
+        (True, False),
+        "a run's checkpoints are those of its callbacks: say ~callbacks.checkpoint to have none",
+    ),
     "use_distributed_sampler": ((False,), "the data module gives each process batches of its own"),
     "sync_batchnorm": ((False,), "no model of charlm normalizes over a batch"),
     "enable_autolog_hparams": ((True,), "charlm logs the settings of a run by itself: say logger=none to log nothing"),

@@ -2,7 +2,7 @@
 
 run.json stands from the first second. Its `status` is running, finished, stopped (by a signal, or by stop_at) or
 failed, with the reason; while it runs, its `heartbeat` is never older than a minute: what says "running" and is older
-was killed. `config`, `corpus`, `seed` and `surroundings` are all that the run depends on.
+was killed. `config`, `corpus`, `seed` and `environment` are all that the run depends on.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # what trains nothing does without the seconds that it takes,
     import lightning as L
 
 RUN_JSON = "run.json"
-FORMAT = 1
+FORMAT = 2
 SECONDS_BETWEEN_BEATS = 10.0
 ROOM = 1000  # bytes of blanks at the end of run.json
 LARGEST = 2**24  # bytes of a run.json that is read
@@ -56,7 +56,7 @@ class Record(TypedDict):
     process: dict[str, str | int]
     seed: int
     corpus: dict[str, str | int] | None  # None until the text is read
-    surroundings: dict[str, Any]
+    environment: dict[str, Any]
     config: dict[str, Any]
     follows: dict[str, str]  # the settings that were given as others are: {"data.seed": "${seed}"}
     earlier: list[dict[str, Any]]  # the processes that trained before it was resumed, and how each of them ended
@@ -86,7 +86,7 @@ class Run:
             "process": {"host": socket.gethostname(), "pid": os.getpid()},
             "seed": config["seed"],
             "corpus": None,
-            "surroundings": {},
+            "environment": {},
             "config": config,
             "follows": follows,
             "earlier": [],
@@ -100,7 +100,7 @@ class Run:
             if self.before:
                 self.record["earlier"] = [*self.before["earlier"], session(self.before)]
                 self.record["follows"] |= self.before["follows"]
-            self.record["surroundings"] = {**surroundings()}
+            self.record["environment"] = {**environment()}
             self.write()
             self.pulse.start()
         return self
@@ -111,7 +111,7 @@ class Run:
 
         self.record["config"], self.record["corpus"] = config, corpus
         device = trainer.strategy.root_device
-        self.record["surroundings"] |= {
+        self.record["environment"] |= {
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
             "processes": trainer.world_size,
             "threads": torch.get_num_threads(),
@@ -247,10 +247,10 @@ def differences(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
 
     How many steps are taken at once changes nothing but the speed.
     """
-    here = flat({"corpus": now["corpus"]} | now["surroundings"])
+    here = flat({"corpus": now["corpus"]} | now["environment"])
     found: dict[str, tuple[Any, Any]] = {}
-    for surroundings in [*(session["surroundings"] for session in then["earlier"]), then["surroundings"]]:
-        there = flat({"corpus": then["corpus"]} | surroundings)
+    for environment in [*(session["environment"] for session in then["earlier"]), then["environment"]]:
+        there = flat({"corpus": then["corpus"]} | environment)
         names = [name for name in there | here if name != "steps"]
         found |= {name: (there.get(name), here.get(name)) for name in names if there.get(name) != here.get(name)}
     return found
@@ -265,13 +265,13 @@ def flat(node: Any, place: str = "") -> dict[str, Any]:
 
 def session(record: Record) -> dict[str, Any]:
     """Summarize an earlier process of the run. One whose status is still running was killed."""
-    kept = ("status", "reason", "step", "started", "heartbeat", "process", "surroundings")
+    kept = ("status", "reason", "step", "started", "heartbeat", "process", "environment")
     told: dict[str, Any] = {key: record[key] for key in kept}  # type: ignore[literal-required]
     return told | ({"status": "killed"} if told["status"] == "running" else {})
 
 
 @cache  # the code that a process has loaded stays as it was
-def surroundings() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Versions, hardware and git commit that a run depends on."""
     import torch
 

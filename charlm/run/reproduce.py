@@ -38,7 +38,7 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence
         first_step: first step whose loss differs, or None.
         losses: then and now, at that step.
         differs: the names of what else does: weights, states, final figures.
-        surroundings: what is not as it was, by name, then and now.
+        environment: what is not as it was, by name, then and now.
         clock: whether the learning rate followed it, which no repetition can.
 
     Raises:
@@ -63,7 +63,7 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence
         differs = [name for part in TRAINED for name in unlike(state.get(part), other.get(part), part)]
         if results and other_results:
             differs += [name for name in unlike(results, other_results, "results") if exact(name)]
-        surroundings = differences(record, read_record(again))
+        environment = differences(record, read_record(again))
     unequal = np.flatnonzero(losses[0].view("<u4") != losses[1].view("<u4")).tolist()
     return {
         "equal": not unequal and not differs,
@@ -71,7 +71,7 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence
         "first_step": unequal[0] + 1 if unequal else None,
         "losses": [float(one[unequal[0]]) for one in losses] if unequal else None,
         "differs": differs,
-        "surroundings": surroundings,
+        "environment": environment,
         "clock": record["config"]["trainer"]["max_time"] is not None and not constant,
     }
 

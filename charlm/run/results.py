@@ -25,7 +25,7 @@ Results = TypedDict(
         "steps": Annotated[int, Ge(0)],
         "stopped_by": str,
         "min_context": Annotated[int, Ge(1)],
-        "references": dict[str, dict[str, float | None]],
+        "baselines": dict[str, dict[str, float | None]],
         "train/tokens": Annotated[int, Ge(0)],
         "train/seconds": float | None,
         "val/loss": float | None,
@@ -51,7 +51,7 @@ def read_results(run_dir: Path) -> Results | None:
         return None
     for name, value in found.items():
         figure = isinstance(value, str | int | None) or (isinstance(value, float) and math.isfinite(value))
-        if not figure and name != "references":
+        if not figure and name != "baselines":
             raise InputError(f"{run_dir / RESULTS} is damaged: {printable(name, 100)} is not a figure")
     return found
 

@@ -1,4 +1,4 @@
-"""Runs as lines of a table, on the terminal and as CSV."""
+"""Tables of runs: the columns of figures, for terminal, HTML page and CSV."""
 
 import csv
 import io
@@ -6,65 +6,115 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich import box
+from rich.console import Console, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
 from charlm.files import write_atomically
 
 
+class Column(NamedTuple):
+    """A figure of results.json as tables show it."""
+
+    figure: str
+    head: str
+    digits: int
+
+    def format(self, value: float | None) -> str:
+        return "-" if value is None else f"{value:,.{self.digits}f}"
+
+
+LOSS = Column("val/loss", "val loss", 4)
+COLUMNS = (
+    LOSS,
+    Column("val/bits_per_char", "bits/char", 4),
+    Column("val/perplexity", "perplexity", 3),
+    Column("train/seconds", "seconds", 1),
+    Column("train/tokens", "tokens", 0),
+)
+SPARE = ("perplexity", "tokens", "seconds", "bits/char")  # columns that a narrow terminal drops, in this order
+LEFT = {"vs best"}  # heads of columns that are aligned left
+
+
+class Line(NamedTuple):
+    """A line of a table: the values of the settings, the cells of the other columns by head, the style."""
+
+    settings: Sequence[str]
+    cells: dict[str, str]
+    style: str = ""
+
+
+def terminal_table(
+    title: str, settings: Sequence[str], lines: Sequence[Line], console: Console, without: Sequence[str] = ()
+) -> Table:
+    """Return a table without the SPARE columns that do not fit on the console.
+
+    Args:
+        settings: heads of the first columns.
+        without: heads of columns to leave out.
+    """
+    for number in range(len(SPARE) + 1):
+        table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, title=title)
+        table.title_justify, table.title_style = "left", "bold"
+        for i, setting in enumerate(settings):
+            widest = max((len(line.settings[i]) for line in lines), default=0)
+            table.add_column(
+                Text(setting),
+                justify="right",
+                overflow="fold",
+                min_width=min(widest, 28),
+                max_width=28,
+            )
+        left_out = {*without, *SPARE[:number]}
+        heads = [head for head in (lines[0].cells if lines else ()) if head not in left_out]
+        for head in heads:
+            justify: JustifyMethod = "left" if head in LEFT else "right"
+            width = max(len(head), *(len(line.cells[head]) for line in lines))
+            table.add_column(head, justify=justify, min_width=width, no_wrap=True)
+        for line in lines:
+            # Text, because callbacks=[default] is no markup.
+            table.add_row(*map(Text, line.settings), *(line.cells[head] for head in heads), style=line.style)
+        if console.measure(table, options=console.options.update(max_width=1000)).maximum <= console.width:
+            break
+    return table
+
+
+def runs_table(rows: Sequence[dict[str, Any]], settings: Sequence[str], title: str, console: Console) -> Table:
+    """Return a table with a line for each run: its settings, its figures and how it ended."""
+    lines = []
+    for row in rows:
+        loss = row.get(LOSS.figure)
+        cells = {column.head: column.format(row.get(column.figure) if loss is not None else None) for column in COLUMNS}
+        if loss is not None and "val/loss_se" in row:  # a pruned run has only the loss of its last validation
+            cells[LOSS.head] = plus_minus(row, "val", "loss", LOSS.digits)
+        status = outcome(row["status"])
+        style = {"finished": "", "pruned": "dim"}.get(status, "bold red")
+        lines.append(Line([short(row[setting]) for setting in settings], cells | {"status": status}, style))
+    return terminal_table(title, [setting.rpartition(".")[2] for setting in settings], lines, console)
+
+
 def outcome(status: str) -> str:
-    """The first word of how a run ended: finished, pruned, failed or another that is neither."""
+    """Return the first word of how a run ended: finished, pruned, failed, ..."""
     return re.split(r"\W", status)[0]
 
 
 def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Failures first, since they want a decision; then by val loss, best first, and NaN last; then pruned ones."""
+    """Sort: failures first, since they want a decision; then by val loss, best first, NaN last; then pruned runs."""
 
     def key(row: dict[str, Any]) -> tuple[int, float]:
-        loss = row.get("val/loss")
+        loss = row.get(LOSS.figure)
         return {"finished": 1, "pruned": 2}.get(outcome(row["status"]), 0), loss if loss is not None else math.inf
 
     return sorted(rows, key=key)
 
 
-def plus_minus(found: dict[str, Any], split: str, figure: str, digits: int) -> str:
-    """A figure and its standard error, or a dash for an error that a short text cannot give."""
-    value, error = found[f"{split}/{figure}"], found[f"{split}/{figure}_se"]
+def plus_minus(results: dict[str, Any], split: str, figure: str, digits: int) -> str:
+    """Format a figure and its standard error, or a dash for the error of a text too short to have one."""
+    value, error = results[f"{split}/{figure}"], results[f"{split}/{figure}_se"]
     return f"{value:.{digits}f} ± " + ("-" if error is None else f"{error:.{digits}f}")
-
-
-def runs_table(rows: list[dict[str, Any]], settings: list[str], title: str, without: Sequence[str] = ()) -> Table:
-    """Runs as lines: what was set, and what came of it; `without` columns of the latter."""
-    shown = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
-    for setting in settings:
-        widest = max([len(short(row[setting])) for row in rows], default=0)
-        shown.add_column(setting.rpartition(".")[2], justify="right", overflow="fold", min_width=min(widest, 28))
-    found = [figures_of(row) for row in rows]
-    columns = [column for column in found[0] if column not in without] if found else []
-    for column in columns:
-        shown.add_column(column, justify="right", no_wrap=True)
-    for row, figures in zip(rows, found, strict=True):
-        style = {"finished": None, "pruned": "dim"}.get(outcome(row["status"]), "bold red")
-        told = (Text(short(row[setting])) for setting in settings)  # callbacks=[default] is no markup
-        shown.add_row(*told, *(figures[column] for column in columns), style=style)
-    return shown
-
-
-def figures_of(row: dict[str, Any]) -> dict[str, str]:
-    """The columns of a run's line, by their heads."""
-    loss, error = row.get("val/loss"), "val/loss_se" in row  # which the last one of a run that was pruned has not
-    told = {"val/bits_per_char": ("bits/char", 4), "val/perplexity": ("perplexity", 3), "train/seconds": ("seconds", 1)}
-    if loss is None:
-        figures = {"val loss": "-"}
-    else:
-        figures = {"val loss": plus_minus(row, "val", "loss", 4) if error else f"{loss:.4f}"}
-    for name, (head, digits) in told.items():
-        value = row.get(name) if loss is not None else None
-        figures[head] = "-" if value is None else f"{value:.{digits}f}"
-    return figures | {"status": outcome(row["status"])}
 
 
 def short(value: Any) -> str:
@@ -72,9 +122,11 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    """The same lines for a spreadsheet or a notebook."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+def write_csv(path: Path, rows: list[dict[str, Any]], settings: Sequence[str]) -> None:
+    """Write the runs for a spreadsheet or a notebook: settings, status, the figures of COLUMNS, then all others."""
+    first = [*settings, "status", *(column.figure for column in COLUMNS)]
+    known = dict.fromkeys(key for row in rows for key in row)
+    columns = [key for key in dict.fromkeys([*first, *known]) if key in known]
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, columns)
     writer.writeheader()

@@ -37,7 +37,7 @@ def notes(runs: list[Run], follows: dict[str, list[str]], repeated: int = 0, dam
         repeated: number of runs that a newer run with the same settings and seed replaces.
         damaged: a line for each folder that could not be read.
     """
-    found = [*texts(runs), *windows(runs), *budget(runs), *surroundings(runs)]
+    found = [*texts(runs), *windows(runs), *budget(runs), *environment(runs)]
     found += [Note(f"with {choice} also differ: {', '.join(names)}") for choice, names in follows.items()]
     if repeated:
         told = "a run repeats" if repeated == 1 else f"{repeated} runs repeat"
@@ -105,9 +105,9 @@ def budget(runs: list[Run]) -> Iterator[Note]:
         yield Note(f"ended by {end}, after {span(steps)} steps; they {saw}{compares}", not alike)
 
 
-def surroundings(runs: list[Run]) -> Iterator[Note]:
+def environment(runs: list[Run]) -> Iterator[Note]:
     """Versions, hardware and git commit that a run depends on."""
-    told = [flat(run.record["surroundings"]) for run in runs if run.record]
+    told = [flat(run.record["environment"]) for run in runs if run.record]
     commits = Counter(str(one.get("git.commit") or "unknown")[:7] for one in told)
     if len(commits) > 1:
         yield Note(f"made by different code: commits {listed(commits)}")

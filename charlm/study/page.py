@@ -5,17 +5,11 @@ from html import escape
 
 from charlm import __version__
 from charlm.errors import printable
+from charlm.run.table import COLUMNS
 from charlm.study.plots import Panel, curves_panels, maps_panels, settings_panels
 from charlm.study.runs import LONGEST, Run
 from charlm.study.study import CRITERION, Row, Study
 
-COLUMNS = {
-    "val/loss": ("val loss (nats/char)", 4),
-    "val/bits_per_char": ("bits/char", 4),
-    "val/perplexity": ("perplexity", 3),
-    "train/seconds": ("seconds", 1),
-    "train/tokens": ("tokens", 0),
-}
 TEXTUAL = dict.fromkeys(("state", "run", "why", "against the best"), "text")  # columns that begin at the left
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 1160px; margin: 2em auto;
@@ -90,7 +84,7 @@ def pictures(title: str, panels: Sequence[Panel]) -> str:
 
 
 def table(study: Study) -> str:
-    heads = [*(study.labels[name] for name in study.swept), "seeds", *(title for title, _ in COLUMNS.values())]
+    heads = [*(study.labels[name] for name in study.swept), "seeds", *(column.head for column in COLUMNS)]
     seeds = {len(row.runs) for row in study.rows}
     told = "± is the standard deviation over seeds. " if max(seeds) > 1 else ""
     told += "±*: there is one seed, and this is the standard error of the text. " if 1 in seeds else ""
@@ -102,11 +96,11 @@ def table(study: Study) -> str:
 def line(study: Study, row: Row) -> str:
     verdict = study.verdict(row)
     cells = [
-        cell(study.told[name][row.settings[name]], row.settings[name]) if name in row.settings else cell("-")
+        cell(study.formatted[name][row.settings[name]], row.settings[name]) if name in row.settings else cell("-")
         for name in study.swept
     ]
     cells.append(cell(str(len(row.runs))))
-    for figure, (_, digits) in COLUMNS.items():
+    for figure, _, digits in COLUMNS:
         mean, spread, mark = row.mean(figure), row.sd(figure), "±"
         if len(row.runs) == 1:
             spread, mark = row.mean(f"{figure}_se"), "±*"

@@ -174,7 +174,7 @@ def axis_of(axes: Axes, study: Study, name: str, along: str = "x") -> dict[Value
         axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
         axis.set_minor_formatter(NullFormatter())
     if words or len(values) <= MOST_CELLS:
-        told = [clipped(study.told[name][value]) for value in values]
+        told = [clipped(study.formatted[name][value]) for value in values]
         axis.set_ticks(list(places.values()), told)
         axis.set_minor_locator(NullLocator())
         if along == "x" and sum(map(len, told)) > 36:
@@ -240,8 +240,8 @@ def draw_map(axes: Axes, study: Study, across: str, up: str) -> None:
             axes.text(column, line, f"{loss:.{digits}f}", ha="center", va="center", fontsize=8, color=colour)
         if loss == least:
             axes.add_patch(Rectangle((column - 0.5, line - 0.5), 1, 1, fill=False, edgecolor=FRAME, linewidth=2.5))
-    axes.set_xticks(range(len(columns)), [clipped(study.told[across][value], 12) for value in columns])
-    axes.set_yticks(range(len(lines)), [clipped(study.told[up][value], 12) for value in lines])
+    axes.set_xticks(range(len(columns)), [clipped(study.formatted[across][value], 12) for value in columns])
+    axes.set_yticks(range(len(lines)), [clipped(study.formatted[up][value], 12) for value in lines])
     axes.set(xlabel=study.labels[across], ylabel=study.labels[up])
     axes.grid(visible=False)
     figure_of(axes).colorbar(image, ax=axes, label=LOSS, extend="max" if max(losses) > top else "neither")
@@ -341,7 +341,7 @@ def draw_curves(axes: Axes, study: Study, curves: Sequence[Curve], along: str) -
     # The first steps are steep, and not what one looks for.
     least = min(min(curve.losses) for curve in curves)
     most = max(float(np.quantile(curve.losses, 0.6)) for curve in curves)
-    counted = {run.figures.get("references.val.bigram") for row in study.rows for run in row.runs}
+    counted = {run.figures.get("baselines.val.bigram") for row in study.rows for run in row.runs}
     if len(counted) == 1 and (bigram := counted.pop()) is not None:
         axes.axhline(bigram, color=GREY, linestyle=":", label=f"counted bigram, {bigram:.4f}")
         least, most = min(least, bigram), max(most, bigram)

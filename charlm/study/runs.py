@@ -44,7 +44,7 @@ class Run:
         seed: None without a run.json.
         settings: all that it was trained with, by dotted names; a choice by its group: {"model": "gpt"}.
         given: the names of those that its command line set, in its order.
-        figures: the numbers of its results.json, by their names there and below: "references.val.bigram".
+        figures: the numbers of its results.json, by their names there and below: "baselines.val.bigram".
         stopped_by: what ended the training of a run that has finished.
         validations: step, seconds and val loss of each.
         record: its run.json.
@@ -81,7 +81,7 @@ class Run:
     @property
     def lost(self) -> bool:
         """Is it worse than what knows nothing but how many characters there are?"""
-        return self.loss is not None and self.loss > self.figures.get("references.val.uniform", math.inf)
+        return self.loss is not None and self.loss > self.figures.get("baselines.val.uniform", math.inf)
 
     @property
     def last(self) -> float | None:

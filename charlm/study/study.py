@@ -11,13 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from charlm.errors import InputError, printable
+from charlm.run.table import COLUMNS
 from charlm.study.notes import Note, notes
 from charlm.study.runs import FAILED, LONGEST, STATES, Run, Value, ordered, read_runs, shown
 
-FIGURES = ("val/loss", "val/bits_per_char", "val/perplexity", "train/seconds", "train/tokens")
 CHOICES = {"model", "optimizer", "scheduler", "tokenizer", "logger", "data", "experiment", "callbacks"}
 SIGNIFICANT = 0.05
 CRITERION = (
@@ -97,7 +95,7 @@ class Study:
         return len({run.measured_on for row in self.rows for run in row.runs}) == 1
 
     @cached_property
-    def told(self) -> dict[str, dict[Value, str]]:
+    def formatted(self) -> dict[str, dict[Value, str]]:
         """The values of each setting as one reads them, with as many digits as tell them apart."""
         found = {}
         for name in self.swept:
@@ -113,7 +111,7 @@ class Study:
     def label(self, row: Row, names: Sequence[str] | None = None) -> str:
         """The settings of a row, or some of them, as one reads them: lr=0.01, block_size=8."""
         told = [name for name in (self.swept if names is None else names) if name in row.settings]
-        return ", ".join(f"{self.labels[name]}={self.told[name][row.settings[name]]}" for name in told)
+        return ", ".join(f"{self.labels[name]}={self.formatted[name][row.settings[name]]}" for name in told)
 
     def near(self, run: Run) -> str:
         """Where it is, from the folder that all are in."""
@@ -154,7 +152,7 @@ class Study:
                     "settings": row.settings,
                     "seeds": [run.seed for run in row.runs],
                     "runs": [run.name for run in row.runs],
-                    **{figure: {"mean": row.mean(figure), "sd": row.sd(figure)} for figure in FIGURES},
+                    **{c.figure: {"mean": row.mean(c.figure), "sd": row.sd(c.figure)} for c in COLUMNS},
                     "val/loss_se": row.mean("val/loss_se"),
                     "verdict": self.verdict(row),
                 }
@@ -244,20 +242,14 @@ def short(names: Sequence[str]) -> dict[str, str]:
 
 
 def welch(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """The two-sided p value of equal means where spreads may differ (Welch 1947); None with less than two values each.
+    """Return the two-sided p value of equal means where variances may differ (Welch 1947).
 
-    With t = sqrt(df) tan(a), the density of Student's t is that of cos(a) to the power df - 1, on a finite range.
+    None with fewer than two values each.
     """
+    from scipy import stats  # here, because it takes a second to import
+
     if min(len(one), len(other)) < 2:
         return None
-    parts = [statistics.variance(values) / len(values) for values in (one, other)]
-    apart = abs(statistics.fmean(one) - statistics.fmean(other))
-    if not sum(parts):
-        return float(apart == 0)
-    shares = [part / sum(parts) for part in parts]
-    df = 1 / sum(share**2 / (len(values) - 1) for share, values in zip(shares, (one, other), strict=True))
-    end = math.atan(apart / math.sqrt(sum(parts) * df))
-    angles, step = np.linspace(0, [end, math.pi / 2], 2001, retstep=True)
-    density = np.cos(angles) ** (df - 1)
-    within, all_of_it = step * (density.sum(0) - (density[0] + density[-1]) / 2)  # trapezoidal rule
-    return float(1 - within / all_of_it)
+    if len({*one}) == len({*other}) == 1:  # no variance: the test divides by it
+        return float(one[0] == other[0])
+    return float(stats.ttest_ind(one, other, equal_var=False).pvalue)

@@ -2,23 +2,20 @@
 
 import statistics
 from collections.abc import Sequence
-from functools import partial
 
 from rich import box
-from rich.console import Console, Group, JustifyMethod, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from charlm.run.table import COLUMNS, LOSS, Line, terminal_table
 from charlm.study.runs import Run
 from charlm.study.study import CRITERION, Row, Study
-from charlm.terminal import as_wide_as_fits
 
 MOST_ROWS = 30
 MOST_VALUES = 8
 MARKS = {"within noise": "≈ best", "one seed": "?"}  # as a terminal is narrow
-# Columns that a narrow terminal drops, in this order.
-SPARE = ("perplexity", "tokens", "seconds", "bits/char")
 
 
 def text(study: Study, console: Console) -> RenderableType:
@@ -38,49 +35,25 @@ def text(study: Study, console: Console) -> RenderableType:
 
 def table(study: Study, console: Console) -> Table:
     """Return the table of rows, best first, without columns that do not fit."""
-    return as_wide_as_fits(partial(lines, study), SPARE, console)
-
-
-def lines(study: Study, without: Sequence[str]) -> Table:
-    rows = study.rows[:MOST_ROWS]
-    cells = [cells_of(study, row) for row in rows]
-    if all(len(row.runs) == 1 for row in study.rows):  # one seed per row: no statistics over seeds
-        without = [*without, "seeds", "vs best"]
-    columns = [column for column in cells[0] if column not in without]
+    lines = [line_of(study, row) for row in study.rows[:MOST_ROWS]]
+    # With one seed per row there are no statistics over seeds.
+    without = ("seeds", "vs best") if all(len(row.runs) == 1 for row in study.rows) else ()
     runs = sum(len(row.runs) for row in study.rows)
-    made = Table(
-        box=box.SIMPLE_HEAD,
-        collapse_padding=True,
-        title=f"{runs} finished run{'s' * (runs > 1)}, by val loss (nats per character)",
-    )
-    made.title_justify, made.title_style = "left", "bold"
-    for name in study.swept:
-        made.add_column(Text(study.labels[name]), justify="right", overflow="fold", max_width=28)
-    for column in columns:  # which are whole, however narrow that makes the settings
-        width = max(len(column), *(len(found[column]) for found in cells))
-        justify: JustifyMethod = "left" if column == "vs best" else "right"
-        made.add_column(column, justify=justify, min_width=width, no_wrap=True)
-    for row, found in zip(rows, cells, strict=True):
-        told = [Text(study.told[name][row.settings[name]] if name in row.settings else "-") for name in study.swept]
-        style = {"best": "bold", MARKS["within noise"]: "green"}.get(found["vs best"])
-        made.add_row(*told, *(found[column] for column in columns), style=style)
-    return made
+    title = f"{runs} finished run{'s' * (runs > 1)}, by val loss (nats per character)"
+    return terminal_table(title, [study.labels[name] for name in study.swept], lines, console, without)
 
 
-def cells_of(study: Study, row: Row) -> dict[str, str]:
-    error = row.error
-    one = len(row.runs) == 1
-    cells = {"val loss": f"{row.loss:.4f} ± " + ("-" if error is None else f"{error:.4f}") + "*" * one}
-    cells["seeds"] = str(len(row.runs))
-    for title, figure, digits in (
-        ("bits/char", "val/bits_per_char", 4),
-        ("perplexity", "val/perplexity", 3),
-        ("seconds", "train/seconds", 1),
-        ("tokens", "train/tokens", 0),
-    ):
-        mean = row.mean(figure)
-        cells[title] = "-" if mean is None else f"{mean:,.{digits}f}"
-    return cells | {"vs best": MARKS.get(verdict := study.verdict(row), verdict)}
+def line_of(study: Study, row: Row) -> Line:
+    settings = [study.formatted[name][row.settings[name]] if name in row.settings else "-" for name in study.swept]
+    verdict = study.verdict(row)
+    one_seed = len(row.runs) == 1
+    cells = {
+        LOSS.head: f"{LOSS.format(row.loss)} ± {LOSS.format(row.error)}" + "*" * one_seed,
+        "seeds": str(len(row.runs)),
+        **{column.head: column.format(row.mean(column.figure)) for column in COLUMNS if column != LOSS},
+        "vs best": MARKS.get(verdict, verdict),
+    }
+    return Line(settings, cells, {"best": "bold", "within noise": "green"}.get(verdict, ""))
 
 
 def legend(study: Study) -> str:
@@ -107,7 +80,7 @@ def settings(study: Study) -> Table:
             losses = [row.loss for row in study.rows if row.settings.get(name, row) == value]
             told = Text(study.labels[name] + f", the best of {len(best)}" * many if i == 0 else "")
             figures = str(len(losses)), f"{best[value].loss:.4f}", f"{statistics.median(losses):.4f}"
-            made.add_row(told, Text(study.told[name][value]), *figures, style="bold" if value == top else "")
+            made.add_row(told, Text(study.formatted[name][value]), *figures, style="bold" if value == top else "")
         made.add_section()
     return made
 

@@ -32,7 +32,7 @@ watcher.start()
 gc.disable()  # imports make a million objects and no garbage
 for name in NAMES:
     import_module(name)
-import_module("charlm.run.record").surroundings()  # the same for all jobs, as they run the code that is loaded here
+import_module("charlm.run.record").environment()  # the same for all jobs, as they run the code that is loaded here
 gc.freeze()  # what is forked leaves these objects where they are, in memory that all jobs share
 gc.enable()
 imported.set()

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 from optuna.pruners import MedianPruner, NopPruner
 from optuna.samplers import TPESampler
@@ -26,6 +25,7 @@ from charlm.internals.optuna import reopen
 from charlm.run.folder import held
 from charlm.run.results import read_validations, whole_results
 from charlm.run.table import outcome, short
+from charlm.seeds import derive_seed
 from charlm.sweep import ledger
 from charlm.sweep.engine import Handed
 from charlm.sweep.job import Job, Running
@@ -141,7 +141,7 @@ class Search:
     def next(self) -> Job:
         """A new one."""
         number = len(self.jobs)
-        seed = int(np.random.SeedSequence((self.asked["seed"], number)).generate_state(1)[0])
+        seed = derive_seed(self.asked["seed"], number) % 2**32  # the largest that TPESampler takes
         self.study.sampler = TPESampler(seed=seed, n_startup_trials=self.asked["n_startup_trials"])
         unnamed = self.unnamed.pop(0) if self.unnamed else None
         trial = reopen(self.study, unnamed) if unnamed else self.study.ask(self.space.open)

@@ -115,7 +115,7 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
             stopped, why = died.code, f"{died}; "
     rows = {name: source.row(job, ends.get(name, "waiting")) for name, job in source.jobs.items()}
     ranked = rank([*rows.values()])
-    write_csv(sweep_dir / TABLE, ranked)
+    write_csv(sweep_dir / TABLE, ranked, source.swept)
     finished = {name: row["val/loss"] for name, row in rows.items() if row["status"] == "finished"}
     losses = {name: loss for name, loss in finished.items() if loss is not None}
     best = source.jobs[min(losses, key=losses.__getitem__)].overrides if losses else []

@@ -9,7 +9,7 @@ from charlm.logger import TensorBoard
 from charlm.module import LanguageModel
 
 
-class Exhibit(L.Callback):
+class DashboardCallback(L.Callback):
     """Shown before the first step, after every validation and after the last step: once for each of these steps.
 
     Nothing is computed where there is no TensorBoard to show it.
@@ -50,7 +50,7 @@ class Exhibit(L.Callback):
         if not boards or self.shown_at == trainer.global_step:
             return
         self.shown_at = trainer.global_step
-        model = pl_module.whole()
+        model = pl_module.unsharded_model()
         if not trainer.is_global_zero:
             return
         modes = {module: module.training for module in model.modules()}
