@@ -1,8 +1,8 @@
 """Learning-rate schedules: an optimizer and a budget in, a `torch.optim.lr_scheduler.LRScheduler` out.
 
-Stepped once a step. Each is a factor of the learning rate. It rises over `warmup_steps` steps, always counted in
-steps, since it is optimizer states that must warm up, and falls as the budget is spent, be that by steps or by the
-clock. The lower of both counts: at the end of the budget there is nothing left to warm up for.
+Each schedule multiplies the learning rate by a factor once per optimizer step. The factor rises over `warmup_steps`
+steps and falls as the budget is spent, in steps or in time; the lower of the two applies. The warm-up is always counted
+in steps, because the optimizer's averages need steps to settle.
 """
 
 from collections.abc import Callable
@@ -20,12 +20,19 @@ Part = Annotated[float, Ge(0), Le(1)]
 
 
 def constant(optimizer: Optimizer, budget: Budget) -> LRScheduler | None:
-    """The learning rate stays as it is; there is nothing to step."""
+    """Keep the learning rate constant."""
     return None
 
 
 def warmup_cosine(optimizer: Optimizer, budget: Budget, warmup_steps: Steps, min_lr_ratio: Part) -> LRScheduler:
-    """Half a cosine down to `min_lr_ratio` times the rate (Loshchilov and Hutter 2017); in steps, nanoGPT's."""
+    """Decay along half a cosine (Loshchilov and Hutter 2017); counted in steps, nanoGPT's schedule.
+
+    Args:
+        optimizer: the optimizer whose rates change.
+        budget: steps or time of the whole run.
+        warmup_steps: steps over which the learning rate rises from zero.
+        min_lr_ratio: learning rate at the end, as a fraction of optimizer.lr.
+    """
 
     def fall(step: int) -> float:
         return 0.5 * (1 + cos(pi * budget.spent(step, since=warmup_steps)))
@@ -34,7 +41,14 @@ def warmup_cosine(optimizer: Optimizer, budget: Budget, warmup_steps: Steps, min
 
 
 def linear(optimizer: Optimizer, budget: Budget, warmup_steps: Steps, min_lr_ratio: Part) -> LRScheduler:
-    """A straight line down to `min_lr_ratio` times the rate (Defazio et al. 2023)."""
+    """Decay linearly (Defazio et al. 2023).
+
+    Args:
+        optimizer: the optimizer whose rates change.
+        budget: steps or time of the whole run.
+        warmup_steps: steps over which the learning rate rises from zero.
+        min_lr_ratio: learning rate at the end, as a fraction of optimizer.lr.
+    """
 
     def fall(step: int) -> float:
         return 1 - budget.spent(step, since=warmup_steps)
@@ -49,7 +63,15 @@ def warmup_stable_decay(
     decay_fraction: Annotated[float, Gt(0), Le(1)],
     min_lr_ratio: Part,
 ) -> LRScheduler:
-    """The full rate until the last part of the budget, then down as 1 - sqrt (Hu et al. 2024; Hägele et al. 2024)."""
+    """Keep the full rate, then decay as 1 - sqrt (Hu et al. 2024; Hägele et al. 2024).
+
+    Args:
+        optimizer: the optimizer whose rates change.
+        budget: steps or time of the whole run.
+        warmup_steps: steps over which the learning rate rises from zero.
+        decay_fraction: fraction of the budget, at its end, in which the learning rate decays.
+        min_lr_ratio: learning rate at the end, as a fraction of optimizer.lr.
+    """
 
     def fall(step: int) -> float:
         left = 1 - budget.spent(step)
@@ -61,7 +83,7 @@ def warmup_stable_decay(
 def scheduled(
     optimizer: Optimizer, budget: Budget, warmup_steps: int, min_lr_ratio: float, fall: Callable[[int], float]
 ) -> LRScheduler:
-    """A warm-up, and `fall` from 1 to 0 brought between 1 and `min_lr_ratio`.
+    """Return the schedule of a warm-up and of `fall`, which goes from 1 to 0, scaled to end at `min_lr_ratio`.
 
     Raises:
         ValueError: if the warm-up takes all steps.

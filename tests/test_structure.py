@@ -15,6 +15,8 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from charlm.preflight.command import check_command
+
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
 YAMLS = sorted(CONF.rglob("*.yaml"))
@@ -164,3 +166,25 @@ def test_the_process_of_a_sweep_does_without_torch():
         "sys.exit(bool({'torch', 'lightning', 'matplotlib'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "group", ["model", "data", "optimizer", "scheduler", "trainer", "speed", "callbacks", "logger"]
+)
+def test_help_explains_every_setting_of_every_choice_in_one_line(group, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for file in sorted((CONF / group).glob("*.yaml")):
+        if file.stem == "base":
+            continue
+        with pytest.raises(SystemExit) as ended:
+            check_command(["train.py", f"{group}={file.stem}", "--help"], CONF)
+        assert ended.value.code == 0
+        told = capsys.readouterr().out
+        lines = [line for line in told.splitlines() if re.match(r"  [\w.]+=", line)]
+        assert len(lines) > 20
+        for line in lines:
+            _, meaning = line.strip().split("  ", 1)
+            assert len(meaning.strip()) > 3, line
+        most_used = re.findall(r"^  ([\w.]+)=", told.partition("Most used")[2], re.M)[:10]
+        assert {"model", "data.block_size", "data.batch_size", "optimizer.lr", "seed"} <= {*most_used}
+        assert "base" not in re.findall(r"\w+", told.partition("data=")[2].splitlines()[0])

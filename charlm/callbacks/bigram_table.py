@@ -34,7 +34,7 @@ class BigramTable(DashboardCallback):
     """Draws P(next | last). Any model has one: its logits after a single character.
 
     Args:
-        most_characters: the most frequent ones are shown, so that the picture stays readable for any alphabet.
+        most_characters: number of the most frequent characters to show.
     """
 
     frame: Image.Image | None = None

@@ -86,9 +86,10 @@ class Checkpoint(AtSteps, SavesLast):
     callbacks, so a checkpoint holds the state and the logs that these have after the same step.
 
     Args:
-        every_n_steps: how often, in optimizer steps; the end of training saves as well.
-        every_n_minutes: how long, at most, a run goes on without saving, so that a slow one never loses much. Several
-            processes must agree, and so look at the clock only where the trainer logs.
+        dirpath: folder of the checkpoints.
+        every_n_steps: optimizer steps between checkpoints; the end of training always saves one.
+        every_n_minutes: longest time between checkpoints. Several processes must agree, and so look at the clock only
+            where the trainer logs.
     """
 
     every_n_steps: int

@@ -26,8 +26,8 @@ class EMA(AtSteps):
     ExponentialMovingAverage introduced such a ramp, as `num_updates`.
 
     Args:
-        decay: factor of the old average at each step; the average reaches back over about 1 / (1 - decay) steps.
-        every_n_steps: how often the average is updated, which counts for as many steps.
+        decay: weight of the old average per step: it reaches back over about 1 / (1 - decay) steps.
+        every_n_steps: optimizer steps between updates of the average.
     """
 
     every_n_steps: int

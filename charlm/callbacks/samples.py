@@ -17,8 +17,8 @@ class Samples(DashboardCallback):
     """Puts a sample on the dashboard (TensorBoard's Text tab).
 
     Args:
-        length: characters.
-        seed: seed of the sampling; it has its own generator, so that logging never changes training.
+        length: characters of a sample on the dashboard.
+        seed: seed of the sampling, which never changes training. It has its own generator.
     """
 
     def __init__(self, length: Annotated[int, Ge(1), Le(1_000_000)] = 200, seed: Annotated[int, Ge(0)] = 1337):

@@ -37,15 +37,15 @@ class CharDataModule(L.LightningDataModule):
     """A text, cut into contiguous train, val and test splits, served as chunks of block_size characters.
 
     Args:
-        corpus: the name of a corpus (see `charlm.data.corpus`); None: the one that `path` names, or text.
-        path: the file, folder or glob that `corpus=text` reads.
-        fallback: the corpus, one that needs no download, to train on where this one cannot be had; None makes that
-            an error.
-        block_size: characters in a chunk, T.
-        batch_size: chunks in a batch of one process, B.
-        val_fraction, test_fraction: the part of the text, at its end, that is kept for val, and after it for test.
-        min_context: characters that evaluation shows a model, at least, for each target, of its block_size at most;
-            where 1 suffices, windows do not overlap. Losses compare across block sizes if it is the same.
+        corpus: name of a corpus (see `charlm.data.corpus`); None: the one that `path` names, or text.
+        path: your text for data=text: a file, a folder or a 'glob/**/*.txt', also .gz.
+        fallback: corpus to train on, loudly, if this one cannot be downloaded; null: report an error instead.
+        block_size: T, characters in a chunk: the context that a model sees.
+        batch_size: B, chunks in a batch of one process.
+        val_fraction: fraction of the text, at its end, for the val split.
+        test_fraction: fraction of the text, after the val split, for the test split.
+        min_context: characters of context that evaluation gives each target at least; losses of different block sizes
+            compare only if it is the same. At most block_size. With 1, windows do not overlap.
         batches_per_epoch: length of an epoch for Lightning, since random chunks have no natural end. Rounded up to
             whole optimizer steps where the trainer accumulates gradients.
         seed: seed of the random chunks.

@@ -92,12 +92,12 @@ class GPT(nn.Module):
     """
     Args:
         vocab_size: V, the number of symbols.
-        block_size: the positions there are, and so the characters it can look back over.
-        n_layer: blocks.
-        n_head: heads of attention in each.
-        n_embd: C, a multiple of n_head.
-        dropout: probability for the embedding, attention and residual branches.
-        bias: do linear maps and LayerNorms have one? GPT-2's do; without is a little faster and no worse.
+        block_size: longest context in characters: the number of positions.
+        n_layer: number of Transformer blocks.
+        n_head: attention heads per block.
+        n_embd: C, width of the embedding: a multiple of n_head.
+        dropout: probability of dropout in the embedding, attention and residual branches.
+        bias: whether linear layers and LayerNorms have biases; without, as in nanoGPT, it is faster and no worse.
 
     Raises:
         ValueError: if n_embd is not a multiple of n_head.

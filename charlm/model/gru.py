@@ -15,12 +15,13 @@ from charlm.model import keeps_arguments
 
 @keeps_arguments
 class GRU(nn.Module):
-    """
+    """A GRU over the embedded characters.
+
     Args:
         vocab_size: V, the number of symbols.
-        n_layer: layers, each reading the states of the one below.
-        n_embd: C, the size of the embedding and of each layer's state.
-        dropout: of the embedding and of what each layer hands on.
+        n_layer: number of recurrent layers.
+        n_embd: C, size of the embedding and of each layer's state.
+        dropout: probability of dropout after the embedding and after each layer.
     """
 
     block_size = None  # it looks back over all that came before

@@ -261,11 +261,15 @@ class Mixture(nn.Module):
 
     Args:
         vocab_size: V, the number of symbols.
-        block_size: the positions there are, and so the characters it can look back over.
-        n_context: the longest context that is counted, in characters.
-        n_folds: number of folds of the training text; in each fold the networks see the counts of the others.
-        n_networks: each a Transformer of the following measures.
-        n_layer, n_head, n_embd, mlp, dropout: as in `TransformerPP`.
+        block_size: longest context in characters: the number of positions.
+        n_context: longest counted context in characters.
+        n_folds: folds of the training text; in each fold the networks see the counts of the other folds.
+        n_networks: number of Transformers, whose probabilities are averaged.
+        n_layer: Transformer blocks per network.
+        n_head: attention heads per block.
+        n_embd: width of the embedding: an even multiple of n_head.
+        mlp: feed-forward layer: relu2 (squared ReLU) or swiglu, with as many parameters.
+        dropout: probability of dropout in the embedding, attention and residual branches.
 
     Raises:
         ValueError: if n_embd is not an even multiple of n_head.

@@ -20,8 +20,8 @@ class MLP(nn.Module):
 
     Args:
         vocab_size: V, the number of symbols.
-        block_size: n, the characters it looks back over.
-        n_embd: C, of the embedding of each character.
+        block_size: context in characters.
+        n_embd: C, size of the embedding of a character.
         n_hidden: width of the hidden layer.
     """
 

@@ -109,12 +109,12 @@ class TransformerPP(nn.Module):
 
     Args:
         vocab_size: V, the number of symbols.
-        block_size: the positions there are, and so the characters it can look back over.
-        n_layer: blocks.
-        n_head: heads of attention in each.
-        n_embd: C, an even multiple of n_head.
-        mlp: what a position does by itself: squared ReLU, or SwiGLU with as many parameters.
-        dropout: probability for the embedding, attention and residual branches.
+        block_size: longest context in characters: the number of positions.
+        n_layer: number of Transformer blocks.
+        n_head: attention heads per block.
+        n_embd: C, width of the embedding: an even multiple of n_head.
+        mlp: feed-forward layer: relu2 (squared ReLU) or swiglu, with as many parameters.
+        dropout: probability of dropout in the embedding, attention and residual branches.
 
     Raises:
         ValueError: if n_embd is not an even multiple of n_head.

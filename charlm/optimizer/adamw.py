@@ -20,13 +20,21 @@ def adamw(
     eps: Annotated[float, Gt(0)] = 1e-8,
     weight_decay: Annotated[float, Ge(0)] = 0.01,
 ) -> "AdamW":
-    """AdamW for every parameter. Only what has two dimensions decays: matrices and embeddings, not gains and biases."""
+    """AdamW for every parameter. Matrices and embeddings decay; gains and biases do not.
+
+    Args:
+        model: the model to train.
+        lr: learning rate at its peak; a Transformer needs about a tenth of a bigram's.
+        betas: decay rates of the averages of the gradient and of its square.
+        eps: added to the root of the averaged square, for numerical stability.
+        weight_decay: decay of matrices and embeddings per step, as a factor of the learning rate.
+    """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return AdamW(decay_groups(parameters, weight_decay), lr=lr, betas=tuple(betas), eps=eps)
 
 
 def decay_groups(parameters: Sequence[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups in which only what has two dimensions decays."""
+    """Return parameter groups in which only matrices and embeddings decay."""
     groups = [
         {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},

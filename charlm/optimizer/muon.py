@@ -25,14 +25,17 @@ def muon(
     """PyTorch's Muon for the hidden matrices, if the model has any, and AdamW for all other parameters, if any.
 
     Args:
-        model: an output layer of its own, or of a part of it, is called `head`.
-        lr: of Muon.
-        adamw_lr: of AdamW.
-        momentum, nesterov: of Muon.
-        adjust_lr_fn: how Muon's step depends on the shape of a matrix. "original" scales its spectrum to lr;
-            "match_rms_adamw" its entries to about those of AdamW at the same lr (Liu et al. 2025, section 2.2).
-        betas, eps: of AdamW.
-        weight_decay: for both optimizers; gains and biases do not decay.
+        model: the model to train; its output layers must be called `head`.
+        lr: learning rate of Muon at its peak.
+        adamw_lr: learning rate of AdamW at its peak, for all that Muon does not train.
+        momentum: momentum of Muon.
+        nesterov: whether Muon's momentum is Nesterov's.
+        adjust_lr_fn: how Muon's step depends on the shape of a matrix: original or match_rms_adamw. "original" scales
+            its spectrum to lr; "match_rms_adamw" its entries to about those of AdamW at the same lr (Liu et al. 2025,
+            section 2.2).
+        betas: AdamW's decay rates of the averages of the gradient and of its square.
+        eps: AdamW's term for numerical stability.
+        weight_decay: decay of matrices and embeddings per step, as a factor of the learning rate.
     """
     hidden = hidden_matrices(model)
     chosen = {id(p) for p in hidden}

@@ -27,8 +27,8 @@ class GroupedSteps(L.Callback):
     clip, optimizer, schedule. `charlm.speed.conditions` says when there are any.
 
     Args:
-        steps_per_execution: steps in a group, at most; auto: as many as take hardly any time. Changes only the speed.
-        cuda_graph: on one GPU, capture the step once and replay it.
+        steps_per_execution: most optimizer steps in a group; auto: by the size of a step. Changes only the speed.
+        cuda_graph: capture the step once and replay it, on one GPU; helps models so small that launches dominate.
     """
 
     def __init__(self, steps_per_execution: Annotated[int, Ge(1)] | Literal["auto"] = "auto", cuda_graph: bool = False):
