@@ -100,7 +100,7 @@ def test_two_processes_train_any_model_as_one(two_processes, call, text_file, mo
 
 @pytest.mark.slow
 def test_torchrun_starts_a_process_on_each_of_two_addresses(tmp_path, text_file):
-    """The line of the README, once for each machine."""
+    """The torchrun command of docs/runs.md, once for each machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
