@@ -15,7 +15,7 @@ from charlm.errors import one_line_errors
 from charlm.home import CONF
 from charlm.preflight.command import check_command
 from charlm.run.record import Run, follows
-from charlm.run.resume import begun, tidy
+from charlm.run.resume import prepare_run, tidy
 from charlm.sweep.command import sweep
 from charlm.sweep.plan import is_sweep
 
@@ -60,7 +60,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
         enable_checkpointing=True,  # by `callbacks.checkpoint`, if it is there
     )
     limit_tokens(trainer, cfg.max_tokens, data.batch_size * data.block_size)
-    steps = speed.told(trainer, module, data.batch_size * data.block_size) if speed else "1 at a time: speed=off"
+    steps = speed.describe(trainer, module, data.batch_size * data.block_size) if speed else "1 at a time: speed=off"
     run.tell(config, corpus, trainer, steps)
     if trainer.is_global_zero:
         if state:
@@ -88,7 +88,7 @@ def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
 def main(cfg: DictConfig) -> None:
     """One run, from its first second to its last: its settings, its record, its training."""
     with one_line_errors(), terminal.logged():
-        cfg, state = begun(cfg, HydraConfig.get().overrides.task)
+        cfg, state = prepare_run(cfg, HydraConfig.get().overrides.task)
         terminal.started_in = get_original_cwd()
         if cfg.data.path:  # counts from where the command was typed, also with hydra.job.chdir=true
             cfg.data.path = os.path.join(terminal.started_in, os.path.expanduser(cfg.data.path))

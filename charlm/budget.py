@@ -36,7 +36,7 @@ class Budget:
         by_clock = self.seconds - self.clock() if self.seconds else None
         return min((left for left in (by_steps, by_clock) if left is not None), default=None)
 
-    def told(self, tokens_per_step: int, tokens_of_text: int) -> str:
+    def describe(self, tokens_per_step: int, tokens_of_text: int) -> str:
         """The budget as one reads it."""
         time = f"{timedelta(seconds=round(self.seconds))} of time" if self.seconds else ""
         if not self.steps:

@@ -181,8 +181,8 @@ def evaluate(
     with terminal.tracked("evaluating") as progress:
         found = figures(loaded.model, data, list(splits) or loaded.config["evaluate"], progress, stride)
     context = data.min_context if stride is None else max(1, data.block_size - stride + 1)
-    told = {"checkpoint": str(loaded.path), "step": loaded.step, "corpus": data.corpus.name, "min_context": context}
-    found = told | found
+    header = {"checkpoint": str(loaded.path), "step": loaded.step, "corpus": data.corpus.name, "min_context": context}
+    found = header | found
     if as_json:
         print_json(plain(found))
     else:

@@ -139,15 +139,15 @@ class LanguageModel(L.LightningModule):
         """
         total, n = self.trainer.strategy.reduce(self.scored, reduce_op="sum").tolist()
         loss = total / n if n else math.nan
-        told = {
+        metrics = {
             f"{split}/loss": loss,
             f"{split}/bits_per_char": loss / math.log(2),
             f"{split}/perplexity": math.exp(min(loss, 700)),
         }
         whole = not hasattr(loader, "__len__") or batches == [len(loader)]
-        self.log_dict(told, logger=None if whole else False, sync_dist=True)
+        self.log_dict(metrics, logger=None if whole else False, sync_dist=True)
         if not whole:
-            partial = {f"{name.replace('/', '_partial/')}": value for name, value in told.items()}
+            partial = {f"{name.replace('/', '_partial/')}": value for name, value in metrics.items()}
             self.log_dict(partial, sync_dist=True)
 
     def predict_step(self, batch: Batch | Tensor, batch_idx: int) -> Tensor:

@@ -196,9 +196,9 @@ def allowed(hint: Any) -> str:
     """Describe the values that a type annotation allows."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        said = [m.documentation for m in hint.__metadata__ if isinstance(m, DocInfo)]
+        documented = [m.documentation for m in hint.__metadata__ if isinstance(m, DocInfo)]
         limits = [LIMITS[type(m)].format(*vars_of(m)) for m in hint.__metadata__ if type(m) in LIMITS]
-        return said[0] if said else " ".join([allowed(hint.__origin__), " and ".join(limits)]).strip()
+        return documented[0] if documented else " ".join([allowed(hint.__origin__), " and ".join(limits)]).strip()
     if origin in (Union, UnionType):
         return " or ".join(allowed(a) for a in arguments)
     if origin is Literal:

@@ -56,7 +56,7 @@ class SafeConsole(Console):
 console = SafeConsole()
 log = logging.getLogger("charlm")
 
-said_before_the_log: list[str] = []
+early_warnings: list[str] = []
 started_in: str | None = None  # the folder in which the command was typed, where that is not the current one
 LEVELS = {"uniform": "uniform", "unigram": "counted unigram", "bigram": "counted bigram"}
 
@@ -75,7 +75,7 @@ def logged() -> Iterator[None]:
         library.handlers.clear()
         library.propagate = True
         library.setLevel(logging.INFO)
-    for line in said_before_the_log:
+    for line in early_warnings:
         log.warning(line)
     try:
         yield
@@ -121,7 +121,7 @@ def header(
         + ", ".join(f"{name} {n:,}" for name, n in sizes.items()),
         "batches": f"{data.batch_size} chunks of {data.block_size} characters"
         + (f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""),
-        "training": f"{budget_of(trainer).told(tokens, sizes['train'])}, "
+        "training": f"{budget_of(trainer).describe(tokens, sizes['train'])}, "
         f"{name_of(optimizer)} at lr {optimizer['lr']:g}, {name_of(config['scheduler'])}, seed {config['seed']}",
         "device": ", ".join(
             [describe_device(trainer.strategy.root_device), trainer.precision, *["compiled"] * config["compile"]]
@@ -167,7 +167,7 @@ def notice_fallback(wanted: str, given: str, reason: Exception) -> None:
     )
     text.append(f"of {wanted}. To have an error instead: data.fallback=null")
     console.print(Panel(text, title="ANOTHER CORPUS", border_style="bold red", box=box.HEAVY))
-    said_before_the_log.append(f"NOT {wanted}: trained on {given} instead ({reason})")
+    early_warnings.append(f"NOT {wanted}: trained on {given} instead ({reason})")
 
 
 def figures(found: dict[str, Any], name: str) -> Table:
@@ -216,13 +216,13 @@ def checkpoint(found: dict[str, Any]) -> RenderableType:
 def comparison(found: dict[str, Any]) -> RenderableType:
     """A run and its repetition: equal, or where they part and what is not as it was."""
     if found["equal"]:
-        told = f"Equal to the bit: the losses of all {found['steps']:,} steps, the weights and all states after them."
+        verdict = f"Bitwise equal: the losses of all {found['steps']:,} steps, the weights and the optimizer states."
     elif found["first_step"]:
         then, now = found["losses"]
-        told = f"Not the same. Losses differ from step {found['first_step']:,} on: {then:.9g} then, {now:.9g} now."
+        verdict = f"Not the same. Losses differ from step {found['first_step']:,} on: {then:.9g} then, {now:.9g} now."
     else:
-        told = f"Not the same, though the losses of all {found['steps']:,} steps are. What differs:"
-    lines: list[RenderableType] = [Text(told, style="bold")]
+        verdict = f"Not the same, though the losses of all {found['steps']:,} steps are. What differs:"
+    lines: list[RenderableType] = [Text(verdict, style="bold")]
     if not found["equal"] and not found["first_step"]:
         names = found["differs"]
         lines += [Text(f"  {name}") for name in names[:10]]
@@ -307,8 +307,8 @@ class SweepAtWork:
     def ended(self, name: str, row: dict[str, Any]) -> None:
         self.number += 1
         loss = row["val/loss"]
-        told = f"val loss {loss:.4f}" if row["status"] == "finished" and loss is not None else row["status"]
-        console.print(Text(f"[{self.number}/{self.total}] {name}  {told}"), soft_wrap=True)
+        verdict = f"val loss {loss:.4f}" if row["status"] == "finished" and loss is not None else row["status"]
+        console.print(Text(f"[{self.number}/{self.total}] {name}  {verdict}"), soft_wrap=True)
 
     def look(self, jobs: Sequence[tuple[str, Path, int, float]]) -> None:
         """Of each job at work: its name, folder, number of steps, and when it began by time.monotonic()."""
@@ -322,7 +322,7 @@ class SweepAtWork:
             left = (time.monotonic() - since) * (max_steps / step - 1) if step and max_steps > 0 else None
             table.add_row(
                 Text(name, overflow="fold"),
-                told_steps(step, max_steps),
+                format_steps(step, max_steps),
                 "" if loss is None else f"{loss:.4f}",
                 "" if left is None else f"{left:,.0f} s",
             )
@@ -350,7 +350,7 @@ def glance(run_dir: Path) -> tuple[int, float | None]:
     return size, float(newest.mean()) if len(newest) else None
 
 
-def told_steps(step: int, total: int) -> str:
+def format_steps(step: int, total: int) -> str:
     """A step as one reads it, of how many, where that is known, and no wider at the end than at the beginning."""
     return f"{step:{len(f'{total:,}')},}/{total:,}" if total > 0 else f"{step:,}"
 

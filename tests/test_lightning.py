@@ -329,7 +329,7 @@ def test_accumulation_that_changes_takes_one_step_of_a_bigram_at_a_time(data):
         found.append((module.trainer.global_step, *module.state_dict().values()))
     assert found[0][0] == found[1][0]
     assert torch.equal(found[0][1], found[1][1])
-    told = GroupedSteps().told(module.trainer, module, 32)
+    told = GroupedSteps().describe(module.trainer, module, 32)
     assert told == "1 step at a time: GradientAccumulationScheduler changes how many batches make a step"
 
 
@@ -417,7 +417,7 @@ class Nosy(of_lightning.LearningRateMonitor):
 def test_a_subclass_of_a_known_callback_is_not_known(data):
     module, speed = small(data), GroupedSteps()
     trainer_of(Nosy(), speed, logger=Log()).fit(module, data)
-    told = speed.told(module.trainer, module, 32)
+    told = speed.describe(module.trainer, module, 32)
     assert told.startswith("1 step at a time: Nosy has on_train_batch_")
     assert told.endswith(", and so needs every batch")
 

@@ -309,7 +309,7 @@ def test_a_callback_that_looks_at_batches_sees_every_step(fit, data, make):
     steps = [*range(1, STEPS + 1)]
     assert getattr(watch, "at", None) == steps or watch.seen == [(step - 1, step) for step in steps]
     assert torch.equal(weights(module.model), weights(plain_loop(data)))
-    told = GroupedSteps().told(module.trainer, module, 32)
+    told = GroupedSteps().describe(module.trainer, module, 32)
     assert told == f"1 step at a time: {make.__name__} has on_train_batch_end, and so needs every batch"
 
 
@@ -415,7 +415,7 @@ def test_a_subclass_is_trained_by_its_own_step(fit, data):
         optimizer.step()
         optimizer.zero_grad()
     assert torch.equal(weights(module.model), weights(model))
-    assert GroupedSteps().told(module.trainer, module, 32) == "1 step at a time: Half has training_step of its own"
+    assert GroupedSteps().describe(module.trainer, module, 32) == "1 step at a time: Half has training_step of its own"
 
 
 @pytest.mark.parametrize(

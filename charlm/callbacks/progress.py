@@ -11,7 +11,7 @@ from torch import Tensor
 
 from charlm.budget import budget_of
 from charlm.callbacks.at_steps import AtSteps
-from charlm.terminal import console, told_steps
+from charlm.terminal import console, format_steps
 
 # A person reads no faster, and every look at the loss waits for the device.
 SECONDS_BETWEEN_LOOKS = 0.25
@@ -42,7 +42,7 @@ class Progress(AtSteps):
                 TextColumn("{task.fields[clock]}"),
             )
             self.bar = Bar(*columns, console=console, refresh_per_second=8, expand=True)
-            steps = told_steps(self.first_step, trainer.max_steps)
+            steps = format_steps(self.first_step, trainer.max_steps)
             self.task = self.bar.add_task("", total=1.0, steps=steps, clock="left")
             self.bar.update(self.task, completed=self.budget.spent(self.first_step))
             self.bar.start()
@@ -70,15 +70,15 @@ class Progress(AtSteps):
         steps_per_second = (step - self.first_step) / seconds
         tokens = steps_per_second * chunk_tokens * trainer.world_size * trainer.accumulate_grad_batches
         val = trainer.callback_metrics.get("val/loss")
-        told = f"loss {loss.item():.4f}  "
-        told += (f"val {val:.4f}  " if val is not None else "") + f"{tokens:,.0f} tokens/s"
-        steps = told_steps(step, trainer.max_steps)
+        line = f"loss {loss.item():.4f}  "
+        line += (f"val {val:.4f}  " if val is not None else "") + f"{tokens:,.0f} tokens/s"
+        steps = format_steps(step, trainer.max_steps)
         if self.bar:
-            self.bar.update(self.task, completed=self.budget.spent(step), description=told, steps=steps)
+            self.bar.update(self.task, completed=self.budget.spent(step), description=line, steps=steps)
         else:
             left = self.budget.seconds_left(step, steps_per_second)
-            told += f"  {left:,.0f} s left" if left and left > 0 else ""
-            console.print(f"step {steps}  {told}", soft_wrap=True)  # a step is a line, however wide
+            line += f"  {left:,.0f} s left" if left and left > 0 else ""
+            console.print(f"step {steps}  {line}", soft_wrap=True)  # a step is a line, however wide
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and trainer.global_step > self.shown_at:

@@ -113,8 +113,8 @@ def readable(path: Path) -> Iterator[None]:
 
 def one_line(error: Exception) -> str:
     """Return the first line of an error, which may quote the file."""
-    said = str(error).splitlines()[:1] or [""]
-    return printable(said[0], 300) or type(error).__name__
+    lines = str(error).splitlines()[:1] or [""]
+    return printable(lines[0], 300) or type(error).__name__
 
 
 def trained(
@@ -225,9 +225,9 @@ def export(loaded: Checkpoint, file: Path) -> None:
 
     if file.suffix != ".safetensors":
         raise InputError(f"--export {file}: give a name that ends with .safetensors")
-    told = {"step": loaded.step, "model": loaded.config["model"], "corpus": loaded.corpus}
-    told["tokenizer"] = loaded.tokenizer.state_dict()
+    metadata_of_model = {"step": loaded.step, "model": loaded.config["model"], "corpus": loaded.corpus}
+    metadata_of_model["tokenizer"] = loaded.tokenizer.state_dict()
     weights = {name: weight.cpu().contiguous().clone() for name, weight in loaded.model.state_dict().items()}
-    metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in told.items()}
+    metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in metadata_of_model.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, lambda opened: opened.write(save(weights, metadata)))

@@ -358,10 +358,10 @@ class Mixture(nn.Module):
 
     def shown(self, found: Found) -> Tensor:
         """Return the features of the counts that networks read, (n, V + 3 * K)."""
-        told = torch.cat(
+        features = torch.cat(
             (found.log_p().mul(0.5).exp(), found.seen), 1
         )  # square roots, since small probabilities matter
-        return told.to(next(self.parameters()).dtype)
+        return features.to(next(self.parameters()).dtype)
 
 
 def make_room(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

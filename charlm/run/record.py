@@ -120,8 +120,8 @@ class Run:
         self.step = lambda: trainer.global_step
         self.write()
         if self.before and self.before["step"] and (other := differences(self.before, self.record)):
-            told = ", ".join(f"{name} was {then} and is {now}" for name, (then, now) in other.items())
-            warn(f"{told}: what follows may not be, to the bit, what the unbroken run would have done")
+            changes = ", ".join(f"{name} was {then} and is {now}" for name, (then, now) in other.items())
+            warn(f"{changes}: what follows may not be, to the bit, what the unbroken run would have done")
 
     def beat(self) -> None:
         while not self.ended.wait(SECONDS_BETWEEN_BEATS):
@@ -137,12 +137,12 @@ class Run:
 
     def write_over(self) -> None:
         """On a full disk, where a new file has no room: what ended the run is no longer than the room in the old."""
-        told = as_json(self.record)
+        text = as_json(self.record)
         with (self.folder / RUN_JSON).open("r+b") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(0)
-            if len(told) <= size:
-                file.write(told.ljust(size))
+            if len(text) <= size:
+                file.write(text.ljust(size))
 
     def finish(self, results: dict[str, Any]) -> None:
         """Write the results, and the status that goes with them: no signal comes between the two."""
@@ -198,9 +198,9 @@ def how(error: BaseException | None) -> tuple[str, str | None]:
     if interrupted(error):  # which Lightning makes an exit code of 1
         return "stopped", "SIGINT"
     if isinstance(error, SystemExit):
-        told = {0: "stop_at", 128 + streams.SIGPIPE: "SIGPIPE"}
-        told |= {128 + number: number.name for number in signal.Signals}
-        return ("stopped", told[error.code]) if error.code in told else ("failed", f"exit code {error.code}")
+        reasons = {0: "stop_at", 128 + streams.SIGPIPE: "SIGPIPE"}
+        reasons |= {128 + number: number.name for number in signal.Signals}
+        return ("stopped", reasons[error.code]) if error.code in reasons else ("failed", f"exit code {error.code}")
     if isinstance(error, InputError):
         return "failed", str(error)
     if trouble := out_of_memory(error):
@@ -266,8 +266,8 @@ def flat(node: Any, place: str = "") -> dict[str, Any]:
 def session(record: Record) -> dict[str, Any]:
     """Summarize an earlier process of the run. One whose status is still running was killed."""
     kept = ("status", "reason", "step", "started", "heartbeat", "process", "environment")
-    told: dict[str, Any] = {key: record[key] for key in kept}  # type: ignore[literal-required]
-    return told | ({"status": "killed"} if told["status"] == "running" else {})
+    session: dict[str, Any] = {key: record[key] for key in kept}  # type: ignore[literal-required]
+    return session | ({"status": "killed"} if session["status"] == "running" else {})
 
 
 @cache  # the code that a process has loaded stays as it was

@@ -101,8 +101,8 @@ def train(command: list[str], losses: Path, steps: int, report: Callable[[int, i
     Raises:
         InputError: with the command's own last words, if it fails.
     """
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, stdout=said, stderr=said)
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output)
         try:
             while process.poll() is None:
                 report(losses.stat().st_size // 4 if losses.exists() else 0, steps)
@@ -111,8 +111,8 @@ def train(command: list[str], losses: Path, steps: int, report: Callable[[int, i
         finally:
             process.terminate()
             process.wait()
-        said.seek(0)
-        last = said.read().decode(errors="replace").strip().rpartition("\n")[2].removeprefix("charlm: ")
+        output.seek(0)
+        last = output.read().decode(errors="replace").strip().rpartition("\n")[2].removeprefix("charlm: ")
     if process.returncode:
         raise InputError(f"it cannot be trained again here: {last}")
 

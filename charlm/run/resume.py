@@ -25,7 +25,7 @@ MAY_CHANGE = (*BUDGET, *MACHINE, "stop_at", "evaluate", "sample_length")
 CONSTANT = "charlm.scheduler.constant"
 
 
-def begun(cfg: DictConfig, overrides: Sequence[str]) -> "tuple[DictConfig, Newest | None]":
+def prepare_run(cfg: DictConfig, overrides: Sequence[str]) -> "tuple[DictConfig, Newest | None]":
     """The settings to train with, and the state to begin from: those of a run to resume or to rerun, if one is named.
 
     Raises:

@@ -43,14 +43,14 @@ class GroupedSteps(L.Callback):
         multiplications = sum(p.numel() for p in model.parameters()) * tokens_per_batch
         return max(1, min(MOST, int(2e8 / multiplications)))
 
-    def told(self, trainer: L.Trainer, module: LanguageModel, tokens_per_batch: int) -> str:
+    def describe(self, trainer: L.Trainer, module: LanguageModel, tokens_per_batch: int) -> str:
         """How steps are taken, and why so, in words for a person."""
         against = reason_against(trainer, module)
         if against:
             return f"1 step at a time: {against}"
         most = self.most(module.model, tokens_per_batch)
-        told = f"up to {most} steps at once" if most > 1 else "1 step at a time: more at once would not be faster"
-        return f"{told}, as CUDA graphs" if self.cuda_graph and most > 1 else told
+        text = f"up to {most} steps at once" if most > 1 else "1 step at a time: more at once would not be faster"
+        return f"{text}, as CUDA graphs" if self.cuda_graph and most > 1 else text
 
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Let Lightning's loop take a group of steps before each of its own."""

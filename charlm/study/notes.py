@@ -40,8 +40,8 @@ def notes(runs: list[Run], follows: dict[str, list[str]], repeated: int = 0, dam
     found = [*texts(runs), *windows(runs), *budget(runs), *environment(runs)]
     found += [Note(f"with {choice} also differ: {', '.join(names)}") for choice, names in follows.items()]
     if repeated:
-        told = "a run repeats" if repeated == 1 else f"{repeated} runs repeat"
-        found.append(Note(f"{told} the settings and the seed of a newer one, which counts instead"))
+        count = "a run repeats" if repeated == 1 else f"{repeated} runs repeat"
+        found.append(Note(f"{count} the settings and the seed of a newer one, which counts instead"))
     found += [Note(f"left out: {line}") for line in damaged[:MOST_DAMAGED]]
     if len(damaged) > MOST_DAMAGED:
         found.append(Note(f"left out: {len(damaged) - MOST_DAMAGED} more folders that cannot be read"))
@@ -69,8 +69,8 @@ def windows(runs: list[Run]) -> Iterator[Note]:
     sizes = ordered({run.settings.get("data.block_size") for run in runs})
     contexts = ordered({int(run.figures.get("min_context", 1)) for run in runs})
     if len(contexts) > 1:
-        told = ", ".join(map(shown, contexts))
-        yield Note(f"NOT comparable: characters are predicted after at least data.min_context={told} others", True)
+        least = ", ".join(map(shown, contexts))
+        yield Note(f"NOT comparable: characters are predicted after at least data.min_context={least} others", True)
     elif contexts and contexts[0] != 1:
         yield Note(f"every character is predicted after at least {contexts[0]} others, whatever the block size")
     elif len(sizes) > 1:
@@ -83,7 +83,7 @@ def windows(runs: list[Run]) -> Iterator[Note]:
 
 def budget(runs: list[Run]) -> Iterator[Note]:
     """Runs that have seen more text are better for that alone."""
-    ends = Counter(run.stopped_by if run.stopped_by in LIMITS else "what is not told" for run in runs)
+    ends = Counter(run.stopped_by if run.stopped_by in LIMITS else "an unknown limit" for run in runs)
     if len(runs) < 2:
         return
     end = next(iter(ends))
@@ -107,18 +107,18 @@ def budget(runs: list[Run]) -> Iterator[Note]:
 
 def environment(runs: list[Run]) -> Iterator[Note]:
     """Versions, hardware and git commit that a run depends on."""
-    told = [flat(run.record["environment"]) for run in runs if run.record]
-    commits = Counter(str(one.get("git.commit") or "unknown")[:7] for one in told)
+    environments = [flat(run.record["environment"]) for run in runs if run.record]
+    commits = Counter(str(seen.get("git.commit") or "unknown")[:7] for seen in environments)
     if len(commits) > 1:
         yield Note(f"made by different code: commits {listed(commits)}")
-    if dirty := sum(one.get("git.dirty") is True for one in told):
-        yield Note(f"{dirty} of {len(told)} runs were made by code with changes that are in no commit")
-    versions = {name: Counter(str(one.get(name)) for one in told) for name in sorted({*chain(*told)})}
+    if dirty := sum(seen.get("git.dirty") is True for seen in environments):
+        yield Note(f"{dirty} of {len(environments)} runs were made by code with changes that are in no commit")
+    versions = {name: Counter(str(seen.get(name)) for seen in environments) for name in sorted({*chain(*environments)})}
     other = {n: found for n, found in versions.items() if len(found) > 1 and n.startswith(("packages.", "python"))}
     if other:
         listing = "; ".join(f"{name.removeprefix('packages.')} {listed(found)}" for name, found in other.items())
         yield Note(f"versions differ: {listing}")
-    devices = Counter(str(one.get("cpu" if one.get("device") == "cpu" else "device")) for one in told)
+    devices = Counter(str(seen.get("cpu" if seen.get("device") == "cpu" else "device")) for seen in environments)
     if len(devices) > 1:
         yield Note(f"made on different devices, so that seconds cannot be compared: {listed(devices)}")
 

@@ -41,11 +41,11 @@ document.querySelectorAll('th').forEach(head => head.addEventListener('click', (
 def page(study: Study, title: str) -> str:
     """The whole file."""
     title = escape(printable(title, LONGEST))
-    told = "".join(f"<li{' class=loud' if note.loud else ''}>{escape(note.text)}</li>" for note in study.notes)
+    text = "".join(f"<li{' class=loud' if note.loud else ''}>{escape(note.text)}</li>" for note in study.notes)
     parts = [
         f"<h1>{title}</h1>",
         f"<p class=pale>{escape(counts(study))}</p>",
-        f"<ul class=notes>{told}</ul>" if told else "",
+        f"<ul class=notes>{text}</ul>" if text else "",
         section("Without a final figure", unfinished(study, study.failed)) if study.failed else "",
         section("Runs", table(study)) if study.rows else "",
         pictures("One setting at a time", settings_panels(study)),
@@ -65,10 +65,10 @@ def page(study: Study, title: str) -> str:
 def counts(study: Study) -> str:
     """How many runs there are, of how many combinations."""
     runs, rows = len(study.runs), len(study.rows)
-    told = f"{runs} run{'s' * (runs != 1)}"
+    text = f"{runs} run{'s' * (runs != 1)}"
     if study.swept:
-        told += f", {rows} combination{'s' * (rows != 1)} of {', '.join(study.labels.values())}"
-    return told
+        text += f", {rows} combination{'s' * (rows != 1)} of {', '.join(study.labels.values())}"
+    return text
 
 
 def section(title: str, content: str) -> str:
@@ -86,10 +86,10 @@ def pictures(title: str, panels: Sequence[Panel]) -> str:
 def table(study: Study) -> str:
     heads = [*(study.labels[name] for name in study.swept), "seeds", *(column.head for column in COLUMNS)]
     seeds = {len(row.runs) for row in study.rows}
-    told = "± is the standard deviation over seeds. " if max(seeds) > 1 else ""
-    told += "±*: there is one seed, and this is the standard error of the text. " if 1 in seeds else ""
+    text = "± is the standard deviation over seeds. " if max(seeds) > 1 else ""
+    text += "±*: there is one seed, and this is the standard error of the text. " if 1 in seeds else ""
     return html_table([*heads, "against the best"], [line(study, row) for row in study.rows]) + (
-        f"</div><p class=pale>{escape(f'{told}Against the best: {CRITERION}')}</p><div>"
+        f"</div><p class=pale>{escape(f'{text}Against the best: {CRITERION}')}</p><div>"
     )
 
 
@@ -104,9 +104,9 @@ def line(study: Study, row: Row) -> str:
         mean, spread, mark = row.mean(figure), row.sd(figure), "±"
         if len(row.runs) == 1:
             spread, mark = row.mean(f"{figure}_se"), "±*"
-        told = "-" if mean is None else number(mean, digits)
-        told += f" {mark} {number(spread, digits)}" if spread else ""
-        cells.append(cell(told, mean))
+        text = "-" if mean is None else number(mean, digits)
+        text += f" {mark} {number(spread, digits)}" if spread else ""
+        cells.append(cell(text, mean))
     kind = {"best": "best", "within noise": "within"}.get(verdict, "")
     return f'<tr class="{kind}">{"".join(cells)}{cell(verdict, kind="text")}</tr>'
 

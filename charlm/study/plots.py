@@ -174,10 +174,10 @@ def axis_of(axes: Axes, study: Study, name: str, along: str = "x") -> dict[Value
         axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
         axis.set_minor_formatter(NullFormatter())
     if words or len(values) <= MOST_CELLS:
-        told = [clipped(study.formatted[name][value]) for value in values]
-        axis.set_ticks(list(places.values()), told)
+        labels = [clipped(study.formatted[name][value]) for value in values]
+        axis.set_ticks(list(places.values()), labels)
         axis.set_minor_locator(NullLocator())
-        if along == "x" and sum(map(len, told)) > 36:
+        if along == "x" and sum(map(len, labels)) > 36:
             axes.tick_params(axis="x", rotation=30)
     return places
 
@@ -319,12 +319,12 @@ def curves_panels(study: Study) -> list[Panel]:
     caption = f"{which} that were validated on their way, means over seeds. The last point is the final figure."
     return [
         Panel(
-            f"Val loss against {told}",
+            f"Val loss against {axis}",
             caption,
             partial(draw_curves, study=study, curves=curves, along=along),
             (7.6, 3.6),
         )
-        for along, told in kinds.items()
+        for along, axis in kinds.items()
     ]
 
 

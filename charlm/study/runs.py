@@ -112,12 +112,12 @@ def read_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
         try:
             entries |= {os.path.join(real, name): entry for name, entry in jobs_of(Path(real)).items()}
         except (InputError, OSError) as error:
-            damaged += [told(error)] if real in sweeps else []
+            damaged += [message_of(error)] if real in sweeps else []
     for real, folder in folders.items():
         try:
             runs.append(read_run(folder, entries.get(real)))
         except (InputError, OSError, ValueError, ArithmeticError, RecursionError) as error:
-            damaged.append(told(error) if isinstance(error, InputError | OSError) else f"{folder} is damaged")
+            damaged.append(message_of(error) if isinstance(error, InputError | OSError) else f"{folder} is damaged")
     for real, entry in entries.items():
         if real not in folders and os.path.dirname(real) in sweeps:
             runs.append(waiting(sweeps[os.path.dirname(real)] / os.path.basename(real), entry))
@@ -289,6 +289,6 @@ def sane(number: float) -> bool:
     return abs(number) < 1e75 and math.isfinite(number)
 
 
-def told(error: InputError | OSError) -> str:
+def message_of(error: InputError | OSError) -> str:
     """In one line, for a person."""
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)

@@ -101,7 +101,7 @@ class Study:
         for name in self.swept:
             values = {run.settings[name] for run in self.runs if name in run.settings}
             tries = ({value: shown(value, digits) for value in values} for digits in (4, 6, 9, 17))
-            found[name] = next((told for told in tries if len(set(told.values())) == len(values)), {})
+            found[name] = next((texts for texts in tries if len(set(texts.values())) == len(values)), {})
         return found
 
     def values(self, name: str) -> list[Value]:
@@ -110,8 +110,8 @@ class Study:
 
     def label(self, row: Row, names: Sequence[str] | None = None) -> str:
         """The settings of a row, or some of them, as one reads them: lr=0.01, block_size=8."""
-        told = [name for name in (self.swept if names is None else names) if name in row.settings]
-        return ", ".join(f"{self.labels[name]}={self.formatted[name][row.settings[name]]}" for name in told)
+        names = [name for name in (self.swept if names is None else names) if name in row.settings]
+        return ", ".join(f"{self.labels[name]}={self.formatted[name][row.settings[name]]}" for name in names)
 
     def near(self, run: Run) -> str:
         """Where it is, from the folder that all are in."""

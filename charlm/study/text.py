@@ -59,11 +59,11 @@ def line_of(study: Study, row: Row) -> Line:
 def legend(study: Study) -> str:
     """Explain the ± and the last column."""
     seeds = {len(row.runs) for row in study.rows}
-    told = ["± is the standard deviation over seeds."] if max(seeds) > 1 else []
-    told += ["±* is the standard error of the text, as there is one seed."] if 1 in seeds else []
-    told += [f"≈ best: {CRITERION}"] if len(study.rows) > 1 and max(seeds) > 1 else []
-    told += [f"{len(study.rows) - MOST_ROWS} more rows are in the HTML file."] if len(study.rows) > MOST_ROWS else []
-    return " ".join(told)
+    parts = ["± is the standard deviation over seeds."] if max(seeds) > 1 else []
+    parts += ["±* is the standard error of the text, as there is one seed."] if 1 in seeds else []
+    parts += [f"≈ best: {CRITERION}"] if len(study.rows) > 1 and max(seeds) > 1 else []
+    parts += [f"{len(study.rows) - MOST_ROWS} more rows are in the HTML file."] if len(study.rows) > MOST_ROWS else []
+    return " ".join(parts)
 
 
 def settings(study: Study) -> Table:
@@ -78,20 +78,20 @@ def settings(study: Study) -> Table:
         many = len(best) > MOST_VALUES
         for i, value in enumerate([top] if many else best):
             losses = [row.loss for row in study.rows if row.settings.get(name, row) == value]
-            told = Text(study.labels[name] + f", the best of {len(best)}" * many if i == 0 else "")
+            label = Text(study.labels[name] + f", the best of {len(best)}" * many if i == 0 else "")
             figures = str(len(losses)), f"{best[value].loss:.4f}", f"{statistics.median(losses):.4f}"
-            made.add_row(told, Text(study.formatted[name][value]), *figures, style="bold" if value == top else "")
+            made.add_row(label, Text(study.formatted[name][value]), *figures, style="bold" if value == top else "")
         made.add_section()
     return made
 
 
 def unfinished(study: Study, runs: Sequence[Run], title: str, style: str) -> RenderableType:
     """A line for each run: its state, its folder, its newest loss, and why."""
-    told = [Text(f"{len(runs)} {title}", "bold")]
+    lines = [Text(f"{len(runs)} {title}", "bold")]
     for run in runs[:MOST_ROWS]:
         last = f", val loss {run.last:.4f}" if run.last is not None else ""
         why = f": {run.reason}" if run.reason else ""
-        told.append(Text.assemble((f"{run.state:9}", style), study.near(run), last, why))
+        lines.append(Text.assemble((f"{run.state:9}", style), study.near(run), last, why))
     if len(runs) > MOST_ROWS:
-        told.append(Text(f"and {len(runs) - MOST_ROWS} more", "dim"))
-    return Padding(Group(told[0], *(Padding(one, (0, 0, 0, 2)) for one in told[1:])), (1, 0))
+        lines.append(Text(f"and {len(runs) - MOST_ROWS} more", "dim"))
+    return Padding(Group(lines[0], *(Padding(one, (0, 0, 0, 2)) for one in lines[1:])), (1, 0))

@@ -41,7 +41,7 @@ class Handed:
 
     job: Job
     recorded: int  # when its run.json was written
-    said: int  # likewise its terminal.log
+    log_stamp: int  # likewise its terminal.log
     since: float = 0.0  # 0 where it has not begun
 
     def news(self) -> bool:
@@ -60,7 +60,7 @@ class Handed:
             os.listdir(self.job.folder)  # on NFS, this is when what other machines wrote comes to light
         if self.since or self.job.done():
             return self.job.how(None)
-        spoke = stamp(self.job.folder / LOG) != self.said
+        spoke = stamp(self.job.folder / LOG) != self.log_stamp
         return f"failed: {last_line(self.job.folder / LOG) if spoke else next(iter(trouble), 'it never began')}"
 
 
@@ -109,7 +109,7 @@ class Engine:
                             handed.remove(one)
                             ended(one.job, one.how(self.trouble))
                     look([one for one in handed if one.since])
-            if self.trouble and not any(one.since or stamp(one.job.folder / LOG) != one.said for one in handed):
+            if self.trouble and not any(one.since or stamp(one.job.folder / LOG) != one.log_stamp for one in handed):
                 raise InputError(f"{type(self).__name__} does not take the jobs: {self.trouble[0]}")
         except BaseException:
             stopping = True
@@ -137,8 +137,8 @@ class Engine:
             self.hand(settings, batch)
         except Exception as error:
             lines = [line.strip() for line in str(error).splitlines()]
-            told = [line for line in lines if line and not line.startswith(("-", "You can check"))]  # by submitit
-            self.trouble.append(told[-1] if told else type(error).__name__)
+            messages = [line for line in lines if line and not line.startswith(("-", "You can check"))]  # by submitit
+            self.trouble.append(messages[-1] if messages else type(error).__name__)
 
     def batches(self, jobs: Sequence[Job]) -> Iterator[tuple[dict[str, Any], Sequence[Job]]]:
         """The jobs, and the settings to hand them over with."""
@@ -203,9 +203,9 @@ class Slurm(Engine):
 
     def ask(self) -> bool:
         """Is a job of this sweep in the queue? Where Slurm does not answer, as before."""
-        told = subprocess.run(["squeue", "--noheader", *self.which], capture_output=True, text=True, check=False)
+        queue = subprocess.run(["squeue", "--noheader", *self.which], capture_output=True, text=True, check=False)
         self.asked = time.monotonic()
-        return bool(told.stdout.strip()) if told.returncode == 0 else self.there
+        return bool(queue.stdout.strip()) if queue.returncode == 0 else self.there
 
     def stop(self) -> None:
         with suppress(KeyboardInterrupt):

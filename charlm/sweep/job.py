@@ -122,12 +122,12 @@ class Running:
     since: float
     gpus: list[int]
     verdict: str | None = None  # set if the sweep ends it
-    told: float | None = None  # when, by time.monotonic()
+    warned_at: float | None = None  # when, by time.monotonic()
 
     def end(self, verdict: str) -> None:
         """Let it save and stop, once."""
         if self.verdict is None:
-            self.verdict, self.told = verdict, time.monotonic()
+            self.verdict, self.warned_at = verdict, time.monotonic()
             self.process.terminate()
 
 
@@ -178,5 +178,5 @@ def be(argv: list[str], cfg: DictConfig | None = None) -> None:
 
 def last_line(log: Path) -> str:
     """Return the last line that a job printed, or an empty text."""
-    said = log.read_text(errors="replace").strip().splitlines() if is_regular(log) else []
-    return said[-1] if said else ""
+    lines = log.read_text(errors="replace").strip().splitlines() if is_regular(log) else []
+    return lines[-1] if lines else ""

@@ -105,7 +105,7 @@ class Pool:
         for one in self.running:
             if self.timeout is not None and time.monotonic() > one.since + 60 * self.timeout:
                 one.end(f"failed: no end within {self.timeout:g} minutes")
-            if one.told is not None and time.monotonic() > one.told + SECONDS_TO_SAVE:
+            if one.warned_at is not None and time.monotonic() > one.warned_at + SECONDS_TO_SAVE:
                 one.process.kill()
 
     def reap(self, ended: Callable[[Job, str], None]) -> None:

@@ -48,7 +48,7 @@ class Followed:
     """A running trial, the last step reported to Optuna, and the last step checked for pruning."""
 
     trial: Trial
-    told: int
+    step: int
     judged: int
 
 
@@ -133,8 +133,8 @@ class Search:
                 f"{self.folder} was begun with other values in conf/, which the rest of it would not compare with: "
                 f"choose another hydra.sweep.dir"
             )
-        told = max(trial.intermediate_values, default=-1)
-        self.followed[name] = Followed(reopen(self.study, trial), told, told - 1)
+        step = max(trial.intermediate_values, default=-1)
+        self.followed[name] = Followed(reopen(self.study, trial), step, step - 1)
         self.jobs[name] = job
         return job
 
@@ -173,9 +173,9 @@ class Search:
         """
         one = self.followed[job.name]
         for step, _, loss in read_validations(job.folder):
-            if step > one.told:
+            if step > one.step:
                 one.trial.report(loss, step * job.cost)
-                one.told = step
+                one.step = step
             if step <= one.judged or step == job.max_steps:  # at its end there is nothing to save
                 continue
             one.judged = step

@@ -90,18 +90,18 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
         terminal.going_on(sweep_dir, len(ends), left)
     stopped: int | None = None
     why = ""
-    with terminal.sweep_at_work(left) as sight:
+    with terminal.sweep_at_work(left) as display:
 
         def ended(job: Job, how: str) -> None:
             ends[job.name] = how = source.judge(job, how)
             verdict = outcome(how)
             states: dict[str, State] = {"finished": "done", STOPPED: "waiting", "pruned": "pruned"}
             ledger.set(job.name, states.get(verdict, "failed"), None if how == "finished" else how)
-            sight.ended(job.name, source.row(job, how))
+            display.ended(job.name, source.row(job, how))
 
         def look(running: Sequence[Running | Handed]) -> None:
             source.watch(running)
-            sight.look([(one.job.name, one.job.folder, one.job.max_steps, one.since) for one in running])
+            display.look([(one.job.name, one.job.folder, one.job.max_steps, one.since) for one in running])
             if streams.reader_left:
                 raise SystemExit(128 + streams.SIGPIPE)  # which stops the jobs, as a signal does
 
@@ -109,8 +109,8 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
             pool.run(source.todo(), source.total, lambda job: ledger.set(job.name, "running"), ended, look)
         except KeyboardInterrupt:
             stopped = 130
-        except SystemExit as told:
-            stopped = int(told.code or 0)
+        except SystemExit as error:
+            stopped = int(error.code or 0)
         except ServerDied as died:
             stopped, why = died.code, f"{died}; "
     rows = {name: source.row(job, ends.get(name, "waiting")) for name, job in source.jobs.items()}
