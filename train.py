@@ -24,12 +24,12 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     """Configuration -> parts -> fit -> evaluate.
 
     Args:
-        state: the newest checkpoint, of a run to resume.
+        state: the newest checkpoint of a run to resume.
 
     Returns:
         The results and a sample; None in all processes but the first.
     """
-    # The process of a sweep does without the seconds and the memory that these imports take.
+    # Imported here, because the process of a sweep does not need these slow imports.
     import lightning as L
 
     from charlm import checkpoint
@@ -57,7 +57,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
         logger=instantiate(cfg.logger) or False,
         callbacks=[*observers, *([speed] if speed else []), recorder],
         plugins=[AtomicCheckpointIO()],
-        enable_checkpointing=True,  # by `callbacks.checkpoint`, if it is there
+        enable_checkpointing=True,  # charlm.callbacks.Checkpoint writes them
     )
     limit_tokens(trainer, cfg.max_tokens, data.batch_size * data.block_size)
     steps = speed.describe(trainer, module, data.batch_size * data.block_size) if speed else "1 at a time: speed=off"
@@ -67,7 +67,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
             tidy(Path(cfg.run_dir))
         terminal.header(config, data, model, trainer, steps)
     begin_logs(trainer.loggers, config, data, state)
-    # A state from before the first step holds nothing that is not made again.
+    # A checkpoint from before the first step holds nothing that the run does not create again.
     path = state.path if state and state.content["global_step"] > 0 else None
     trainer.fit(module, data, ckpt_path=path, weights_only=True)
     model = module.unsharded_model()
@@ -86,7 +86,7 @@ def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> None:
-    """One run, from its first second to its last: its settings, its record, its training."""
+    """Train one run and keep its record."""
     with one_line_errors(), terminal.logged():
         cfg, state = prepare_run(cfg, HydraConfig.get().overrides.task)
         terminal.started_in = get_original_cwd()

@@ -52,12 +52,12 @@ class Rung:
     """One line of the table, and of the picture one point and perhaps the way to it."""
 
     name: str
-    seconds: list[float]  # from start to end, for each seed
-    losses: list[float]  # exact, over val, likewise
+    seconds: list[float]  # seconds from start to end for each seed
+    losses: list[float]  # exact loss on val for each seed
     half_stride: list[float] = field(default_factory=list)  # the same where every window begins within the last
     parameters: int | None = None
     tokens: list[int] = field(default_factory=list)  # that it trained on
-    way: list[tuple[float, float]] = field(default_factory=list)  # seconds, and the loss as it was told by then
+    way: list[tuple[float, float]] = field(default_factory=list)  # seconds, and the loss that was logged by then
 
 
 def counted(data: CharDataModule) -> list[Rung]:

@@ -1,4 +1,4 @@
-"""Seconds from `python train.py` to the end of its first step, beside those of importing what it is built on.
+"""Measure the seconds from `python train.py` to the end of its first step, and those of its imports alone.
 
     python benchmarks/startup.py
 

@@ -27,7 +27,7 @@ from charlm.optimizer.adamw import adamw
 
 VOCAB_SIZE, BATCH_SIZE, N_HEAD, N_EMBD = 65, 12, 4, 128
 BLOCK_SIZES, N_LAYERS = (16, 32, 64, 128, 256, 512), (1, 2, 4, 8, 16)
-BLOCK_SIZE, N_LAYER = 64, 4  # of the recipe, while the other one varies
+BLOCK_SIZE, N_LAYER = 64, 4  # the recipe's value, while the other setting varies
 PICTURE = Path(__file__).with_suffix(".png")
 
 

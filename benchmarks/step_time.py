@@ -51,7 +51,7 @@ TRAIN = Path(__file__).parent.parent / "train.py"
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained, in the words of both sides."""
+    """The model and settings that both sides train."""
 
     model: Callable[[int], nn.Module]
     batch_size: int
@@ -216,7 +216,7 @@ def now(device: torch.device) -> float:
 
 
 def race(task_name: str, variant: str, corpus: Path, threads: int, accelerator: str) -> dict[str, float]:
-    """Microseconds per step of charlm under the settings of `variant`, and of the loops beside it."""
+    """Return microseconds per step of charlm under the settings of `variant`, and of the other loops."""
     task = TASKS[task_name]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "seconds.json")

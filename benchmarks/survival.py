@@ -1,9 +1,9 @@
-"""What surviving costs: the time that a run spends on checkpoints, on run.json and on keeping its losses.
+"""Measure the cost of crash safety: the time that a run spends on checkpoints, on run.json and on keeping its losses.
 
     python benchmarks/survival.py
 
 Every round trains the bigram of the README for 3,000 steps in a fresh process, with a clock around each of these; the
-table shows medians, beside the wall time of the whole command and of its training loop alone.
+table shows medians, with the wall time of the whole command and of its training loop alone.
 """
 
 import argparse

@@ -1,12 +1,12 @@
-"""What a sweep costs: twelve runs of the bigram, evaluated exactly and logged, against the lecture's script for one.
+"""Measure a sweep of twelve bigrams, evaluated exactly and logged, against the lecture's script for one.
 
     git clone https://github.com/karpathy/ng-video-lecture
     python benchmarks/sweep.py --lecture ng-video-lecture
 
 In every round each of these starts afresh and ends, one after the other: the lecture's bigram.py (3,000 steps, an
-estimate of 400 batches every 300, 500 characters of text); the sweep with as many jobs at a time as there are cores;
-the same one job at a time. What a job has beside its training loop is its exact evaluation, dashboard, checkpoints,
-samples and record; what the launcher adds is the time in which no job is at work in its place. The text is the clone's.
+estimate of 400 batches every 300, 500 characters of text); the sweep with one job per core;
+the same one job at a time. Apart from its training loop, a job spends time on its exact evaluation, dashboard,
+checkpoints, samples and record; the launcher adds the time in which a worker has no job. The text is the clone's.
 """
 
 import argparse
@@ -51,8 +51,14 @@ def main() -> None:
     corpus, console = (args.lecture / "input.txt").absolute(), Console()
     n_jobs = {SWEEP: len(os.sched_getaffinity(0)), ONE: 1}
     seconds: dict[str, list[float]] = {LECTURE: [], SWEEP: [], ONE: []}
-    beside: dict[str, list[tuple[float, float]]] = {SWEEP: [], ONE: []}  # a job: of the launcher, and in the job
-    together: dict[str, list[float]] = {SWEEP: [], ONE: []}  # from the first job's begin to the last one's end
+    beside: dict[str, list[tuple[float, float]]] = {
+        SWEEP: [],
+        ONE: [],
+    }  # seconds per job: launcher, and job outside its loop
+    together: dict[str, list[float]] = {
+        SWEEP: [],
+        ONE: [],
+    }  # seconds between the first job's start and the last one's end
     with tempfile.TemporaryDirectory(dir=".") as folder:  # on a disk, as runs are
         for number in track(range(args.rounds), "rounds", console=console, transient=True):
             seconds[LECTURE].append(timed([sys.executable, "bigram.py"], args.lecture))

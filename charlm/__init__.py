@@ -31,7 +31,7 @@ PLACES = {"CharDataModule": "data.datamodule", "LanguageModel": "module", "load"
 
 
 def __getattr__(name: str) -> Any:
-    """Import a part where it is asked for: most commands do without the seconds that PyTorch and Lightning take."""
+    """Import a name when it is used: most commands do without the seconds that PyTorch and Lightning take."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"charlm.{PLACES.get(name, f'model.{name.lower()}')}"), name)

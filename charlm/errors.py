@@ -152,19 +152,19 @@ def terminable() -> Iterator[None]:
 
     def end(number: int, frame: FrameType | None) -> None:
         error = sys.exception()
-        if error and any(isinstance(one, SystemExit) for one in chain(error)):
+        if error and any(isinstance(cause, SystemExit) for cause in chain(error)):
             return  # the process ends already, and run.json has to say by what
         # A closing terminal sends SIGHUP twice, and the second must not interrupt the end that the first began.
-        for one in ours:
-            signal.signal(one, signal.SIG_IGN)
+        for each in ours:
+            signal.signal(each, signal.SIG_IGN)
         raise Terminated(number)
 
-    for number in ours:
+    for each in ours:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for number in ours:
+        for each in ours:
             signal.signal(number, signal.SIG_DFL)
 
 
@@ -173,7 +173,7 @@ def uninterrupted() -> Iterator[None]:
     """Ignore Ctrl-C, SIGTERM and SIGHUP for the moment that it takes to write files that belong together."""
     numbers = posix.signals("SIGINT", "SIGTERM", "SIGHUP")
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers if in_main_thread}
+    before = {number: signal.signal(each, signal.SIG_IGN) for number in numbers if in_main_thread}
     try:
         yield
     finally:
@@ -213,7 +213,7 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 def interrupted(error: BaseException) -> bool:
     """Return whether an error comes from Ctrl-C; libraries in C++ turn that into errors of their own."""
-    return any(isinstance(one, KeyboardInterrupt) for one in chain(error))
+    return any(isinstance(cause, KeyboardInterrupt) for cause in chain(error))
 
 
 def stop(line: str, code: int) -> NoReturn:

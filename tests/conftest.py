@@ -22,7 +22,7 @@ from hypothesis import settings
 settings.register_profile("steady", deadline=None, derandomize=True)
 settings.load_profile("steady")
 
-# Tests run beside one another: a thread each, also for the commands that they start.
+# Tests run in parallel: a thread each, also for the commands that they start.
 os.environ["OMP_NUM_THREADS"] = "1"
 # The width of the terminal, here and in all commands.
 os.environ["COLUMNS"] = "120"
@@ -53,7 +53,7 @@ speed = "auto"
 
 
 def with_speed(argv: list[str]) -> list[str]:
-    """A command of train.py with the speed that the tests were asked for; one that goes on has its own."""
+    """A command of train.py with the `--speed` of the test session; one that goes on has its own."""
     of_its_own = ("speed", "resume=", "rerun=", "--")
     asked = speed != "auto" and argv[0].endswith("train.py") and not any(a.startswith(of_its_own) for a in argv)
     return [*argv, f"speed={speed}"] if asked else argv
@@ -82,7 +82,7 @@ def become(
 
     Args:
         out: a file, or the end of a pipe.
-        server: the address of the tests' fork server, from which the jobs of a sweep are to be forked as well.
+        server: the address of the tests' fork server, which also forks the jobs of sweeps.
     """
     if server:
         use_server(server)
@@ -274,7 +274,7 @@ def check(in_process: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.
 
 @pytest.fixture
 def begin(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """`python train.py ...`, of which the test does not wait for the end."""
+    """A running `python train.py ...`."""
     begun: list[Process] = []
 
     def run(*overrides: str, **env: str) -> Process:

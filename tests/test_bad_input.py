@@ -1,4 +1,4 @@
-"""Every mistake: one line on standard error that says what to do, no traceback, and nothing left behind."""
+"""Every mistake: one line on standard error with advice, no traceback, and no files left behind."""
 
 import gzip
 import importlib.util
@@ -25,7 +25,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture
 def refused(tmp_path: Path) -> Callable[..., str]:
-    """Run a command that is a mistake. Returns the one line that it told."""
+    """Run a command that is a mistake. Return the one line of its message."""
 
     def run(command: Callable[..., Any], *arguments: str, **env: str) -> str:
         before = tree(tmp_path)

@@ -1,4 +1,4 @@
-"""What ends a run: steps, tokens or time; schedules and the terminal know which."""
+"""Limits of a run: steps, tokens or time; schedules and the terminal know which."""
 
 import csv
 import io

@@ -44,7 +44,7 @@ GPT_NODE = {"_target_": "charlm.model.gpt.GPT", "block_size": 8, "n_layer": 1, "
 
 
 def content_of(model: str = "bigram", step: int = 3) -> dict[str, Any]:
-    """What a run leaves behind, of a small model."""
+    """A checkpoint of a small model."""
     torch.manual_seed(step)
     tokenizer = CharTokenizer("abcdefghij")
     node = GPT_NODE if model == "gpt" else {"_target_": "charlm.model.bigram.Bigram"}
@@ -87,7 +87,7 @@ def test_a_file_is_one_that_every_reader_of_safetensors_understands(tmp_path):
 
 @pytest.mark.parametrize("hashed", [True, False])
 def test_a_file_of_an_earlier_version_is_refused_with_what_to_do(tmp_path, hashed):
-    """Those of later versions had a SHA-256 as the comment of the zip."""
+    """Later versions had a SHA-256 as the comment of the zip."""
     old = content_of()
     old["charlm"]["format"] = 1
     path = tmp_path / "old.ckpt"
@@ -202,7 +202,7 @@ class Keeper(L.Callback):
 
 
 class Strange:
-    """An object of which nobody knows what is in it."""
+    """An object with unknown content."""
 
 
 @pytest.mark.parametrize(
@@ -399,7 +399,7 @@ def test_a_run_whose_disk_becomes_full_ends_with_one_line(tmp_path, text_file, d
     settings = ["data=text", f"data.path={text_file}", "logger=none", "hydra.run.dir=run", "trainer.max_steps=40"]
     settings += ["callbacks.checkpoint.every_n_steps=10"]
     settings += ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"] if devices == 2 else ["trainer=cpu"]
-    # Kilobytes of a file, of which a measurement of coverage would need more.
+    # Limit on the size of a file in kilobytes; a coverage measurement would need more.
     limited = (
         f"unset COVERAGE_PROCESS_START; ulimit -f 20; exec {sys.executable} {ROOT / 'train.py'} {' '.join(settings)}"
     )
@@ -496,7 +496,7 @@ def random_damage(raw: bytes, draw: random.Random) -> bytes:
 
 def forged_noise(raw: bytes, draw: random.Random) -> bytes:
     """Damage to the header, the content or the numbers, under a hash that is right."""
-    if draw.random() < 0.3:  # of which most is no JSON
+    if draw.random() < 0.3:  # most of it is no JSON
         damaged = bytearray(raw)
         for _ in range(draw.choice([1, 1, 3])):
             damaged[draw.randrange(archive.HASH_AT + archive.HASH_SIZE, len(raw))] = draw.randrange(256)

@@ -31,7 +31,7 @@ needs_slurm = pytest.mark.skipif(
 )
 needs_ray = pytest.mark.skipif(not PLUGINS["ray"], reason="not installed: hydra-ray-launcher")
 SHORT = ["trainer=cpu", "trainer.max_steps=40", "evaluate=[val]", "sample_length=1"]
-# Half a minute's work, of which the machine notices little.
+# Half a minute of light work.
 SLOW = ["trainer.max_steps=300", "evaluate=[val]", "sample_length=1", "trainer.val_check_interval=100"]
 
 
@@ -156,7 +156,7 @@ def test_jobs_that_slurm_does_not_take_are_told_in_its_words(train, text, cluste
 
 
 def hurry(cluster: dict[str, str]) -> None:
-    """What Slurm begins again waits for two minutes, for no reason of ours."""
+    """Slurm waits for two minutes before it requeues a job."""
     env = os.environ | cluster
     told = subprocess.run(
         ["squeue", "--noheader", "--format=%i %r"], env=env, capture_output=True, text=True, check=True
@@ -167,7 +167,7 @@ def hurry(cluster: dict[str, str]) -> None:
 
 
 def finish(process: subprocess.Popen[str], cluster: dict[str, str]) -> tuple[int, str]:
-    """A command's exit code and what it told on standard error."""
+    """Return a command's exit code and its standard error."""
 
     def ended() -> bool:
         hurry(cluster)
@@ -276,7 +276,7 @@ def test_a_sweep_that_is_stopped_leaves_the_queue_and_one_that_is_killed_stays_t
     assert (code, "still in Slurm's queue" in told) == (2, True), told
     until(lambda: queue() == "")
     assert finish(started(*command, **cluster), cluster) == (0, "")
-    for seed in (1, 2):  # by those that the killed sweep had left there
+    for seed in (1, 2):  # resumed from checkpoints of the killed sweep
         assert sittings(tmp_path / "s" / f"seed={seed}") == ["stopped SIGTERM", "finished None"]
 
 

@@ -1,4 +1,4 @@
-"""What a person sees in TensorBoard, and what the other loggers write; nothing of it changes what is trained."""
+"""TensorBoard's pages and the other loggers' files; logging never changes training."""
 
 import csv
 import json
@@ -45,7 +45,7 @@ def ask(url: str, body: dict[str, Any] | None = None) -> Any:
 
 
 def until(found: Callable[[], Any], seconds: float = 60) -> Any:
-    """What `found` returns, as soon as it is something."""
+    """Return the value of `found` as soon as it is true."""
     end = time.monotonic() + seconds
     while not (value := found()):
         assert time.monotonic() < end, f"nothing within {seconds} s"
@@ -130,7 +130,7 @@ def test_curves_have_points_at_their_own_steps_and_reach_the_end(board, outputs)
     assert val[129] == pytest.approx(results(outputs / "single")["val/loss"], rel=1e-6)
     bits = scalars(board, "single", "val/bits_per_char")
     assert bits[129] == pytest.approx(results(outputs / "single")["val/bits_per_char"], rel=1e-6)
-    # 60 is one of 60: the validation there is not told twice.
+    # 60 is one of 60: the last validation is not logged twice.
     assert list(scalars(board, SWEEP[0], "val/loss")) == [59]
 
 
@@ -205,7 +205,7 @@ def test_a_browser_shows_runs_and_losses(board, outputs, browser):
         assert name in shown
 
 
-# All text of a page, also in the shadow trees of which TensorBoard consists.
+# All text of a page, TensorBoard's shadow trees included.
 READ = """
 const read = node => node.nodeType == 3 ? node.textContent : /^(STYLE|SCRIPT|TEMPLATE)$/.test(node.tagName) ? '' :
   [node.shadowRoot, ...node.childNodes].filter(child => child).map(read).join(' ')

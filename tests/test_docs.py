@@ -1,4 +1,4 @@
-"""The documentation tells the truth: its links lead somewhere, its commands pass all checks, its tree exists."""
+"""The documentation is true: its links lead somewhere, its commands pass all checks, its tree exists."""
 
 import re
 import shlex

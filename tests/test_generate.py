@@ -82,7 +82,7 @@ def test_without_limits_frequencies_are_the_probabilities():
 
 
 class Table(nn.Module):
-    """What follows a character, and how many characters it was given at each call."""
+    """A model with fixed successors that counts the characters of each call."""
 
     def __init__(self, block_size: int | None):
         super().__init__()

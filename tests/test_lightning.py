@@ -111,7 +111,7 @@ class EveryTenth(L.Callback):
 
 
 class Log(L.pytorch.loggers.Logger):
-    """Keeps what it is told."""
+    """Keeps all logged metrics."""
 
     name, version = "log", ""
 

@@ -17,7 +17,7 @@ from charlm.system import memory
 from tests.conftest import PRELOAD, ROOT, Ended, become
 
 TINY = ["trainer=cpu", "threads=1", "data=text", "trainer.max_steps=2", "evaluate=[val]", "sample_length=1"]
-HEADROOM = 2**31  # bytes that a command may take beside what its imports have reserved
+HEADROOM = 2**31  # bytes that a command may take on top of its imports
 
 
 def become_limited(headroom: int, *arguments: object) -> None:

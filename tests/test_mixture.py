@@ -147,7 +147,7 @@ def test_networks_learn_alone_and_are_averaged():
 
 
 def test_text_is_written_with_what_was_counted():
-    text = torch.arange(400) % V  # of which a counted symbol is all but certain
+    text = torch.arange(400) % V  # a counted symbol is almost certain
     model: Any = checkpoint.build(NODE, V)
     model.count(text)
     written = generate(model.eval(), torch.tensor([[0]]), 30, temperature=0.0)

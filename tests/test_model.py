@@ -32,7 +32,7 @@ SMALL = {"block_size": BLOCK, "n_layer": 2, "n_head": 2, "n_embd": 16, "n_hidden
 
 @cache
 def recipe(name: str) -> dict[str, Any]:
-    """What `python train.py model=name` would build."""
+    """Build the model of `python train.py model=name`."""
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         node: Any = OmegaConf.to_container(compose("train", [f"model={name}"]), resolve=False)
     return (
@@ -72,7 +72,7 @@ def variants(name: str) -> list[str]:
 CASES = [case for name in MODELS for case in variants(name)]
 DECODING = [case for case in CASES if hasattr(build(case, **SMALL), "decode")]
 SIZED = [case for case in CASES if build(case, **SMALL).block_size is not None]
-# More than block_size characters, as they have no more positions; a bigram has none.
+# More than block_size characters, the number of positions; a bigram has none.
 REFUSING = [case for case in SIZED if case in DECODING and case != "bigram"]
 ENDLESS = [case for case in CASES if case not in SIZED]
 SHORT = [case for case in CASES if hasattr(build(case, **SMALL), "loss")]

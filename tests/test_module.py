@@ -113,7 +113,7 @@ def test_training_is_the_plain_loop_to_the_bit(fit, data, steps_per_execution, a
 
 
 class Log(L.pytorch.loggers.Logger):
-    """Keeps what it is told."""
+    """Keeps all logged metrics."""
 
     name, version = "log", ""
 
@@ -258,7 +258,7 @@ def test_steps_are_grouped_where_nothing_is_due(fit):
 
 
 class Counting(AtSteps):
-    """Notes after which steps it is called."""
+    """Records the steps of its calls."""
 
     def __init__(self, every_n_steps: int | None = None) -> None:
         self.at: list[int] = []
@@ -279,7 +279,7 @@ def test_a_callback_may_say_at_which_steps_it_must_be_called(fit):
     assert seven.at == any_step.at == [7, 14, 15, 21, 28, 30, 35, 40]
     alone = Counting()
     fit([alone], None)
-    assert seven.losses == alone.losses  # and it is told of all steps between
+    assert seven.losses == alone.losses  # and it receives the losses of all steps between
 
 
 class EveryBatch(L.Callback):

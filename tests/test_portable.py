@@ -31,14 +31,14 @@ GUARDED = {
         "pthread_sigmask",
         "resource",
     }
-    | {"sched_getaffinity", "setsid", "sysconf"},  # in the one place that asks what there is
-    "charlm/sweep/processes.py": {"SIGKILL"},  # for the fork server
+    | {"sched_getaffinity", "setsid", "sysconf"},  # the only place that checks for them
+    "charlm/sweep/processes.py": {"SIGKILL"},  # used by the fork server
     "charlm/sweep/engine.py": {"getuid"},  # for Slurm
 }
 
 
 def posix_names(tree: ast.AST) -> Iterator[str]:
-    """The names in a program that Windows lacks. What it asks for by hasattr and getattr is text, and no name."""
+    """The names in a program that Windows lacks. hasattr and getattr take text, not a name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name in MODULES)

@@ -347,7 +347,7 @@ def test_what_cannot_be_compared_is_told_loudly(make, tmp_path, trained):
 
 
 class Page(HTMLParser):
-    """What a page would fetch, its scripts, its tags and its text."""
+    """Parse a page: the addresses it would fetch, its scripts, tags and text."""
 
     def __init__(self, text: str):
         super().__init__()

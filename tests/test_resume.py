@@ -123,7 +123,7 @@ def start(tmp_path: Path) -> Callable[..., int]:
 
 @pytest.fixture(scope="session")
 def unbroken(tmp_path_factory: pytest.TempPathFactory, prose: str) -> dict[str, Any]:
-    """What a run with SETTINGS leaves that nothing ended."""
+    """The folder of an uninterrupted run with SETTINGS."""
     folder = tmp_path_factory.mktemp("unbroken")
     (folder / "prose.txt").write_text(prose, encoding="utf-8")
     command = [str(ROOT / "train.py"), *SETTINGS, f"data.path={folder / 'prose.txt'}", "hydra.run.dir=run"]
@@ -385,7 +385,7 @@ def test_ctrl_c_is_told_as_such_whatever_it_became(capsys):
 
 @pytest.mark.slow
 def test_two_processes_stop_together_and_go_on(train, tmp_path, text_file):
-    """The first is told, the other is not; what they go on to is what two do that nobody stops."""
+    """Only the first process gets the signal; what they go on to is what two do that nobody stops."""
     common = ["trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "threads=1", "data=text"]
     common += [f"data.path={text_file}", "trainer.max_steps=3000", "callbacks.progress.seconds_between_lines=0.1"]
     command = [sys.executable, str(ROOT / "train.py"), *common, "hydra.run.dir=stopped"]

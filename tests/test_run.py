@@ -1,4 +1,4 @@
-"""What a run says of itself, that its folder is its own, and that it can be trained again from its record."""
+"""run.json is true, a folder belongs to one process, and a run can be repeated from its record."""
 
 import contextlib
 import json
@@ -422,7 +422,7 @@ def test_a_new_run_takes_the_settings_of_another_and_what_follows_them(train, tr
     assert new["callbacks"]["checkpoint"]["dirpath"] == str(tmp_path / "new" / "checkpoints")
     assert new["optimizer"] == old["optimizer"]
     assert old["seed"] == told(trained)["seed"] == 1337
-    # Without a place of its own, it goes beside the other.
+    # Without hydra.run.dir the new folder is next to the old one.
     for name in ("new_2", "new_3"):
         assert train("rerun=new", "trainer.max_steps=3").code == 0
         assert told(tmp_path / name)["config"]["trainer"]["max_steps"] == 3

@@ -123,7 +123,7 @@ def test_gpus_are_given_by_the_sweep_and_not_by_name(monkeypatch, devices):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         run = resolved(compose("train", [f"trainer.devices={devices}", "data=pydoc", "trainer=cpu"]))
     assert check_runs([run | {"trainer": run["trainer"] | {"devices": 1}}], elsewhere=False, texts=False).gpus == 0
-    monkeypatch.setattr(settings, "check_settings", lambda run, elsewhere: None)  # as there are no GPUs here
+    monkeypatch.setattr(settings, "check_settings", lambda run, elsewhere: None)  # the machine has no GPUs
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
     run["trainer"]["accelerator"] = "auto"
     with pytest.raises(InputError, match=r"names GPUs, and a sweep gives them out itself: say how many"):
@@ -185,7 +185,7 @@ def test_a_terminal_shows_the_jobs_at_work(tmp_path, monkeypatch):
 
 
 class Fault(L.Callback):
-    """Ends a job in one of several ways, once: where it is begun again, it goes on."""
+    """Ends a job in one of several ways, once: the same command resumes it."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -240,7 +240,7 @@ def test_five_ways_to_fail_cost_five_jobs_which_the_same_command_then_finishes(s
     assert again.code == 0, again.err
     assert "2 of these jobs done: 10 to go" in again.out
     assert before == {name: (tmp_path / "s" / name / "results.json").stat().st_mtime_ns for name in before}
-    # Whatever happened to a job, it has become what it would have been.
+    # Every job ends as it would have without the interruption.
     rows = [*csv.DictReader((tmp_path / "s" / "results.csv").read_text().splitlines())]
     assert len({(row["seed"], row["val/loss"]) for row in rows}) == 2
 

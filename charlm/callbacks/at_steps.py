@@ -7,11 +7,11 @@ from torch import Tensor
 
 
 class AtSteps(L.Callback):
-    """A callback whose batch hooks are needed at some steps only. Whoever derives from it directly promises that.
+    """A callback whose batch hooks are needed at some steps only. A class that derives from it directly promises that.
 
     The grouped steps of `charlm.speed` end at each multiple of `every_n_steps`, which Lightning takes with all of its
-    hooks; None: any step will do. Hooks here report the grouped steps. Without grouped steps Lightning calls
-    the batch hooks at each batch, and none of these.
+    hooks; with None, a group may end at any step. The hooks here report the grouped steps. Without grouped steps
+    Lightning calls the batch hooks at each batch, and none of these.
     """
 
     every_n_steps: int | None = None

@@ -11,7 +11,7 @@ from charlm.checkpoint import BEST
 
 
 class Best(L.Callback):
-    """Keeps the state with the lowest val/loss, of those that were validated, in `dirpath`/best.ckpt."""
+    """Saves the checkpoint with the lowest val/loss of all validations to `dirpath`/best.ckpt."""
 
     def __init__(self, dirpath: str):
         self.path = Path(dirpath, BEST)

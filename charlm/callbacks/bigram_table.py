@@ -55,7 +55,7 @@ class BigramTable(DashboardCallback):
 
 
 def table_of(pairs: Pairs, vocab_size: int, most: int) -> tuple[Tensor, Tensor]:
-    """The ids of the most frequent characters, in order, (n,), and P(next | last) among them, (n, n)."""
+    """Return the ids of the most frequent characters, sorted, (n,), and P(next | last) among them, (n, n)."""
     first, second, counts = pairs.codes // vocab_size, pairs.codes % vocab_size, pairs.counts.double()
     frequency = torch.bincount(first, counts, vocab_size)
     shown = frequency.topk(min(most, vocab_size)).indices.sort().values
@@ -66,7 +66,7 @@ def table_of(pairs: Pairs, vocab_size: int, most: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_frame(labels: list[str], titles: list[str]) -> Image.Image:
-    """All but the heat maps, which stand side by side: axes, titles and the scale of colours."""
+    """Draw all but the two heat maps: axes, titles and the colour scale."""
     cell = cell_of(len(labels))
     side = cell * len(labels)
     image = Image.new("L", (left_of(len(titles), side) - LEFT, TOP + side + BOTTOM), PAPER)
@@ -90,12 +90,12 @@ def draw_frame(labels: list[str], titles: list[str]) -> Image.Image:
 
 
 def cell_of(n: int) -> int:
-    """Pixels of one probability among n x n."""
+    """Return the pixels of one probability among n x n."""
     return max(LETTER, SIDE // n)
 
 
 def left_of(t: int, side: int) -> int:
-    """Where heat map t begins."""
+    """Return the left edge of heat map t in pixels."""
     return LEFT + t * (side + GAP + LEFT)
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: at a steady pace and at its end, each whole or not there."""
+"""Save checkpoints of a run at intervals and at its end, atomically."""
 
 import time
 from pathlib import Path
@@ -25,8 +25,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     A kill or a full disk costs only the new one.
 
     Raises:
-        DiskError: when a checkpoint cannot be written; what stood there before is then untouched.
-        InputError: when it holds something that no checkpoint can hold, such as a callback's numpy array.
+        DiskError: if a checkpoint cannot be written; the previous one stays intact.
+        InputError: if it holds something that no checkpoint can hold, such as a callback's NumPy array.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
@@ -36,7 +36,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             advice = "there is none from before: choose another folder with hydra.run.dir=..."
             if Path(path).is_file():
                 run_dir = Path(path).parent.parent
-                advice = f"the one before still stands whole: see to the disk, then say resume={run_dir}"
+                advice = f"the previous one is intact: free space on the disk, then type resume={run_dir}"
             raise DiskError(
                 f"the checkpoint {path} could not be written ({error.strerror or error}), and {advice}"
             ) from error
@@ -48,15 +48,15 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def save(trainer: L.Trainer, path: Path) -> None:
-    """Save a checkpoint together, or end together: only the first process writes, and knows whether it could.
+    """Save a checkpoint, or end all processes together: only the first writes and knows whether it succeeded.
 
     Raises:
-        InputError: if it could not, in the first process; the others then end without a word.
+        InputError: if saving failed, in the first process; the others exit silently.
     """
     failure = None
     try:
         trainer.save_checkpoint(path)
-    except Diverged:  # which all processes have found, each by itself
+    except Diverged:  # all processes raise it
         raise
     except InputError as error:  # DiskError is one
         failure = error
@@ -67,12 +67,12 @@ def save(trainer: L.Trainer, path: Path) -> None:
 
 
 def between_steps(trainer: L.Trainer) -> bool:
-    """Are there no gradients that wait for those of other batches? They are in no state."""
+    """Return whether no accumulated gradients are pending; a checkpoint does not hold them."""
     return not is_accumulating(trainer)
 
 
 def validates_now(trainer: L.Trainer) -> bool:
-    """Does a validation follow this step? A state saved before it would resume after it, and leave it out."""
+    """Return whether a validation follows this step: a checkpoint saved before it would resume after it, without it."""
     every: Any = trainer.val_check_batch
     loop = trainer.fit_loop.epoch_loop
     since = loop.batch_progress.total if trainer.check_val_every_n_epoch is None else loop.batch_progress.current
@@ -80,7 +80,7 @@ def validates_now(trainer: L.Trainer) -> bool:
 
 
 class Checkpoint(AtSteps, SavesLast):
-    """Keeps the newest state of the run in `dirpath`/last.ckpt, and the one before it in previous.ckpt.
+    """Saves the newest checkpoint as `dirpath`/last.ckpt and keeps the one before as previous.ckpt.
 
     The first is saved before the first step. Lightning calls subclasses of its own Checkpoint after all other
     callbacks, so a checkpoint holds the state and the logs that these have after the same step.
@@ -106,7 +106,7 @@ class Checkpoint(AtSteps, SavesLast):
         self.logged: dict[str, int] = {}
         self.unlogged: dict[str, float] = {}
         self.resumed_at: int | None = None
-        self.loaded: dict[str, Any] = {}  # until the optimizers are made and it is held against them
+        self.loaded: dict[str, Any] = {}  # until the optimizers exist to check it
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if trainer.state.fn == "fit":
@@ -121,7 +121,7 @@ class Checkpoint(AtSteps, SavesLast):
             fresh = [optimizer.state_dict() for optimizer in trainer.optimizers]
             self.save(trainer)
             for optimizer, state in zip(trainer.optimizers, fresh, strict=True):
-                if optimizer.state:  # torch has sharded ones take a step of nothing, to find out what they hold
+                if optimizer.state:  # sharded optimizers take a step on zeros to create their state
                     optimizer.load_state_dict(state)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -157,7 +157,7 @@ class Checkpoint(AtSteps, SavesLast):
         if not between_steps(trainer):
             return
         due = trainer.global_step % self.every_n_steps == 0 or self.overdue(trainer)
-        at_its_end = trainer.global_step >= trainer.max_steps > 0  # what others do there comes before
+        at_its_end = trainer.global_step >= trainer.max_steps > 0  # on_train_end saves, after all other callbacks
         if due and not at_its_end:
             self.save(trainer)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Clock:
-    """Logs `train/tokens_per_second` as often as the trainer logs; `tokens` and `seconds` are of the whole run."""
+    """Logs `train/tokens_per_second` as often as the trainer logs; `tokens` and `seconds` count the whole run."""
 
     def __init__(self) -> None:
         self.tokens = 0

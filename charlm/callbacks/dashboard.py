@@ -1,4 +1,4 @@
-"""Something for a person to look at on the dashboard."""
+"""Base class of callbacks that show something on the dashboard."""
 
 import lightning as L
 import torch
@@ -10,19 +10,18 @@ from charlm.module import LanguageModel
 
 
 class DashboardCallback(L.Callback):
-    """Shown before the first step, after every validation and after the last step: once for each of these steps.
-
-    Nothing is computed where there is no TensorBoard to show it.
+    """Calls `show` before the first step, after every validation and after the last step, at most once per step.
+    Without TensorBoard nothing is computed.
     """
 
     shown_at = -1
 
     def show(self, trainer: L.Trainer, model: nn.Module, board: TensorBoard) -> None:
-        """Put something of the model on the dashboard, as of `trainer.global_step`."""
+        """Show something about the model, at `trainer.global_step`."""
         raise NotImplementedError
 
     def on_train_start(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
-        if trainer.global_step == 0:  # and not where a run goes on
+        if trainer.global_step == 0:  # not if the run was resumed
             self.look(trainer, pl_module)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: LanguageModel) -> None:  # type: ignore[override]
@@ -34,7 +33,7 @@ class DashboardCallback(L.Callback):
 
     @property
     def state_key(self) -> str:
-        """Several of a kind may look at one run, each with settings of its own."""
+        """A run may have several callbacks of one class with different settings."""
         settings = {k: v for k, v in vars(self).items() if isinstance(v, int | str) and k != "shown_at"}
         return self._generate_state_key(**settings)
 
@@ -54,7 +53,7 @@ class DashboardCallback(L.Callback):
         if not trainer.is_global_zero:
             return
         modes = {module: module.training for module in model.modules()}
-        model.eval()  # without dropout, which would also take from the randomness of training
+        model.eval()  # without dropout, which would change the random draws of training
         with torch.inference_mode():
             self.show(trainer, model, boards[0])
         for module, mode in modes.items():

@@ -1,4 +1,4 @@
-"""An exponential moving average of the weights (Polyak and Juditsky 1992; Ruppert 1988), used wherever a run is judged.
+"""An exponential moving average of the weights (Polyak and Juditsky 1992; Ruppert 1988).
 
 Not torch's AveragedModel nor Lightning's WeightAveraging: both copy the whole module.
 """
@@ -21,8 +21,8 @@ class EMA(AtSteps):
 
     A checkpoint stores the average as its weights, and the training weights separately to resume from.
 
-    The average begins with the first update, and the n-th one leaves at most (n - 1) / (n + 8) of it. So it reaches
-    back over about a ninth of a run, and not to the weights that a short run began with. TensorFlow's
+    The n-th update keeps at most (n - 1) / (n + 8) of the average, so that it reaches back over about a ninth of a
+    short run and not to the initial weights. TensorFlow's
     ExponentialMovingAverage introduced such a ramp, as `num_updates`.
 
     Args:
@@ -36,10 +36,10 @@ class EMA(AtSteps):
         self.decay, self.every_n_steps = decay, every_n_steps
         self.updates = self.updated_at = 0
         self.average: list[Tensor] = []  # in the order of the model's parameters
-        self.raw: list[Tensor] = []  # those of training, while the model has the average
+        self.raw: list[Tensor] = []  # the training weights, while the model has the average
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.average = [average.to(pl_module.device) for average in self.average]  # if there is one, from a file
+        self.average = [average.to(pl_module.device) for average in self.average]  # loaded from a checkpoint, if any
 
     def before_steps(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.take_out(pl_module)
@@ -50,7 +50,7 @@ class EMA(AtSteps):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         self.update(trainer, pl_module)
 
-    # Put in before, and taken out long after: other observers look in between, whatever their order.
+    # Swap the average in before validation and out before the next step, so callback order does not matter.
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.put_in(pl_module)
@@ -59,11 +59,11 @@ class EMA(AtSteps):
         self.put_in(pl_module)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.put_in(pl_module)  # also where a run was resumed at its very end
+        self.put_in(pl_module)  # also if the run was resumed at its last step
 
     @torch.no_grad()
     def update(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Once for each step that is due."""
+        """Update the average if the step is due, once per step."""
         step = trainer.global_step
         if step % self.every_n_steps or step == self.updated_at:
             return
@@ -77,7 +77,7 @@ class EMA(AtSteps):
 
     @torch.no_grad()
     def put_in(self, pl_module: L.LightningModule) -> None:
-        """By copies, since optimizers, other processes and captured graphs know the parameters by their place."""
+        """Copy the average into the parameters, to whose memory optimizers and captured graphs refer."""
         if self.raw or not self.average:
             return
         self.raw = [p.clone() for p in pl_module.parameters()]
@@ -116,6 +116,6 @@ def wide(parameter: Tensor) -> Tensor:
 
 
 def named(module: nn.Module, tensors: list[Tensor]) -> dict[str, Tensor]:
-    """Tensors in the order of the parameters, under all names of these."""
+    """Return tensors, given in the order of the parameters, under the parameters' names."""
     of = {id(p): tensor for p, tensor in zip(module.parameters(), tensors, strict=True)}
     return {name: of[id(p)] for name, p in module.named_parameters(remove_duplicate=False)}

@@ -30,7 +30,7 @@ class Losses:
         self.path = Path(run_dir, LOSSES)
         self.file: IO[bytes] | None = None
         self.unchecked: list[Tensor] = []
-        self.step = 0  # of the last loss
+        self.step = 0  # the last step with a loss
         self.newest: Tensor
 
     def open(self, trainer: L.Trainer) -> None:
@@ -64,7 +64,7 @@ class Losses:
             self.add([self.newest], trainer.global_step)
         if not self.unchecked:
             return
-        on_cpu = self.unchecked[0].device.type == "cpu"  # from a GPU, one transfer is faster than many
+        on_cpu = self.unchecked[0].device.type == "cpu"  # one transfer from a GPU is faster than many
         values = [loss.item() for loss in self.unchecked] if on_cpu else torch.stack(self.unchecked).tolist()
         losses = array("f", values)
         first = self.step - len(losses) + 1
@@ -83,7 +83,7 @@ class Losses:
             while data:  # a full disk accepts a part of the data first, and then raises the reason
                 data = data[self.file.write(data) :]
         except OSError as error:
-            raise DiskError(f"{self.path} could not be written ({error.strerror}): see to the disk") from error
+            raise DiskError(f"{self.path} could not be written ({error.strerror}): free space on the disk") from error
 
     def close(self) -> None:
         if self.file:
@@ -95,7 +95,7 @@ class Validations:
 
     def __init__(self, run_dir: str):
         self.folder = Path(run_dir)
-        self.step = -1  # of the last line
+        self.step = -1  # the last step with a line
 
     def open(self, trainer: L.Trainer) -> None:
         """Truncate what was logged after the checkpoint; the resumed run logs it again."""
@@ -121,7 +121,7 @@ class Validations:
             with path.open("a") as file:
                 file.write(f"{self.step},{seconds:.3f},{loss!r}\n")
         except OSError as error:
-            raise DiskError(f"{path} could not be written ({error.strerror}): see to the disk") from error
+            raise DiskError(f"{path} could not be written ({error.strerror}): free space on the disk") from error
 
 
 def check_weights(trainer: L.Trainer, module: L.LightningModule, checkpoint: Mapping[str, Any] | None = None) -> None:

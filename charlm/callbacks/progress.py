@@ -1,4 +1,4 @@
-"""How far training is: a bar on a terminal, else a plain line every few seconds."""
+"""Progress of training: a bar on a terminal, else a line every few seconds."""
 
 import time
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from charlm.budget import budget_of
 from charlm.callbacks.at_steps import AtSteps
 from charlm.terminal import console, format_steps
 
-# A person reads no faster, and every look at the loss waits for the device.
+# People read no faster, and reading the loss waits for the device.
 SECONDS_BETWEEN_LOOKS = 0.25
 
 
@@ -78,7 +78,7 @@ class Progress(AtSteps):
         else:
             left = self.budget.seconds_left(step, steps_per_second)
             line += f"  {left:,.0f} s left" if left and left > 0 else ""
-            console.print(f"step {steps}  {line}", soft_wrap=True)  # a step is a line, however wide
+            console.print(f"step {steps}  {line}", soft_wrap=True)  # never wrapped
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and trainer.global_step > self.shown_at:

@@ -14,7 +14,7 @@ from charlm.callbacks.stop import Stop
 
 
 class Recorder(AtSteps, SavesLast):
-    """What `train.py` records about every run, in one callback, so that each hook shows its order.
+    """All that `train.py` records about a run, in one callback, so that each hook shows its order.
 
     Lightning calls subclasses of its own Checkpoint after all other callbacks, wherever they are listed. Of these,
     the recorder must be listed after `charlm.callbacks.Checkpoint`, because it may end the process.

@@ -1,4 +1,4 @@
-"""Generated text while training goes on, so that one can read it improve."""
+"""Samples of text during training."""
 
 from typing import Annotated
 
@@ -31,6 +31,6 @@ class Samples(DashboardCallback):
 
 
 def as_markdown(text: str) -> str:
-    """Text as it stands, which Markdown shows where it is indented by four; long lines continue on the next."""
+    """Return Markdown that shows a text literally: indented by four; long lines are broken."""
     lines = (line[i : i + COLUMNS] for line in text.split("\n") for i in range(0, max(1, len(line)), COLUMNS))
     return "\n".join("    " + line for line in lines)

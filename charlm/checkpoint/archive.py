@@ -1,4 +1,4 @@
-"""Checkpoint files: one safetensors file, whole or refused, read without trusting who wrote it. No pickle.
+"""Checkpoint files: one safetensors file, intact or refused, read without trust in its author. No pickle.
 
 Layout of format 2, which every reader of safetensors understands:
 
@@ -58,7 +58,7 @@ class Refused(Exception):
 
 
 class Encoder:
-    """Turns nested plain data into JSON values, and collects its tensors by name."""
+    """Turns nested plain data into JSON values and collects the tensors by name."""
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
@@ -253,7 +253,7 @@ def stored_hash(path: Path) -> str:
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file to read it; whatever is wrong with it becomes one line with its name."""
+    """Open a file for reading; any error becomes one line with its name."""
     try:
         with open_regular(path) as file:
             yield file

@@ -19,7 +19,7 @@ from charlm.errors import InputError, out_of_memory, printable
 from charlm.internals.lightning import RESTORING
 from charlm.optimizer.muon import Several
 
-MOST = 2**48  # of any count
+MOST_COUNTED = 2**48  # of any count
 OURS = ("charlm.", "lightning.", "torch.")  # packages whose callbacks and schedulers keep the shape of their state
 CHANGING = ("capturable", "lr")  # settings of an optimizer that CUDA graphs and schedules change
 
@@ -114,10 +114,10 @@ def slots(optimizer: Optimizer, number: int, parameter: Tensor) -> dict[str, Any
     Returns None for an optimizer that cannot, such as L-BFGS, which needs a closure.
     """
     if isinstance(optimizer, Several):
-        for one in optimizer.optimizers:
-            if number < len(one.param_groups):
-                return slots(one, number, parameter)
-            number -= len(one.param_groups)
+        for inner in optimizer.optimizers:
+            if number < len(inner.param_groups):
+                return slots(inner, number, parameter)
+            number -= len(inner.param_groups)
     zeros = torch.zeros(parameter.shape, dtype=parameter.dtype, requires_grad=True)
     zeros.grad = torch.zeros_like(zeros)
     probe = copy.copy(optimizer)
@@ -125,7 +125,7 @@ def slots(optimizer: Optimizer, number: int, parameter: Tensor) -> dict[str, Any
     probe.param_groups = [{**optimizer.param_groups[number], "params": [zeros], "lr": 0.0, "capturable": False}]
     try:
         probe.step()
-    except Exception:  # from the user's own optimizer
+    except Exception:  # a setting of the user's own optimizer
         return None
     return dict(probe.state[zeros])
 
@@ -152,7 +152,7 @@ def compare(fresh: Any, recorded: Any, place: str, exact: bool = False) -> None:
     elif number:
         if type(recorded) not in ((type(fresh),) if exact else (int, float)) or recorded != recorded:
             raise Mismatch(f"{place} is not a number of type {type(fresh).__name__}")
-        if type(recorded) is int and not (0 if exact else -MOST) <= recorded <= MOST:
+        if type(recorded) is int and not (0 if exact else -MOST_COUNTED) <= recorded <= MOST_COUNTED:
             raise Mismatch(f"{place} is out of range")
     elif type(recorded) not in like(fresh):
         raise Mismatch(f"{place} is not of type {type(fresh).__name__}")

@@ -48,7 +48,7 @@ def hashes(idx: Tensor, n: int) -> Tensor:
 
 
 def spread(starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The entries of each of `rows`, of which row r has starts[r] to starts[r + 1]: numbers of rows, and entries."""
+    """Return the entries of each of `rows`, as numbers of rows and of entries; row r has starts[r] to starts[r + 1]."""
     lengths = starts[rows + 1] - starts[rows]
     row = torch.arange(len(rows), device=rows.device).repeat_interleave(lengths)
     ends = lengths.cumsum(0)
@@ -379,7 +379,7 @@ def log_probabilities(each: Sequence[Tensor]) -> Tensor:
 
 
 def averaged(each: Sequence[Tensor]) -> Tensor:
-    """The logits of each network, (..., V) -> the logarithm of their mean probabilities; of one, as they are."""
+    """Return the logarithm of the networks' mean probabilities, (..., V); of a single network, its logits."""
     if len(each) == 1:
         return each[0]
     return log_probabilities(each).logsumexp(0) - math.log(len(each))

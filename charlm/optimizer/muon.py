@@ -57,10 +57,12 @@ class Several(Optimizer):
 
     def __init__(self, optimizers: Sequence[Optimizer]):
         self.optimizers = optimizers
-        super().__init__([p for one in optimizers for group in one.param_groups for p in group["params"]], {})
-        self.param_groups = [group for one in optimizers for group in one.param_groups]
-        for one in optimizers:
-            one.state = self.state
+        super().__init__(
+            [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]], {}
+        )
+        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        for optimizer in optimizers:
+            optimizer.state = self.state
 
     def step(self, closure: Any = None) -> Any:
         """Let each of them update its parameters."""
@@ -68,16 +70,16 @@ class Several(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for one in self.optimizers:
-            one.step()
+        for optimizer in self.optimizers:
+            optimizer.step()
         return loss
 
     def load_state_dict(self, state_dict: Any) -> None:
         super().load_state_dict(state_dict)
         groups = iter(self.param_groups)
-        for one in self.optimizers:
-            one.param_groups = [next(groups) for _ in one.param_groups]
-            one.state = self.state
+        for optimizer in self.optimizers:
+            optimizer.param_groups = [next(groups) for _ in optimizer.param_groups]
+            optimizer.state = self.state
 
 
 def hidden_matrices(model: nn.Module) -> list[nn.Parameter]:

@@ -43,7 +43,7 @@ MOST_USED = (
     "seed",
     "experiment",
 )
-# What each group chooses, in the order of --help.
+# The meaning of each group, in the order of --help.
 GROUPS = {
     "model": "the language model",
     "data": "the corpus",

@@ -39,7 +39,7 @@ RUN_JSON = "run.json"
 FORMAT = 2
 SECONDS_BETWEEN_BEATS = 10.0
 ROOM = 1000  # bytes of blanks at the end of run.json
-LARGEST = 2**24  # bytes of a run.json that is read
+LARGEST_RECORD = 2**24  # bytes of a run.json that is read
 CHARLM = Path(__file__).parent.parent
 
 
@@ -182,11 +182,11 @@ def disk_trouble(error: BaseException, folder: Path) -> DiskError | None:
         return None  # which tells it
     if not folder.is_dir():
         return DiskError(f"{folder} has vanished while the run wrote there, with all it had saved: start it again")
-    for one in chain(error):
-        if isinstance(one, OSError) and one.errno in DISK_TROUBLE:
+    for cause in chain(error):
+        if isinstance(cause, OSError) and cause.errno in DISK_TROUBLE:
             return DiskError(
-                f"{os.fsdecode(one.filename or folder)}: {one.strerror}. The run has ended, and its checkpoints are "
-                f"whole: see to the disk, then say resume={folder}"
+                f"{os.fsdecode(cause.filename or folder)}: {cause.strerror}. The run has ended; its checkpoints are "
+                f"intact: free space on the disk, then type resume={folder}"
             )
     return None
 
@@ -227,7 +227,7 @@ def read_record(folder: Path) -> Record:
             outside of it.
     """
     try:
-        record = read_json(folder / RUN_JSON, Record, LARGEST, FORMAT)
+        record = read_json(folder / RUN_JSON, Record, LARGEST_RECORD, FORMAT)
     except FileNotFoundError:
         raise InputError(f"{folder} holds no {RUN_JSON}: give a run folder, as python train.py made it") from None
     check_record(folder / RUN_JSON, record["config"], record["follows"])

@@ -69,7 +69,7 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence
         "equal": not unequal and not differs,
         "steps": step,
         "first_step": unequal[0] + 1 if unequal else None,
-        "losses": [float(one[unequal[0]]) for one in losses] if unequal else None,
+        "losses": [float(values[unequal[0]]) for values in losses] if unequal else None,
         "differs": differs,
         "environment": environment,
         "clock": record["config"]["trainer"]["max_time"] is not None and not constant,
@@ -121,13 +121,13 @@ def exact(figure: str) -> bool:
     return figure not in ELSEWHERE and "second" not in figure
 
 
-def unlike(one: Any, other: Any, place: str) -> Iterator[str]:
+def unlike(then: Any, now: Any, place: str) -> Iterator[str]:
     """The names, below `place`, of what is not equal to the bit."""
-    if isinstance(one, dict) and isinstance(other, dict):
-        for key in one | other:
-            yield from unlike(one.get(key), other.get(key), f"{place}.{key}")
-    elif isinstance(one, list | tuple) and isinstance(other, list | tuple) and len(one) == len(other):
-        for number, pair in enumerate(zip(one, other, strict=True)):
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in then | now:
+            yield from unlike(then.get(key), now.get(key), f"{place}.{key}")
+    elif isinstance(then, list | tuple) and isinstance(now, list | tuple) and len(then) == len(now):
+        for number, pair in enumerate(zip(then, now, strict=True)):
             yield from unlike(*pair, f"{place}.{number}")
-    elif not (torch.equal(one, other) if torch.is_tensor(one) and torch.is_tensor(other) else one == other):
+    elif not (torch.equal(then, now) if torch.is_tensor(then) and torch.is_tensor(now) else then == now):
         yield place

@@ -16,7 +16,7 @@ T = TypeVar("T")
 LOSSES = "losses.f32"  # of all steps: numpy.fromfile(file, "<f4")
 VALIDATIONS = "validations.csv"  # step, seconds of training, val/loss; a line for each validation
 RESULTS = "results.json"  # written last, so that its presence means a finished run
-LARGEST = 2**24  # bytes of a file that is read
+LARGEST_RESULTS = 2**24  # bytes of a file that is read
 
 Results = TypedDict(
     "Results",
@@ -46,7 +46,7 @@ def read_results(run_dir: Path) -> Results | None:
         InputError: if charlm did not write the file.
     """
     try:
-        found = read_json(run_dir / RESULTS, Results, LARGEST)
+        found = read_json(run_dir / RESULTS, Results, LARGEST_RESULTS)
     except FileNotFoundError:
         return None
     for name, value in found.items():
@@ -67,7 +67,7 @@ def whole_results(run_dir: Path) -> Results | None:
 def read_validations(run_dir: Path) -> list[tuple[int, float, float]]:
     """Step, seconds of training and val loss of each validation, in order, as far as they can be read."""
     try:
-        lines = read_regular(run_dir / VALIDATIONS, LARGEST).decode(errors="replace").split("\n")
+        lines = read_regular(run_dir / VALIDATIONS, LARGEST_RESULTS).decode(errors="replace").split("\n")
     except (InputError, OSError):
         return []
     found = []

@@ -15,11 +15,11 @@ from charlm.run.record import previous, read_record
 from charlm.run.results import RESULTS, whole_results
 from charlm.schema import is_default, leaves, unknown_key
 
-if TYPE_CHECKING:  # what does not read a state does without torch
+if TYPE_CHECKING:  # torch is imported only to read a checkpoint
     from charlm.checkpoint import Newest
 
 BUDGET = ("trainer.max_steps", "trainer.max_time", "max_tokens")
-# Where a run goes on, and how fast: its batches stay the same, and its figures up to rounding.
+# Settings of devices and speed: the batches stay the same, and figures up to rounding.
 MACHINE = ("trainer.accelerator", "trainer.devices", "threads", "speed.steps_per_execution", "speed.cuda_graph")
 MAY_CHANGE = (*BUDGET, *MACHINE, "stop_at", "evaluate", "sample_length")
 CONSTANT = "charlm.scheduler.constant"
@@ -125,7 +125,7 @@ def rerun(run_dir: Path, changes: Mapping[str, Any], new_dir: str) -> DictConfig
 
 
 def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> DictConfig:
-    """A recorded configuration with `changes`."""
+    """Return a recorded configuration with `changes`."""
     cfg = OmegaConf.create(config)
     for key, value in changes.items():
         OmegaConf.update(cfg, key, value)
@@ -133,7 +133,7 @@ def changed(config: dict[str, Any], changes: Mapping[str, Any]) -> DictConfig:
 
 
 def moved(node: Any, old: str, new: str) -> Any:
-    """A configuration whose places are under another run folder: `old` and what is below it become `new`."""
+    """Return a configuration with all paths below `old` moved to `new`."""
     if isinstance(node, dict):
         return {key: moved(value, old, new) for key, value in node.items()}
     if isinstance(node, list):
@@ -143,7 +143,7 @@ def moved(node: Any, old: str, new: str) -> Any:
 
 
 def tidy(run_dir: Path) -> None:
-    """Remove what a kill left half-written, and the results of a run that goes on behind its end."""
+    """Remove half-written files of a killed run, and the results of a run that continues beyond its end."""
     for leftover in contents(run_dir):
         if leftover.name.startswith(PARTIAL) and is_regular(leftover):
             leftover.unlink()
@@ -151,7 +151,7 @@ def tidy(run_dir: Path) -> None:
 
 
 def finished(run_dir: Path, content: Mapping[str, Any], cfg: DictConfig) -> bool:
-    """Has the run come to the end that `cfg` sets it?"""
+    """Return whether the run has reached the end that `cfg` sets."""
     record = previous(run_dir)
     if whole_results(run_dir) is None or record is None or record["status"] != "finished":
         return False

@@ -1,10 +1,9 @@
 """Allow-list for recorded settings: a run folder or a sweep may come from a stranger.
 
-This is an allow-list. A recorded setting counts if charlm itself would have recorded it: it belongs to a known group,
-its part is one that a file of conf/ names in the same group, and its value is plain. No recorded value is looked up in
+A recorded setting is accepted if charlm itself would have recorded it: it belongs to a known group, its part is one that a file of conf/ names in the same group, and its value is plain. No recorded value is looked up in
 the environment, in Hydra or by any other resolver of OmegaConf; only plain references to other settings are followed.
 
-All that continues, repeats, compares or reports recorded runs and sweeps reads them through these checks.
+Every command that reads recorded runs and sweeps uses these checks.
 """
 
 import os
@@ -24,11 +23,11 @@ from charlm.files import everything
 from charlm.schema import GROUPS, RANGES, ROOT, check, leaves
 
 CHOICES = GROUPS | {"experiment", "sweep"}  # settings that choose a file of conf/
-DECIDED = {"run_dir", "resume", "rerun", "trust"}  # settings that say where a run is, which its folder must not
+DECIDED = {"run_dir", "resume", "rerun", "trust"}  # settings for the folder of a run, which a record must not change
 REFERENCE = re.compile(r"\$\{(\w+)((?:\.\w+)*)\}")  # another setting; anything else between braces may be a call
-NAME = re.compile(r"[\w-]+")
+PLAIN_NAME = re.compile(r"[\w-]+")
 SETTING = re.compile(r"\w+(\.\w+)*")
-# Settings that say where something is written. In a stranger's folder they must not point out of it.
+# Settings for output paths. In a stranger's folder they must stay inside of it.
 PLACES = {"dirpath", "save_dir", "tracking_uri"}
 # Flags of Lightning's Trainer without a range in `config.RANGES` that neither write nor send anything elsewhere.
 HARMLESS = {
@@ -188,7 +187,7 @@ def check_overrides(source: Path, overrides: Sequence[str]) -> None:
                 raise unknown
             continue
         strings = [*strings_in(value)]
-        if key in CHOICES and not isinstance(value, dict) and not all(map(NAME.fullmatch, strings)):
+        if key in CHOICES and not isinstance(value, dict) and not all(map(PLAIN_NAME.fullmatch, strings)):
             raise unknown  # a path to a file elsewhere
         if not all(map(all_references, strings)):
             raise unknown
@@ -205,7 +204,7 @@ def check_key(source: Path, text: str) -> None:
 
 
 def is_key(key: str) -> bool:
-    """Return whether an override may set this: a choice of a file, or a setting of a run, but not where it is."""
+    """Return whether an override may set this: a choice of a group or a setting of a run, except its folder."""
     root, *path = key.split(".")
     special = [name for name in path if name.startswith("_") and name != "_target_"]
     known = root in (ROOT.keys() | CHOICES) - DECIDED
@@ -213,7 +212,7 @@ def is_key(key: str) -> bool:
 
 
 def all_references(text: str) -> bool:
-    """Return whether all that is looked up in a text are other settings."""
+    """Return whether a text refers to nothing but other settings."""
     names = {root for root, _ in REFERENCE.findall(text)}
     return names <= ROOT.keys() | GROUPS and "${" not in REFERENCE.sub("", text)
 
@@ -233,7 +232,7 @@ def strings_in(value: Any) -> Iterator[str]:
         for child in value:
             yield from strings_in(child)
     elif not isinstance(value, RangeSweep | IntervalSweep | Glob | int | float | None):
-        yield "${}"  # a kind of value that is not known yet is no plain text
+        yield "${}"  # unknown kinds of values are refused
 
 
 def select(config: Mapping[str, Any], key: str) -> Any:

@@ -21,7 +21,7 @@ from charlm.data import CharDataModule
 from charlm.internals.lightning import checkpoint_interval
 from charlm.module import LanguageModel
 
-# Hooks of each batch, and of each step. Of callbacks, those of AtSteps and of the classes below may have some.
+# Hooks called for each batch or step. Only AtSteps callbacks and the classes below may have them.
 HOOKS = (
     "on_train_batch_start",
     "on_train_batch_end",
@@ -48,8 +48,8 @@ OF_MODULE = (
 )
 OF_DATA = ("train_dataloader", "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
-# Callbacks of Lightning that look at batches, and the steps between two at which they do something. What the trainer
-# logs is due anyway; clocks and progress bars read correct values at every step.
+# Lightning's callbacks with batch hooks, and the interval at which they act, in steps. Lightning takes the logged
+# steps anyway; clocks and progress bars read correct values at every step.
 LOOKS: dict[type[L.Callback], Callable[[Any], int]] = {
     LearningRateMonitor: lambda _: 0,
     DeviceStatsMonitor: lambda _: 0,
@@ -99,7 +99,7 @@ def reason_against(trainer: Any, module: L.LightningModule) -> str | None:
 
 
 def replaced(thing: object, base: type, names: tuple[str, ...]) -> str | None:
-    """The first of `names` that a thing, or its class, does otherwise than `base`."""
+    """Return the first of `names` that an object or its class overrides."""
     for name in names:
         if name in vars(thing) or getattr(type(thing), name) is not getattr(base, name):
             return name

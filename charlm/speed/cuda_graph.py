@@ -1,8 +1,8 @@
 """A step as one CUDA graph: its kernels are launched together, and not one by one from Python.
 
 A small model's kernels take a microsecond each, and launching each of them from Python takes ten. PyTorch's notes on
-CUDA graphs (Ansel et al. 2024, section 4) say what a captured step may do: the same shapes in the same memory, and no
-number that lives in Python, so that the learning rate becomes a tensor too.
+CUDA graphs (Ansel et al. 2024, section 4) allow in a captured step: the same shapes in the same memory, and no Python
+numbers, so that the learning rate becomes a tensor too.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +22,7 @@ class CUDAGraph:
 
     Args:
         step: takes the batches of one optimizer step and returns a loss. Its batches must always have the same shapes.
-        optimizers: those that `step` uses.
+        optimizers: the optimizers that `step` uses.
         device: the GPU.
 
     Raises:
@@ -49,7 +49,7 @@ class CUDAGraph:
         """The same as `step(batches)`."""
         self.calls += 1
         if self.calls <= WARM_UP:
-            # On a stream of its own, as the capture will be: what is allocated there belongs to it.
+            # Warm up on the stream of the capture, which then owns all allocations.
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
                 loss = self.step(batches)

@@ -17,14 +17,14 @@ from charlm.speed.conditions import reason_against, steps_between
 from charlm.speed.cuda_graph import CUDAGraph
 from charlm.speed.table_gradient import table_gradient
 
-MOST = 100  # steps in a group: a signal waits for its end
+MOST_STEPS = 100  # steps in a group: a signal waits for its end
 
 
 class GroupedSteps(L.Callback):
-    """Takes steps in groups, wherever that is the same as one by one.
+    """Takes optimizer steps in groups where the results are the same as one by one.
 
-    Each step between two of Lightning's does what Lightning's would, in the same order: zero_grad, forward, backward,
-    clip, optimizer, schedule. `charlm.speed.conditions` says when there are any.
+    A grouped step does the same as Lightning's, in the same order: zero_grad, forward, backward,
+    clip, optimizer, schedule. `charlm.speed.conditions` has the conditions.
 
     Args:
         steps_per_execution: most optimizer steps in a group; auto: by the size of a step. Changes only the speed.
@@ -36,15 +36,15 @@ class GroupedSteps(L.Callback):
         self.loop: Any = None
 
     def most(self, model: torch.nn.Module, tokens_per_batch: int) -> int:
-        """How many steps a group has at most."""
+        """Return the largest number of steps in a group."""
         if self.steps_per_execution != "auto":
             return self.steps_per_execution
         # Multiplications of a forward pass; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
         multiplications = sum(p.numel() for p in model.parameters()) * tokens_per_batch
-        return max(1, min(MOST, int(2e8 / multiplications)))
+        return max(1, min(MOST_STEPS, int(2e8 / multiplications)))
 
     def describe(self, trainer: L.Trainer, module: LanguageModel, tokens_per_batch: int) -> str:
-        """How steps are taken, and why so, in words for a person."""
+        """Describe how steps are taken, and why, for the header of a run."""
         against = reason_against(trainer, module)
         if against:
             return f"1 step at a time: {against}"
@@ -80,17 +80,17 @@ class GroupedSteps(L.Callback):
 
     def give_back(self) -> None:
         if self.loop is not None:
-            del self.loop.advance  # the instance's, which hides that of its class
+            del self.loop.advance  # the instance attribute, which hides the method
         self.loop = None
 
 
 def steps_before_due(trainer: Any, most: int) -> int:
-    """How many steps there are before the next that something is due at, which is Lightning's; `most` - 1 at most."""
+    """Return the number of steps before the next one that Lightning must take, `most` - 1 at most."""
     loop, per_step = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
     made, made_in_all, step = loop.batch_progress.current.ready, loop.batch_progress.total.ready, loop.global_step
     if made % per_step or skips_backward(trainer):
         return 0
-    batches = [trainer.num_training_batches - made]  # the last of the epoch is due
+    batches = [trainer.num_training_batches - made]  # Lightning takes the last batch of an epoch
     if trainer.enable_validation and trainer.val_check_batch:
         since = made_in_all if trainer.check_val_every_n_epoch is None else made
         batches.append(trainer.val_check_batch - since % trainer.val_check_batch)
@@ -103,12 +103,12 @@ def steps_before_due(trainer: Any, most: int) -> int:
 
 
 class Steps:
-    """Optimizer steps as a plain loop takes them, counted as Lightning counts its own."""
+    """Optimizer steps of a plain loop that update Lightning's counters."""
 
     def __init__(self, trainer: Any, module: LanguageModel, loader: RandomChunks, cuda_graph: bool):
         self.trainer = trainer
         self.module = module
-        self.travel = loader.ids.device != module.device  # batches, of a corpus that does not fit on the GPU
+        self.travel = loader.ids.device != module.device  # copy batches to the GPU: the corpus does not fit there
         self.shortcut = table_gradient(trainer, module, loader.batch_size * loader.block_size)
         self.backward = self.shortcut or self.autograd
         self.optimizer = trainer.optimizers[0]
@@ -131,7 +131,7 @@ class Steps:
                 fetched = [next(batches) for _ in range(per_step)]
                 if self.travel:
                     fetched = [self.module.transfer_batch_to_device(b, self.module.device, 0) for b in fetched]
-                if not self.shortcut:  # which draws nothing at random
+                if not self.shortcut:  # it has no dropout
                     self.module.seed_batch(self.k)
                 # The next replay of a graph overwrites its loss.
                 losses.append(self.graph(fetched).clone() if self.graph else self.step(fetched))
@@ -143,7 +143,7 @@ class Steps:
             callback.after_steps(trainer, self.module, losses)
 
     def step(self, batches: Sequence[Batch]) -> Tensor:
-        """One optimizer step on the mean loss of batches from number k on. Returns the loss of the last one."""
+        """Take one optimizer step on the mean loss of consecutive batches. Returns the loss of the last one."""
         for parameter in self.parameters:
             parameter.grad = None
         loss = self.backward(batches)
@@ -156,9 +156,11 @@ class Steps:
     def autograd(self, batches: Sequence[Batch]) -> Tensor:
         """Add up the gradients of batches, each divided by their number. Returns the loss of the last one."""
         for i, (x, y) in enumerate(batches):
-            if i > 0:  # the first is seeded outside, where a graph leaves it possible
+            if i > 0:  # `take` seeds the first, outside of a captured graph
                 self.module.seed_batch(self.k + i)
-            with self.trainer.precision_plugin.train_step_context():  # anew, as autocast keeps the weights that it cast
+            with (
+                self.trainer.precision_plugin.train_step_context()
+            ):  # a new context, because autocast caches the weights
                 loss = self.module.mean_loss(self.module.model, x, y) / len(batches)
             loss.backward()
         return loss.detach() * len(batches)

@@ -1,4 +1,4 @@
-"""The gradient of a bigram without autograd, whose bookkeeping takes several times as long as the arithmetic."""
+"""The gradient of a bigram without autograd, which takes several times as long as the arithmetic."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -39,7 +39,7 @@ class TableGradient:
 
 
 def table_gradient(trainer: Any, module: LanguageModel, tokens: int) -> TableGradient | None:
-    """Return the shortcut for a plain bigram; None where the gradient needs autograd, or somebody observes autograd."""
+    """Return the shortcut for a plain bigram; None if the gradient needs autograd or hooks observe autograd."""
     model = module.model
     if type(model) is not Bigram or "loss" in vars(model) or module.mean_loss is not mean_loss:
         return None

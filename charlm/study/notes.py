@@ -11,7 +11,7 @@ from charlm.study.runs import Run, ordered, shown
 
 ALIKE = 1.02  # as many tokens, as a run ends with the step that reaches them, which may go beyond
 MOST_DAMAGED = 10  # that are named
-# What ends a run, and its setting.
+# Limits of a run, and the setting of each.
 LIMITS = {
     "steps": "trainer.max_steps",
     "tokens": "max_tokens",

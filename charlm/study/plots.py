@@ -25,7 +25,7 @@ from charlm.errors import InputError
 from charlm.study.runs import Run, Value, is_number
 from charlm.study.study import Row, Study
 
-# Okabe and Ito 2008: told apart also by the colour-blind. Their yellow is too pale for lines.
+# Okabe and Ito 2008: colours that colour-blind people can distinguish. Their yellow is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 FRAME, ALARM, GREY = "#D55E00", "#B00020", "#555555"
 LOSS = "val loss, nats per character"
@@ -99,7 +99,7 @@ def settings_panels(study: Study) -> list[Panel]:
 def lines_of(study: Study, name: str) -> tuple[str, list[str] | None]:
     """The settings in which rows are alike that one line joins, and what such a line is.
 
-    That is all beside `name` or, where there would be too many lines, the one that matters most. None where each row
+    Those are all but `name` or, with too many lines, the most influential one. None where each row
     has a value of its own.
     """
     every, others = "Every run as a point", [other for other in study.varied if other != name]
@@ -291,7 +291,7 @@ def curve_of(study: Study, row: Row) -> Curve | None:
     last, tokens = row.mean("steps"), row.mean("train/tokens")
     if len(steps) < 2 or not last or tokens is None:
         return None
-    seconds, losses = ([statistics.fmean(one[step][part] for one in known) for step in steps] for part in (0, 1))
+    seconds, losses = ([statistics.fmean(curve[step][part] for curve in known) for step in steps] for part in (0, 1))
     label = study.label(row) or "mean over seeds"
     return Curve(label, [*map(float, steps)], [step * tokens / last for step in steps], seconds, losses)
 
@@ -301,7 +301,7 @@ def points_of(run: Run) -> list[tuple[int, float, float]]:
     step, seconds = run.figures.get("steps"), run.figures.get("train/seconds")
     if step is None or seconds is None or run.loss is None:
         return run.validations
-    return [*(one for one in run.validations if one[0] < step), (int(step), seconds, run.loss)]
+    return [*(curve for curve in run.validations if curve[0] < step), (int(step), seconds, run.loss)]
 
 
 def curves_panels(study: Study) -> list[Panel]:

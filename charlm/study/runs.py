@@ -130,9 +130,9 @@ def walk(place: Path) -> Iterator[tuple[Path, Sequence[str]]]:
         below.sort()
         yield Path(folder), files
         for name in below:
-            one = Path(folder, name)
-            if one.is_symlink() and is_regular(one / RUN_JSON):
-                yield one, [RUN_JSON]
+            path = Path(folder, name)
+            if path.is_symlink() and is_regular(path / RUN_JSON):
+                yield path, [RUN_JSON]
 
 
 def jobs_of(sweep_dir: Path) -> dict[str, ledger.Entry]:
@@ -167,7 +167,7 @@ def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
         tuple(given),
         figures,
         printable(str(results.get("stopped_by", "")), LONGEST),
-        [one for one in validations if all(map(sane, one))],
+        [validation for validation in validations if all(map(sane, validation))],
         record,
     )
 

@@ -94,4 +94,4 @@ def unfinished(study: Study, runs: Sequence[Run], title: str, style: str) -> Ren
         lines.append(Text.assemble((f"{run.state:9}", style), study.near(run), last, why))
     if len(runs) > MOST_ROWS:
         lines.append(Text(f"and {len(runs) - MOST_ROWS} more", "dim"))
-    return Padding(Group(lines[0], *(Padding(one, (0, 0, 0, 2)) for one in lines[1:])), (1, 0))
+    return Padding(Group(lines[0], *(Padding(line, (0, 0, 0, 2)) for line in lines[1:])), (1, 0))

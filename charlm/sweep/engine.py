@@ -97,30 +97,32 @@ class Engine:
         stopping = False
         self.check()
         try:
-            self.begin([one.job for one in handed])
+            self.begin([entry.job for entry in handed])
             with terminable(signal.SIGTERM):  # Ray has just installed a handler of its own
                 while handed and self.at_work():
                     time.sleep(SECONDS_BETWEEN_LOOKS)
-                    for one in [one for one in handed if one.news()]:
-                        if not one.since:
-                            one.since = time.monotonic()
-                            begun(one.job)
-                        if one.settled():
-                            handed.remove(one)
-                            ended(one.job, one.how(self.trouble))
-                    look([one for one in handed if one.since])
-            if self.trouble and not any(one.since or stamp(one.job.folder / LOG) != one.log_stamp for one in handed):
+                    for entry in [entry for entry in handed if entry.news()]:
+                        if not entry.since:
+                            entry.since = time.monotonic()
+                            begun(entry.job)
+                        if entry.settled():
+                            handed.remove(entry)
+                            ended(entry.job, entry.how(self.trouble))
+                    look([entry for entry in handed if entry.since])
+            if self.trouble and not any(
+                entry.since or stamp(entry.job.folder / LOG) != entry.log_stamp for entry in handed
+            ):
                 raise InputError(f"{type(self).__name__} does not take the jobs: {self.trouble[0]}")
         except BaseException:
             stopping = True
             self.stop()
-            handed = [one for one in handed if one.since]
+            handed = [entry for entry in handed if entry.since]
             raise
         finally:
             self.end()
-            for one in handed:
-                how = one.how(self.trouble)
-                ended(one.job, STOPPED if stopping and how.startswith("failed") else how)
+            for entry in handed:
+                how = entry.how(self.trouble)
+                ended(entry.job, STOPPED if stopping and how.startswith("failed") else how)
 
     def check(self) -> None:
         """Raises InputError: if the engine has jobs of this sweep already."""

@@ -14,11 +14,11 @@ from charlm.run.trust import check_key, check_overrides
 SWEEP_JSON = "sweep.json"
 TABLE = "results.csv"  # written last
 FORMAT = 1
-LARGEST = 2**26  # bytes of a sweep.json that is read
+LARGEST_LEDGER = 2**26  # bytes of a sweep.json that is read
 
 
 State = Literal["waiting", "running", "done", "pruned", "failed"]
-ENDED = {"done", "pruned"}  # states with nothing left to do
+SETTLED = {"done", "pruned"}  # states with nothing left to do
 
 
 class Entry(TypedDict):
@@ -154,7 +154,7 @@ def goes_on(folder: Path, command: list[str], search: Search | None) -> bool:
         InputError: if sweep.json cannot be read.
     """
     content = read(folder / SWEEP_JSON)
-    ended = [entry["state"] in ENDED for entry in content["jobs"].values()]
+    ended = [entry["state"] in SETTLED for entry in content["jobs"].values()]
     left = not all(ended) or len(ended) < (search["n_trials"] if search else 1) or not (folder / TABLE).exists()
     return content["command"] == command and alike(content["search"], search) and left
 
@@ -166,7 +166,7 @@ def read(file: Path) -> Content:
         InputError: if it is damaged or of another version, or records what charlm would not.
         FileNotFoundError: if there is none.
     """
-    found = read_json(file, Content, LARGEST, FORMAT)
+    found = read_json(file, Content, LARGEST_LEDGER, FORMAT)
     space = found["search"]["space"] if found["search"] else {}
     check_overrides(file, [*found["command"], *(f"{key}={words}" for key, words in space.items())])
     for name, entry in found["jobs"].items():

@@ -24,7 +24,7 @@ class Pool:
     Args:
         n_jobs: at a time, whatever they need; "auto" gives each of their processes a core, or a GPU.
         jobs_per_gpu: that may share one, each with one process.
-        timeout: minutes after which a job is killed.
+        timeout: longest duration of a job, in minutes.
         gpus: how many there are.
     """
 
@@ -64,7 +64,7 @@ class Pool:
                     waiting = None
                 if not self.running:
                     return
-                wait_for([one.process for one in self.running], SECONDS_BETWEEN_LOOKS)
+                wait_for([running.process for running in self.running], SECONDS_BETWEEN_LOOKS)
                 self.hurry()
                 self.reap(ended)
                 look(self.running)
@@ -76,7 +76,7 @@ class Pool:
         """How many of `total` jobs like this one run at a time."""
         if self.n_jobs != "auto":
             return min(self.n_jobs, total)
-        room = len(self.gpus) + sum(len(one.gpus) for one in self.running) if job.on_gpu else self.cores
+        room = len(self.gpus) + sum(len(running.gpus) for running in self.running) if job.on_gpu else self.cores
         return max(1, min(total, room // job.processes))
 
     def has_room(self) -> bool:
@@ -91,7 +91,7 @@ class Pool:
             return False
         if self.n_jobs != "auto":
             return len(self.running) < self.n_jobs
-        return job.on_gpu or job.processes + sum(one.job.processes for one in self.running) <= self.cores
+        return job.on_gpu or job.processes + sum(running.job.processes for running in self.running) <= self.cores
 
     def take(self, number: int) -> list[int]:
         """Return distinct GPUs for a job, the least busy first."""
@@ -102,36 +102,36 @@ class Pool:
 
     def hurry(self) -> None:
         """Stop jobs that exceed the timeout, and kill those that ignore a request to stop."""
-        for one in self.running:
-            if self.timeout is not None and time.monotonic() > one.since + 60 * self.timeout:
-                one.end(f"failed: no end within {self.timeout:g} minutes")
-            if one.warned_at is not None and time.monotonic() > one.warned_at + SECONDS_TO_SAVE:
-                one.process.kill()
+        for running in self.running:
+            if self.timeout is not None and time.monotonic() > running.since + 60 * self.timeout:
+                running.end(f"failed: no end within {self.timeout:g} minutes")
+            if running.warned_at is not None and time.monotonic() > running.warned_at + SECONDS_TO_SAVE:
+                running.process.kill()
 
     def reap(self, ended: Callable[[Job, str], None]) -> None:
-        for one in [one for one in self.running if not one.process.is_alive()]:
-            one.process.kill()  # what it has left behind
-            self.running.remove(one)
-            self.gpus += one.gpus
-            how = one.verdict or one.job.how(one.process.exitcode)
-            ended(one.job, STOPPED if self.stopping and how.startswith("failed") else how)
+        for running in [running for running in self.running if not running.process.is_alive()]:
+            running.process.kill()  # what it has left behind
+            self.running.remove(running)
+            self.gpus += running.gpus
+            how = running.verdict or running.job.how(running.process.exitcode)
+            ended(running.job, STOPPED if self.stopping and how.startswith("failed") else how)
 
     def stop(self, ended: Callable[[Job, str], None]) -> None:
         """Let all save and end. A second Ctrl-C ends them at once."""
         self.stopping = True
         until = time.monotonic() + SECONDS_TO_SAVE
         killed = False
-        for one in self.running:
-            one.process.terminate()
+        for running in self.running:
+            running.process.terminate()
         while self.running:
             try:
                 if time.monotonic() > until and not killed:
                     raise KeyboardInterrupt
-                wait([one.process.connection for one in self.running], SECONDS_BETWEEN_LOOKS)
+                wait([running.process.connection for running in self.running], SECONDS_BETWEEN_LOOKS)
             except (KeyboardInterrupt, SystemExit):
                 killed = True
-                for one in self.running:
-                    one.process.kill()
+                for running in self.running:
+                    running.process.kill()
             self.reap(ended)
 
 

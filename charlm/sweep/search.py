@@ -36,8 +36,8 @@ from charlm.sweep.space import Space
 
 JOURNAL = "optuna.journal"
 JOB = "job"  # the attribute of a trial that names its folder
-LARGEST = 2**28  # bytes of a journal that is read
-ENDED: dict[TrialState, ledger.State] = {
+LARGEST_JOURNAL = 2**28  # bytes of a journal that is read
+STATES: dict[TrialState, ledger.State] = {
     TrialState.COMPLETE: "done",
     TrialState.PRUNED: "pruned",
 }  # and what the ledger says of it
@@ -85,8 +85,8 @@ class Search:
         for name, trial in self.trials.items():
             entry = ledger.jobs[name]
             self.jobs[name] = Job(self.overrides(trial.params), self.folder / name, entry["fingerprint"])
-            if trial.state in ENDED:
-                entry["state"] = ENDED[trial.state]
+            if trial.state in STATES:
+                entry["state"] = STATES[trial.state]
                 self.ends[name] = "finished" if trial.state == TrialState.COMPLETE else entry["reason"] or "pruned"
         self.total = max(asked["n_trials"], len(self.jobs))
 
@@ -111,7 +111,7 @@ class Search:
 
     def todo(self) -> Iterator[Job]:
         for number, (name, trial) in enumerate([*self.trials.items()]):
-            if trial.state not in ENDED:
+            if trial.state not in STATES:
                 yield self.again(number, name, trial)
         while len(self.jobs) < self.total:
             yield self.next()
@@ -161,9 +161,9 @@ class Search:
         return f"trial_{number:03d},{label({key: short(params[key]) for key in self.space.open})}"
 
     def watch(self, running: Sequence[Running | Handed]) -> None:
-        for one in running:
-            if isinstance(one, Running) and one.verdict is None and (pruned := self.follow(one.job)):
-                one.end(pruned)
+        for entry in running:
+            if isinstance(entry, Running) and entry.verdict is None and (pruned := self.follow(entry.job)):
+                entry.end(pruned)
 
     def follow(self, job: Job) -> str | None:
         """Tell Optuna what a trial has found since, in order.
@@ -171,15 +171,15 @@ class Search:
         Returns:
             How it ends, if it fell behind. That is judged from values alone, however far the job may be by now.
         """
-        one = self.followed[job.name]
+        followed = self.followed[job.name]
         for step, _, loss in read_validations(job.folder):
-            if step > one.step:
-                one.trial.report(loss, step * job.cost)
-                one.step = step
-            if step <= one.judged or step == job.max_steps:  # at its end there is nothing to save
+            if step > followed.step:
+                followed.trial.report(loss, step * job.cost)
+                followed.step = step
+            if step <= followed.judged or step == job.max_steps:  # at its end there is nothing to save
                 continue
-            one.judged = step
-            if step >= self.asked["prune_warmup_steps"] and one.trial.should_prune():
+            followed.judged = step
+            if step >= self.asked["prune_warmup_steps"] and followed.trial.should_prune():
                 return f"pruned at step {step:,}"
         return None
 
@@ -233,7 +233,7 @@ def study(file: Path, asked: ledger.Search) -> optuna.Study:
     pruner = MedianPruner(n_startup_trials=some, n_min_trials=max(1, some)) if asked["prune"] else NopPruner()
     try:
         if os.path.lexists(file):
-            without_torn_end(file, read_regular(file, LARGEST))
+            without_torn_end(file, read_regular(file, LARGEST_JOURNAL))
         # Its other lock is a symbolic link, and a folder that is continued must hold none.
         storage = JournalStorage(JournalFileBackend(str(file), JournalFileOpenLock(str(file))))
         return optuna.create_study(

@@ -51,8 +51,10 @@ class Space:
 
     def corners(self) -> list[list[str]]:
         """Return points that reveal impossible values: the first values of all, and each other value in turn."""
-        firsts = {name: ends(one)[0] for name, one in self.open.items()}
-        others = [firsts | {name: value} for name, one in self.open.items() for value in ends(one)[1:]]
+        firsts = {name: ends(distribution)[0] for name, distribution in self.open.items()}
+        others = [
+            firsts | {name: value} for name, distribution in self.open.items() for value in ends(distribution)[1:]
+        ]
         return [self.point(values) for values in [firsts, *others]]
 
     def words(self) -> dict[str, str]:
@@ -106,12 +108,12 @@ def distribution(override: Override) -> "BaseDistribution":
         raise InputError(f"{override.input_line} cannot be searched: {str(error).rstrip('.')}") from None
 
 
-def ends(one: "BaseDistribution") -> list[Any]:
+def ends(distribution: "BaseDistribution") -> list[Any]:
     """The values of a setting that are tried out first: all where they are few, else the least and the greatest."""
-    choices: Sequence[Any] | None = getattr(one, "choices", None)
+    choices: Sequence[Any] | None = getattr(distribution, "choices", None)
     if choices is not None:
         return list(choices)
-    numbers: Any = one
+    numbers: Any = distribution
     if numbers.step and (numbers.high - numbers.low) / numbers.step < FEW and isinstance(numbers.low, int):
         return list(range(numbers.low, numbers.high + 1, numbers.step))
     return list(dict.fromkeys([numbers.low, numbers.high]))

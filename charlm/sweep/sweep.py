@@ -101,7 +101,7 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
 
         def look(running: Sequence[Running | Handed]) -> None:
             source.watch(running)
-            display.look([(one.job.name, one.job.folder, one.job.max_steps, one.since) for one in running])
+            display.look([(entry.job.name, entry.job.folder, entry.job.max_steps, entry.since) for entry in running])
             if streams.reader_left:
                 raise SystemExit(128 + streams.SIGPIPE)  # which stops the jobs, as a signal does
 

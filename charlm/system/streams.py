@@ -1,4 +1,4 @@
-"""Standard output and error that never fail: closed, full, vanished or of a narrow encoding, they cost no run."""
+"""Standard output and error that never fail, whether closed, full, vanished or of a narrow encoding."""
 
 import codecs
 import errno
