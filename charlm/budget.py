@@ -1,4 +1,4 @@
-"""The budget of a run: optimizer steps, tokens or time, whichever ends it first."""
+"""The budget of a run: optimizer steps, tokens or time, whichever is spent first."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,19 +25,19 @@ class Budget:
     clock: Callable[[], float] = lambda: 0.0
 
     def spent(self, step: int, since: int = 0) -> float:
-        """The part that is gone after `step` steps, 0 to 1; steps may count from `since` on, the clock runs always."""
+        """Return the fraction spent after `step` steps, 0 to 1; steps count from `since` on, time from the start."""
         by_steps = (step - since) / (self.steps - since) if self.steps else 0.0
         by_clock = self.clock() / self.seconds if self.seconds else 0.0
         return min(1.0, max(0.0, by_steps, by_clock))
 
     def seconds_left(self, step: int, steps_per_second: float) -> float | None:
-        """By the clock or at that speed, whichever is sooner; None where that cannot be known."""
+        """Return the seconds left, by the clock or at the given speed; None if unknown."""
         by_steps = (self.steps - step) / steps_per_second if self.steps and steps_per_second else None
         by_clock = self.seconds - self.clock() if self.seconds else None
         return min((left for left in (by_steps, by_clock) if left is not None), default=None)
 
     def describe(self, tokens_per_step: int, tokens_of_text: int) -> str:
-        """The budget as one reads it."""
+        """Describe the budget for the header of a run."""
         time = f"{timedelta(seconds=round(self.seconds))} of time" if self.seconds else ""
         if not self.steps:
             return f"{time}, in steps of {tokens_per_step:,} tokens"
@@ -47,16 +47,16 @@ class Budget:
 
 
 def steps_of(max_steps: int | Literal["auto"], max_tokens: int | None, max_time: str | None) -> int:
-    """What trainer.max_steps=auto means: the lecture's order of magnitude, or no end where something else is one."""
+    """Resolve trainer.max_steps=auto: 5,000 steps, or no limit if there is another limit."""
     if max_steps != "auto":
         return max_steps
     return -1 if max_tokens or max_time else 5000
 
 
 def budget_of(trainer: "L.Trainer") -> Budget:
-    """By trainer.max_steps or max_epochs, and by the clock of trainer.max_time, which each process has to itself."""
+    """Return the budget set by trainer.max_steps, max_epochs and max_time; each process has its own clock."""
     steps = trainer.max_steps if trainer.max_steps > 0 else None
-    if trainer.max_epochs not in (None, -1) and trainer.training:  # before, nobody knows how long an epoch is
+    if trainer.max_epochs not in (None, -1) and trainer.training:  # the length of an epoch is unknown before
         steps = int(trainer.estimated_stepping_batches)
     timer = timer_of(trainer)
     left = timer.time_remaining() if timer else None
@@ -66,7 +66,7 @@ def budget_of(trainer: "L.Trainer") -> Budget:
 
 
 def timer_of(trainer: "L.Trainer") -> "Timer | None":
-    """Lightning's clock, which is there if trainer.max_time is."""
+    """Return Lightning's Timer, which exists if trainer.max_time is set."""
     from lightning.pytorch.callbacks import Timer
 
     callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]

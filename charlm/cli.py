@@ -37,7 +37,7 @@ LAYOUT = "\n\t"  # the control characters that a text is shown with
 
 
 class Finite(click.FloatRange):
-    """A range that infinity and NaN are outside of."""
+    """A range without infinity and NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
         number = float(super().convert(value, param, ctx))
@@ -50,7 +50,7 @@ PROBABILITY = Finite(0, 1, min_open=True)
 
 
 def print_json(content: Any, indent: int | None = 2) -> None:
-    """Print JSON for programs, which a terminal shows as well: what would command it is written as \\u001b is."""
+    """Print JSON; control characters are escaped, because a terminal may show it."""
     text = json.dumps(content, indent=indent, ensure_ascii=False)
     print(COMMANDS.sub(lambda found: found[0] if found[0] == "\n" else f"\\u{ord(found[0]):04x}", text))
 
@@ -61,7 +61,7 @@ def check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     if value == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=value).item()  # read back, as meta and its like hold no numbers
+        torch.zeros(1, device=value).item()  # read back: devices such as meta hold no numbers
     except (RuntimeError, AssertionError) as error:
         if out_of_memory(error):
             raise
@@ -85,7 +85,7 @@ TRUST = click.option(
 @click.group(epilog=EXAMPLES, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="charlm")
 def charlm() -> None:
-    """Small language models on text: write with them, and measure them exactly.
+    """Train small language models on text, generate with them, and evaluate them exactly.
 
     RUN_OR_CHECKPOINT is a run folder, such as one under outputs/, or a checkpoint file.
     """
@@ -94,7 +94,7 @@ def charlm() -> None:
 @charlm.command()
 @RUN
 @click.option("--prompt", help="What to continue. Without one, text starts as a new line does.")
-@click.option("--length", type=COUNT, default=500, show_default=True, help="Characters to write.")
+@click.option("--length", type=COUNT, default=500, show_default=True, help="Characters to generate.")
 @click.option(
     "--temperature",
     type=Finite(min=0),
@@ -121,7 +121,7 @@ def generate(
     as_json: bool,
     **sampling: Any,
 ) -> None:
-    """Write text, character by character."""
+    """Generate text, character by character."""
     import torch
 
     from charlm import checkpoint
@@ -129,7 +129,7 @@ def generate(
 
     loaded = checkpoint.load(run, device, trust)
     if num_samples * sum(p.numel() for p in loaded.model.parameters()) < 1e8:
-        torch.set_num_threads(1)  # a character is too little work to share out
+        torch.set_num_threads(1)  # one character is too little work for several threads
     stream = sample_text(loaded.model, loaded.tokenizer, length, prompt, num_samples=num_samples, **sampling)
     if num_samples == 1 and not as_json:
         first = next(stream)  # a mistake in the prompt is found here, before anything is printed
@@ -218,10 +218,7 @@ def checkpoint(run: Path, export: Path | None, force: bool, trust: tuple[str, ..
 @TRUST
 @AS_JSON
 def reproduce(run: Path, trust: tuple[str, ...], as_json: bool) -> None:
-    """Train a run again from its record, and tell whether it is the same to the bit.
-
-    The exit code is 0 if it is, and 1 if not.
-    """
+    """Train a run again from its record and compare bit for bit. The exit code is 0 if both are equal, and 1 if not."""
     from charlm import terminal
     from charlm.files import plain
     from charlm.run.reproduce import reproduce

@@ -1,4 +1,4 @@
-"""Errors that a user can fix: raised with one line, printed where a command begins."""
+"""Errors that a user can fix: one line each, printed at the top of every command."""
 
 import errno
 import re
@@ -14,7 +14,7 @@ from charlm.system import memory, posix, streams
 
 SMALLER = "lower data.batch_size, data.block_size or the size of the model, or train on less text"
 
-# Reasons of the file system that a person can do something about; any other OSError is a defect of ours.
+# Errors of the file system that a user can fix; any other OSError is a defect of charlm.
 DISK_TROUBLE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR, errno.EISDIR, errno.EFBIG,
     errno.EIO, errno.ESTALE, errno.ENAMETOOLONG
@@ -59,20 +59,20 @@ class InputError(ValueError):
 
 
 class DiskError(InputError):
-    """The disk did not take a file: which one, why, what still stands, what to do."""
+    """A file could not be written: which one, why, what is still intact, what to do."""
 
     code = 1
 
 
 class Diverged(InputError):
-    """Training has left the numbers: at which step, what still stands, what to try."""
+    """The loss or a weight became NaN or infinite: at which step, which checkpoint is intact, what to try."""
 
     code = 1
     words = "training diverged"  # start of its message
 
 
 class CorpusUnavailable(InputError):
-    """A corpus that exists but cannot be had from here, for example without internet."""
+    """A corpus that exists but cannot be downloaded, for example without internet."""
 
 
 class OutOfMemory(InputError):
@@ -91,7 +91,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def one_line_errors(smaller: str = SMALLER) -> Iterator[None]:
-    """The shell around every program: mistakes end it with one line on standard error, and no pipe breaks it.
+    """Context around every program: a mistake ends it with one line on standard error, and a closed pipe is no error.
 
     Args:
         smaller: what to change if memory does not suffice.
@@ -155,25 +155,25 @@ def terminable() -> Iterator[None]:
         if error and any(isinstance(cause, SystemExit) for cause in chain(error)):
             return  # the process ends already, and run.json has to say by what
         # A closing terminal sends SIGHUP twice, and the second must not interrupt the end that the first began.
-        for each in ours:
-            signal.signal(each, signal.SIG_IGN)
+        for ignored in ours:
+            signal.signal(ignored, signal.SIG_IGN)
         raise Terminated(number)
 
-    for each in ours:
+    for number in ours:
         signal.signal(number, end)
     try:
         yield
     finally:
-        for each in ours:
+        for number in ours:
             signal.signal(number, signal.SIG_DFL)
 
 
 @contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Ignore Ctrl-C, SIGTERM and SIGHUP for the moment that it takes to write files that belong together."""
+    """Ignore Ctrl-C, SIGTERM and SIGHUP while files that belong together are written."""
     numbers = posix.signals("SIGINT", "SIGTERM", "SIGHUP")
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(each, signal.SIG_IGN) for number in numbers if in_main_thread}
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in numbers if in_main_thread}
     try:
         yield
     finally:
@@ -202,10 +202,10 @@ def out_of_memory(error: BaseException, smaller: str = SMALLER) -> OutOfMemory |
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that it came of."""
+    """Yield an error and its causes."""
     before: BaseException | None = error
     seen: list[BaseException] = []
-    while before is not None and before not in seen:  # what is raised twice may come of itself
+    while before is not None and before not in seen:  # an error may be its own cause
         yield before
         seen.append(before)
         before = before.__cause__ or before.__context__
@@ -222,9 +222,9 @@ def stop(line: str, code: int) -> NoReturn:
 
 
 def warn(line: str) -> None:
-    """Tell something that a person should know, behind what was printed so far."""
+    """Print a warning on standard error, after what was printed so far."""
     sys.stdout.flush()
     text = printable(line)
-    if len(text) > 2 * LONGEST_PART:  # cut the middle, where a long value mostly is
+    if len(text) > 2 * LONGEST_PART:  # cut the middle, which usually has the long value
         text = f"{text[:LONGEST_PART]}…{text[-LONGEST_PART:]}"
     print(f"charlm: {text}", file=sys.stderr)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from charlm.data.chunks import IGNORE, Windows
 from charlm.data.datamodule import CharDataModule, Pairs
 
-# Told how far an evaluation is: batches done, of how many.
+# Reports progress of an evaluation: batches done, batches in total.
 Reporter = Callable[[int, int], None]
 
 
@@ -34,7 +34,7 @@ class Score:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss) if self.loss < 700 else math.inf  # beyond which exp has no floating point number
+        return math.exp(self.loss) if self.loss < 700 else math.inf  # exp of more overflows
 
     @property
     def perplexity_se(self) -> float:
@@ -94,7 +94,7 @@ def mean_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def in_single(logits: Tensor) -> Tensor:
-    """Logits in single precision, or in double where they are."""
+    """Return logits in at least single precision."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -102,7 +102,7 @@ def in_single(logits: Tensor) -> Tensor:
 def evaluate(model: nn.Module, windows: Windows, report: Reporter | None = None) -> Score:
     """The exact loss of `model` over the split behind `windows`, on the device where the model is.
 
-    The model is left in the mode, training or not, in which it came.
+    The mode of the model, training or not, is restored.
     """
     was_training = model.training
     model.eval()

@@ -1,4 +1,4 @@
-"""Files that are whole or absent whatever ends their writer, and files of other people, opened with care."""
+"""Atomic writes, and careful reads of files from other people."""
 
 import json
 import math
@@ -19,7 +19,7 @@ from charlm.errors import InputError
 T = TypeVar("T")
 
 DEEPEST = 20  # levels of nested JSON
-PARTIAL = ".partial-"  # what files are called until they are whole
+PARTIAL = ".partial-"  # prefix of incomplete files
 # No link is followed, and no FIFO waited for. Windows has neither flag.
 CAREFULLY = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 KINDS = {
@@ -34,10 +34,10 @@ WANDB = "wandb"  # a folder of Weights & Biases, which keeps links of its own th
 
 
 def open_regular(path: Path, within: Path | None = None) -> IO[bytes]:
-    """Open a file to read it: a regular one, and not by a link.
+    """Open a regular file for reading; links are refused.
 
     Args:
-        within: a folder above it, which must hold it in fact, so that no folder between the two is a link.
+        within: a parent folder; no folder between the two may be a link.
 
     Raises:
         InputError: if it is a link, a FIFO, a device or a folder, or lies outside of `within`.
@@ -104,16 +104,15 @@ def check_tree(folder: Path) -> None:
 
 
 def contents(folder: Path) -> Iterator[Path]:
-    """Yield all that is in a folder, at any depth; no link is followed."""
+    """Yield everything in a folder, at any depth; links are not followed."""
     for place, folders, files in os.walk(folder):
         yield from (Path(place, name) for name in sorted([*folders, *files]))
         folders[:] = sorted(name for name in folders if name != WANDB)
 
 
 def unshare(folder: Path) -> None:
-    """Replace hard links in a folder by copies, since charlm goes on writing at the end of files.
-
-    The other name may be outside of the folder. Checkpoints stay: these are replaced and never written into.
+    """Replace hard links in a folder by copies, because charlm appends to files and the other name may be outside of
+    the folder. Checkpoints stay, because they are replaced and never appended to.
     """
     for path in contents(folder):
         if path.suffix != ".ckpt" and is_regular(path) and path.stat().st_nlink > 1:
@@ -171,7 +170,7 @@ def replace(source: str, target: Path) -> None:
 
 
 def link(file: Path, name: str) -> None:
-    """Another name for the same file, or a copy where the file system has no such thing."""
+    """Create a hard link, or a copy if the file system has no hard links."""
     try:
         os.link(file, name)
     except OSError:
@@ -186,17 +185,17 @@ def umask() -> int:
 
 
 def as_json(content: Any) -> bytes:
-    """For programs, and for people who look into a file."""
+    """Return readable JSON."""
     return (json.dumps(plain(content), indent=2, allow_nan=False, ensure_ascii=False) + "\n").encode()
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole, or not at all."""
+    """Write a JSON file atomically."""
     write_atomically(path, lambda file: file.write(as_json(content)))
 
 
 def read_json(file: Path, kind: type[T], largest: int, format: int | None = None) -> T:
-    """A file that `write_json` wrote, held against `kind`; perhaps a stranger's, so that nothing in it is trusted.
+    """Read a file of `write_json` and validate it as `kind`; nothing in it is trusted.
 
     Raises:
         InputError: if it is no regular file, too large, damaged or of another version.
@@ -218,12 +217,12 @@ def read_json(file: Path, kind: type[T], largest: int, format: int | None = None
 
 
 def refuse_constant(name: str) -> NoReturn:
-    """NaN and Infinity are no JSON, though Python reads them; `as_json` writes null instead."""
+    """Refuse NaN and Infinity, which are not JSON; `as_json` writes null instead."""
     raise ValueError(name)
 
 
 def plain(value: Any) -> Any:
-    """JSON has no NaN and no infinity: both become null."""
+    """Replace NaN and infinity, which JSON lacks, by null."""
     if isinstance(value, dict):
         return {k: plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

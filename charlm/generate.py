@@ -51,7 +51,7 @@ def generate(
     model.eval()
     try:
         for _ in range(length):
-            # To enter this mode takes as long as a small model does: who writes without a pause has done so before.
+            # Entering inference mode takes as long as a step of a small model, so it is entered only if necessary.
             with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
                 if decode:
                     logits, state = decode(new, state)  # (B, V)
@@ -59,7 +59,7 @@ def generate(
                     logits = model(seen)[:, -1]
                 next_idx = sample(logits.float(), generator, temperature, top_k, top_p)  # (B,)
                 new = next_idx[:, None]
-                if most == 1 or (decode and model.block_size is None):  # nothing earlier is read again
+                if most == 1 or (decode and model.block_size is None):  # earlier characters are not needed again
                     seen, state = new, None if most == 1 else state
                 else:
                     seen = torch.cat((seen, new), dim=1)
@@ -87,9 +87,9 @@ def sample(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)  # (B, V)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all that is likelier
+        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier characters
         logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
-    # Of racing exponential variables each wins with the probability of its rate: torch.multinomial without its checks.
+    # The smallest of exponential variables has the probability of its rate: torch.multinomial without its checks.
     race = torch.empty_like(logits).exponential_(generator=generator)
     return (logits.softmax(-1) / race).argmax(-1)
 

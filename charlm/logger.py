@@ -34,13 +34,13 @@ TRAINER_SETTINGS = (
 )
 # Charts of the CUSTOM SCALARS tab; the names are regular expressions.
 CHARTS = {"loss": {"train and val, nats per character": ["Multiline", ["train/loss$", "val/loss$"]]}}
-SECONDS_BETWEEN_WRITES = 5  # a person who watches does not look more often
+SECONDS_BETWEEN_WRITES = 5  # people do not look more often
 EVENTS = "events.out.tfevents.*"
 FINISHED = "finished"  # the status that `train.py` gives to a run whose final figures are known
 
 
 class TensorBoard(TensorBoardLogger):
-    """One run, one folder: events go into `save_dir` itself, so that the run is called as its folder.
+    """Events go into `save_dir` itself, so that the run has the name of its folder.
 
     Lightning's own writes the metric column of HPARAMS as -1 and every session as successful.
     """
@@ -70,13 +70,13 @@ class TensorBoard(TensorBoardLogger):
         super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
     def add_summary(self, summary: Summary, step: int | None = None) -> None:
-        """Write what `SummaryWriter` has no method for."""
+        """Write a summary for which `SummaryWriter` has no method."""
         writer: Any = self.experiment.file_writer
         writer.add_summary(summary, step)
 
     @rank_zero_only
     def log_picture(self, tag: str, png: bytes, width: int, height: int, step: int) -> None:
-        """A picture that is encoded already, for the IMAGES tab."""
+        """Log an encoded picture for the IMAGES tab."""
         image = Summary.Image(encoded_image_string=png, width=width, height=height, colorspace=3)
         self.add_summary(Summary(value=[Summary.Value(tag=tag, image=image)]), step)
 
@@ -120,7 +120,7 @@ class TensorBoard(TensorBoardLogger):
 
 
 class CSV(CSVLogger):
-    """metrics.csv in the run folder; Lightning's own would begin it anew where a run goes on."""
+    """metrics.csv in the run folder; Lightning's logger would overwrite it in a resumed run."""
 
     def __init__(self, save_dir: str):
         super().__init__(save_dir, name="", version="")
@@ -138,7 +138,7 @@ class CSV(CSVLogger):
 
     @rank_zero_only
     def resume(self, position: dict[str, int]) -> None:
-        """Go on behind the rows that were there. A kill in between leaves all of them aside, where this looks again."""
+        """Keep the rows up to the checkpoint; the file aside has them if a kill interrupts this."""
         file = Path(self.log_dir, "metrics.csv")
         aside = file.with_name(".metrics.csv")
         if file.is_file():
@@ -177,7 +177,7 @@ def hyperparameters(config: dict[str, Any], data: CharDataModule) -> dict[str, s
 
 
 def begin_logs(loggers: Sequence[Logger], config: dict[str, Any], data: CharDataModule, state: Any) -> None:
-    """Log the settings of a run; if it goes on from a checkpoint, first remove the rows that follow it."""
+    """Log the settings of a run; if it was resumed, first remove the rows after its checkpoint."""
     settings = hyperparameters(config, data)
     for logger in loggers:
         if state and isinstance(logger, TensorBoard | CSV):

@@ -218,7 +218,7 @@ class LanguageModel(L.LightningModule):
             register_fsdp_forward_method(self.model, "loss")
 
     def unsharded_model(self) -> nn.Module:
-        """The model with all of its weights. Where they are sharded, all processes must ask for it together."""
+        """Return the model with all of its weights. If they are sharded, all processes must call this together."""
         if not isinstance(self.model, FSDPModule):
             return self.model
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -292,7 +292,7 @@ class LanguageModel(L.LightningModule):
 
 
 def load(path: str | Path, device: str | torch.device = "cpu", trust: Collection[str] = ()) -> LanguageModel:
-    """Open what was trained, ready to `generate` and `evaluate`.
+    """Load a trained model, ready to `generate` and `evaluate`.
 
     Args:
         path: a run folder, whose newest intact checkpoint is taken; a checkpoint of charlm; or a file of
@@ -307,7 +307,7 @@ def load(path: str | Path, device: str | torch.device = "cpu", trust: Collection
 
 
 def make_optimizer(given: MakeOptimizer | Optimizer, model: nn.Module) -> Optimizer:
-    """An optimizer for a model, from whichever of the forms that `LanguageModel` takes."""
+    """Return an optimizer for a model from any form that `LanguageModel` takes."""
     if isinstance(given, Optimizer):
         return given
     made_of_parameters = getattr(given, "func", given)
@@ -318,7 +318,7 @@ def make_optimizer(given: MakeOptimizer | Optimizer, model: nn.Module) -> Optimi
 
 
 def generator_of(device: torch.device) -> torch.Generator:
-    """The generator that dropout on `device` draws from."""
+    """Return the random generator of dropout on `device`."""
     if device.type == "cuda":
         return torch.cuda.default_generators[device.index or 0]
     return mps_generator() if device.type == "mps" else torch.default_generator

@@ -1,7 +1,7 @@
-"""Is this configuration possible? Constructor signatures are the schema; YAML only chooses values.
+"""Check configs against constructor signatures, which are the schema; YAML only chooses values.
 
-Every node with a `_target_` is held against the signature of what it names: no unknown key, every value of the
-annotated type and within its annotated range. Nothing is built and no data is touched.
+Every node with a `_target_` must match the signature of its target: no unknown key, and every value of the annotated
+type and in its annotated range. Nothing is built, and no data is read.
 """
 
 import difflib
@@ -48,9 +48,9 @@ PASSED = {
     "scheduler": {"budget"},
     "trainer": {"default_root_dir", "logger", "callbacks", "plugins"},
 }
-# Of the batches: a fraction, or how many.
+# A fraction or a number of batches.
 Part = Annotated[float, Ge(0), Le(1)] | Annotated[int, Ge(0)]
-# Ranges that Lightning's own signatures leave to its constructor, or to chance.
+# Ranges that Lightning's signatures do not have.
 RANGES = {
     "lightning.Trainer": {
         "max_steps": Annotated[
@@ -103,7 +103,7 @@ STRICT = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=Tr
 
 
 def check(config: dict[str, Any]) -> None:
-    """Hold a resolved configuration, as plain types, against the signatures that it names.
+    """Check a resolved config, as plain types, against the signatures that it names.
 
     Raises:
         InputError: if a setting is unknown, of a wrong type or out of range.
@@ -122,7 +122,7 @@ def check(config: dict[str, Any]) -> None:
 
 
 def check_node(path: str, node: Any) -> None:
-    """A node that names a `_target_`, or a set of such nodes (callbacks), or an empty one (logger=none)."""
+    """Check a node with a `_target_`, a set of such nodes (callbacks), or an empty node (logger=none)."""
     if node is None or node == {}:
         return
     if not isinstance(node, dict):
@@ -165,7 +165,7 @@ def passed_by_charlm(path: str, node: dict[str, Any]) -> set[str]:
 
 
 def is_default(key: str, config: dict[str, Any]) -> bool:
-    """Is there a setting of this name that a configuration leaves at its default, by not having it?"""
+    """Return whether a setting exists that a config leaves at its default."""
     path, _, name = key.rpartition(".")
     node: Any = config
     for part in path.split("."):
@@ -215,7 +215,7 @@ def vars_of(limit: Any) -> list[Any]:
 def resolve(path: str, target: str) -> Any:
     try:
         found = pkgutil.resolve_name(target)
-        inspect.signature(found)  # what has none cannot be held against its settings
+        inspect.signature(found)  # a target without a signature cannot be checked
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise InputError(f"{path}._target_={target} cannot be used ({error}): name a class or a function") from None
     return found
@@ -231,7 +231,7 @@ def annotations(target: Any) -> dict[str, Any]:
 
 @contextmanager
 def arguments_as_settings(group: str, node: dict[str, Any]) -> Iterator[None]:
-    """Let a mistake name its arguments as the command line does: `data.block_size`, and not `block_size`."""
+    """Make error messages name arguments as the command line does: `data.block_size`, not `block_size`."""
     names = "|".join(inspect.signature(resolve(group, node["_target_"])).parameters)
     try:
         yield
@@ -245,7 +245,7 @@ def arguments_as_settings(group: str, node: dict[str, Any]) -> Iterator[None]:
 
 
 def leaves(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """The dotted names of all settings."""
+    """Yield the dotted names of all settings."""
     for key, value in config.items():
         if key not in HYDRA_KEYS:
             yield prefix + key

@@ -31,7 +31,7 @@ from charlm.run.results import LOSSES
 from charlm.run.table import plus_minus, runs_table, short
 from charlm.schema import name_of
 
-if TYPE_CHECKING:  # what trains nothing does without the seconds that these imports take
+if TYPE_CHECKING:  # slow imports that only training needs
     import lightning as L
     import torch
     from torch import nn
@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # what trains nothing does without the seconds that these imp
 
 
 class SafeConsole(Console):
-    """A console that shows text as it is: no markup, and no character in it commands the terminal."""
+    """A console that shows text literally: no markup, and no control characters."""
 
     def __init__(self, **settings: Any):
         super().__init__(highlight=False, emoji=False, markup=False, **settings)
@@ -57,18 +57,18 @@ console = SafeConsole()
 log = logging.getLogger("charlm")
 
 early_warnings: list[str] = []
-started_in: str | None = None  # the folder in which the command was typed, where that is not the current one
+started_in: str | None = None  # the folder in which the command was typed, if it is not the current one
 LEVELS = {"uniform": "uniform", "unigram": "counted unigram", "bigram": "counted bigram"}
 
 
 @contextmanager
 def logged() -> Iterator[None]:
-    """Inside a run: warnings and messages of libraries, and the traceback of a failure, go to the run's own log."""
+    """Send warnings and messages of libraries, and the traceback of a failure, to the run's log."""
     logging.captureWarnings(True)
     logging.raiseExceptions = False  # another message reports the broken disk
     threading.excepthook = lambda failed: log.error("a thread failed", exc_info=failed.exc_value)
     warnings.simplefilter("default")
-    warnings.filterwarnings("ignore", message=".*`dataloader_iter`")  # Lightning's caution, which charlm has read
+    warnings.filterwarnings("ignore", message=".*`dataloader_iter`")  # Lightning's warning about its own feature
     warnings.filterwarnings("ignore", message="The `srun` command is available")  # and may be used, or not
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):
         library = logging.getLogger(name)
@@ -88,7 +88,7 @@ def logged() -> Iterator[None]:
 
 
 def say(thing: RenderableType) -> None:
-    """To the terminal and, as plain text, to the run's log."""
+    """Print on the terminal and, as plain text, in the run's log."""
     console.print(thing)
     plain = SafeConsole(file=io.StringIO(), width=100)
     plain.print(thing)
@@ -104,7 +104,7 @@ def caution(line: str) -> None:
 def header(
     config: dict[str, Any], data: "CharDataModule", model: "nn.Module", trainer: "L.Trainer", steps: str
 ) -> None:
-    """Before a run: what is trained, on what, how, where it is written, and what to look out for.
+    """Print the header of a run: model, corpus, training, device, folder and warnings.
 
     Args:
         steps: how they are taken, one by one or several at once.
@@ -152,14 +152,14 @@ def describe_device(device: "torch.device") -> str:
 
 @contextmanager
 def tracked(title: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar, on a terminal, for work that tells how much of it is done."""
+    """Show a progress bar, on a terminal."""
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def notice_fallback(wanted: str, given: str, reason: Exception) -> None:
-    """Nobody must take the figures of one corpus for those of another."""
+    """Print a notice that the run uses the fallback corpus."""
     text = Text()
     text.append(f"NOT {wanted}: this run trains on the {given} corpus instead.\n\n", style="bold")
     text.append(
@@ -214,7 +214,7 @@ def checkpoint(found: dict[str, Any]) -> RenderableType:
 
 
 def comparison(found: dict[str, Any]) -> RenderableType:
-    """A run and its repetition: equal, or where they part and what is not as it was."""
+    """Return the comparison of a run and its repetition."""
     if found["equal"]:
         verdict = f"Bitwise equal: the losses of all {found['steps']:,} steps, the weights and the optimizer states."
     elif found["first_step"]:
@@ -275,7 +275,7 @@ def next_commands(run_dir: Path) -> None:
 
 
 def type_next(commands: dict[str, str]) -> None:
-    """Commands, and what each is for."""
+    """Print commands with their purposes."""
     console.print("\nWhat to type next:")
     for line, purpose in commands.items():
         # Not wrapped, so that it can be pasted.
@@ -283,22 +283,22 @@ def type_next(commands: dict[str, str]) -> None:
 
 
 def command(script: str, module: str) -> str:
-    """How to call a script of this environment, also where the environment is not activated."""
+    """Return the command for a script of this environment, even if the environment is not activated."""
     return script if shutil.which(script) else f"{sys.executable} -m {module}"
 
 
 def going_on(sweep_dir: Path, done: int, left: int) -> None:
-    """A sweep whose folder holds a part of it already."""
+    """Print how many jobs of a continued sweep are left."""
     console.print(f"{quote(sweep_dir)} has {done} of these jobs done: {left} to go", soft_wrap=True)
 
 
 def handed_over(jobs: int, name: str) -> None:
-    """A sweep that waits for Slurm."""
+    """Print that the jobs wait in Slurm's queue."""
     console.print(f"{jobs} job{'s' * (jobs > 1)} in Slurm's queue: squeue --name={name}", soft_wrap=True)
 
 
 class SweepAtWork:
-    """A line for each job that ends and, on a terminal, a table of those at work below."""
+    """Prints a line for each job that ends and, on a terminal, a table of the running jobs."""
 
     def __init__(self, total: int, live: Live):
         self.total, self.live = total, live
@@ -311,7 +311,7 @@ class SweepAtWork:
         console.print(Text(f"[{self.number}/{self.total}] {name}  {verdict}"), soft_wrap=True)
 
     def look(self, jobs: Sequence[tuple[str, Path, int, float]]) -> None:
-        """Of each job at work: its name, folder, number of steps, and when it began by time.monotonic()."""
+        """Update the table of running jobs: name, folder, number of steps, start by time.monotonic()."""
         if not console.is_terminal:
             return
         table = Table("at work", box=box.SIMPLE_HEAD)
@@ -339,7 +339,7 @@ def sweep_at_work(total: int) -> Iterator[SweepAtWork]:
 
 
 def glance(run_dir: Path) -> tuple[int, float | None]:
-    """The newest step of a run that may be at work, and its loss, a mean over the last hundred steps."""
+    """Return the newest step of a run and its loss, the mean over the last hundred steps."""
     try:
         with open_regular(run_dir / LOSSES) as file:
             size = file.seek(0, os.SEEK_END) // 4
@@ -351,12 +351,12 @@ def glance(run_dir: Path) -> tuple[int, float | None]:
 
 
 def format_steps(step: int, total: int) -> str:
-    """A step as one reads it, of how many, where that is known, and no wider at the end than at the beginning."""
+    """Format a step and the total, if known, in constant width."""
     return f"{step:{len(f'{total:,}')},}/{total:,}" if total > 0 else f"{step:,}"
 
 
 def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str], best: Sequence[str]) -> None:
-    """After a sweep: all its jobs, failures first, then the best, and the settings that train that one again."""
+    """Print the table of a sweep: failures first, then by val loss, and the command that trains the best again."""
     console.print()
     contexts = {row["min_context"] for row in rows if row.get("min_context")}
     after = f" after {contexts.pop()} or more" if len(contexts) == 1 and max(contexts) > 1 else ""
@@ -380,6 +380,6 @@ def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str],
 
 
 def quote(path: Path) -> str:
-    """A path as one types it: relative where that is shorter, quoted where the shell needs it."""
+    """Format a path as one types it: relative if that is shorter, quoted if the shell needs it."""
     relative = os.path.relpath(path, started_in)
     return shlex.quote(relative if len(relative) < len(str(path)) else str(path))

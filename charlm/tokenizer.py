@@ -21,7 +21,7 @@ def characters(points: np.ndarray) -> str:
 
 
 def smallest_dtype(vocab_size: int) -> np.dtype:
-    """The smallest type for ids, with one value to spare for what is not in the vocabulary."""
+    """Return the smallest type for ids, with one spare value for unknown characters."""
     return np.dtype(np.uint8 if vocab_size < 256 else np.int16 if vocab_size < 2**15 else np.int32)
 
 
@@ -43,8 +43,8 @@ class CharTokenizer:
             raise InputError("a tokenizer needs at least one character, and this text has none")
         self.chars = characters(points)
         self.vocab_size = len(points)
-        # One entry per code point and a last one for all beyond, so that a lookup is a single gather. Both tables
-        # are as narrow as they can be: the time goes into moving memory.
+        # One entry per code point and a last one for all larger ones, so that a lookup is a single gather. Both tables
+        # are narrow, because moving memory takes the time.
         dtype = smallest_dtype(self.vocab_size)
         self._unknown = np.iinfo(dtype).max
         self._ids = np.full(int(points[-1]) + 2, self._unknown, dtype=dtype)

@@ -61,9 +61,9 @@ StrategyRegistry.register(FSDP.name, FSDP)
 
 @atexit.register
 def leave_group() -> None:
-    """Close the connections among processes on CPUs: a process that ends with gloo's threads at work may be aborted.
+    """Close the connections among CPU processes: one that ends while gloo's threads run may be aborted.
 
-    Lightning does so for GPUs alone.
+    Lightning does so only for GPUs.
     """
     if distributed.is_available() and distributed.is_initialized() and distributed.get_backend() == "gloo":
         distributed.destroy_process_group()
@@ -80,7 +80,7 @@ def precision_for(precision: str, accelerator: str) -> str:
 
 
 def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
-    """Replace each `auto` in a run's settings, as this machine and the size of a step suggest, and set up PyTorch.
+    """Replace each `auto` in a run's settings, by the machine and the size of a step, and set up PyTorch.
 
     Also replaces `data.path` by the absolute path where the text was found.
     """
@@ -89,16 +89,16 @@ def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
         cfg.data.path = data.corpus.source
     # Multiplications of a forward pass; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
     multiplications = sum(p.numel() for p in model.parameters()) * data.batch_size * data.block_size
-    if model.block_size == 1:  # a table: to look up more at once takes no memory, and a batch costs more than that
+    if model.block_size == 1:  # a table of logits: larger gathers are faster and take no memory
         data.tokens_at_once = 65_536
     if cfg.threads == "auto":
         # Small steps gain nothing from threads, which wait twenty times as long for each other on busy cores.
         cfg.threads = torch.get_num_threads() if multiplications > 1e8 else 1
     torch.set_num_threads(cfg.threads)
-    # Where algorithms are deterministic, PyTorch also fills all new memory: a tenth of a GPT's step, for nothing.
+    # With deterministic algorithms PyTorch also fills all new memory, which costs a tenth of a GPT's step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     cfg.trainer.precision = precision_for(cfg.trainer.precision, cfg.trainer.accelerator)
     on_cpu = cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
     if on_cpu and cfg.trainer.precision.startswith("bf16") and data.block_size <= 256:
-        # So short, PyTorch's fused attention takes a CPU up to four times as long in bf16 as the plain one.
+        # For so short contexts, fused attention in bf16 takes a CPU up to four times as long as the plain one.
         torch.backends.cuda.enable_flash_sdp(False)  # despite its name, for CPUs too

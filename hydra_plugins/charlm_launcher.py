@@ -32,7 +32,7 @@ ROOT = Path(__file__).parent.parent
 
 
 class SweepLauncher(Launcher):
-    """Keeps the ledger of a sweep, and has a pool or an engine run what is to do."""
+    """Keeps the ledger of a sweep, and runs its jobs on a pool or an engine."""
 
     cautions: Sequence[str] = ()  # that were printed: a search checks again and again
 
@@ -138,7 +138,7 @@ class SweepLauncher(Launcher):
         return int(gpus)
 
     def run(self, source: "Source", ledger: "Ledger", gpus: int) -> dict[str, dict[str, Any]]:
-        """From here on, there is something to write."""
+        """Claim the folder; from here on charlm writes."""
         from charlm.sweep import run_jobs
 
         self.sweep_dir.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,7 @@ class LocalLauncher(SweepLauncher):
 
 
 class EngineLauncher(SweepLauncher):
-    """Jobs wherever another launcher of Hydra's runs them, with its settings, which may depend on what a job trains."""
+    """Runs jobs by another launcher of Hydra, with its settings, which may depend on the job."""
 
     target = ""
 

@@ -18,7 +18,7 @@ class OptunaSweeperConf:
     """hydra/sweeper=optuna: hydra.sweeper.n_trials=50"""
 
     _target_: str = "hydra_plugins.charlm_optuna.OptunaSweeper"
-    n_trials: Any = 30  # in all: a search that goes on runs what is missing, or more if this is more
+    n_trials: Any = 30  # total number of trials; a continued search runs the missing ones
     seed: Any = "${seed}"  # seed of the suggestions
     n_startup_trials: Any = 10  # drawn at random, before TPE has something to learn from
     prune: Any = True  # end trials whose best val loss is above the median of the others at the same step
@@ -33,7 +33,7 @@ ConfigStore.instance().store(group="hydra/sweeper", name="optuna", node=OptunaSw
 
 
 class OptunaSweeper(Sweeper):
-    """Trials that learn from those before them, by the launcher for this machine."""
+    """Runs trials suggested from the results of earlier ones, by the local launcher."""
 
     def __init__(
         self,

@@ -345,7 +345,7 @@ def test_a_full_disk_loses_no_generation_wherever_it_becomes_full(tmp_path):
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
         assert "File too large" in str(told.value)
-        assert "the one before still stands" in str(told.value)
+        assert "the previous one is intact" in str(told.value)
         assert sorted(p.name for p in tmp_path.iterdir()) == ["last.ckpt", "previous.ckpt"]
         lost += checkpoint.load(tmp_path).step != 2 or checkpoint.load(tmp_path / "previous.ckpt").step != 1
     assert lost == 0
@@ -368,7 +368,7 @@ def test_a_small_disk_that_is_full_keeps_what_it_has(tmp_path):
             with filler.open("r+b") as file:
                 file.truncate(max(0, filler.stat().st_size - (512 * room) % 4096))
             kept = {path.name: path.read_bytes() for path in disk.glob("*.ckpt")}
-            with pytest.raises(DiskError, match=r"No space left on device.*the one before still stands"):
+            with pytest.raises(DiskError, match=r"No space left on device.*the previous one is intact"):
                 save(disk, 3)
             assert {path.name: path.read_bytes() for path in disk.glob("*.ckpt")} == kept
             assert sorted(p.name for p in disk.iterdir()) == ["filler", "last.ckpt", "previous.ckpt"]

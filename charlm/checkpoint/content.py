@@ -13,7 +13,7 @@ from charlm.errors import InputError
 from charlm.schema import STRICT
 from charlm.tokenizer import CharTokenizer
 
-if TYPE_CHECKING:  # to generate text takes no Lightning, and so not the seconds of its import
+if TYPE_CHECKING:  # generating text does not need Lightning, which is slow to import
     from charlm.data.datamodule import CharDataModule
 
 

@@ -20,7 +20,7 @@ from charlm.files import write_atomically
 from charlm.schema import check_node
 from charlm.tokenizer import TOKENIZERS, CharTokenizer
 
-if TYPE_CHECKING:  # to generate text takes no Lightning, and so not the seconds of its import
+if TYPE_CHECKING:  # generating text does not need Lightning, which is slow to import
     pass
 
 
@@ -86,10 +86,10 @@ def model_of(
 
 
 def check_weights(path: Path, content: dict[str, Any]) -> None:
-    """Hold the weights of a checkpoint against the model that it names.
+    """Check the weights of a checkpoint against the model that it names.
 
     Raises:
-        InputError: if their names or shapes are of another model.
+        InputError: if their names or shapes do not match.
     """
     tokenizer = tokenizer_of(path, content)
     with readable(path):
@@ -98,12 +98,12 @@ def check_weights(path: Path, content: dict[str, Any]) -> None:
 
 @contextmanager
 def readable(path: Path) -> Iterator[None]:
-    """Raise InputError for whatever is wrong with a checkpoint's model, weights or tokenizer."""
+    """Raise InputError for any error in a checkpoint's model, weights or tokenizer."""
     try:
         yield
     except InputError as error:
         raise InputError(f"{path} is not used: {one_line(error)}") from error
-    except Exception as error:  # a model is built from whatever the file says
+    except Exception as error:  # the file decides which model is built
         if out_of_memory(error):
             raise
         raise InputError(
@@ -130,17 +130,17 @@ def trained(
 def sketch(
     node: dict[str, Any], vocab_size: int | None, weights: dict[str, Tensor], trust: Collection[str] = ()
 ) -> None:
-    """Make the model that a configuration names without memory for its numbers, and hold `weights` against it.
+    """Build the model that a config names on the meta device, and check `weights` against it.
 
     Raises:
         InputError: if the model is larger than its weights.
         RuntimeError: if names or shapes of the weights differ from those of the model.
     """
     storages = [weight.untyped_storage() for weight in weights.values()]
-    stored = {id(storage): storage.nbytes() for storage in storages}  # once, though strides and names may repeat it
+    stored = {id(storage): storage.nbytes() for storage in storages}  # once, even if strides or names repeat it
     if sum(weight.nbytes for weight in weights.values()) > 2 * sum(stored.values()):  # a tied weight has two names
         raise InputError(TOO_LARGE)
-    left = 2 * len(weights)  # a parameter that stands in two places is registered in both
+    left = 2 * len(weights)  # a tied parameter is registered in both places
 
     def count(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
         nonlocal left
@@ -151,7 +151,7 @@ def sketch(
     try:
         with register_module_parameter_registration_hook(count), torch.device("meta"):
             empty = build(node, vocab_size, trust)
-    except RuntimeError as error:  # no memory is taken yet, but a size may have no address
+    except RuntimeError as error:  # the meta device takes no memory, but a size may overflow
         if out_of_memory(error):
             raise InputError(TOO_LARGE) from error
         raise
@@ -215,7 +215,7 @@ def describe(path: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def export(loaded: Checkpoint, file: Path) -> None:
-    """Write the weights for other tools, as safetensors with what they belong to as metadata.
+    """Write the weights for other tools, as safetensors with config, tokenizer and corpus as metadata.
 
     Raises:
         InputError: if the file name does not end with .safetensors.

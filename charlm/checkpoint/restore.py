@@ -1,4 +1,4 @@
-"""Hold the training state of a checkpoint against the fresh trainer that goes on with it, before Lightning restores it.
+"""Check the training state of a checkpoint against the new trainer before Lightning restores it.
 
 Lightning and torch accept state of any shape and fail later, at a step that uses it.
 """
@@ -25,7 +25,7 @@ CHANGING = ("capturable", "lr")  # settings of an optimizer that CUDA graphs and
 
 
 class Mismatch(Exception):
-    """The first difference between recorded and fresh state; names a place in the file."""
+    """The first difference between recorded and new state, with its place in the file."""
 
 
 def damaged(path: Any, why: str) -> InputError:
@@ -37,7 +37,7 @@ def damaged(path: Any, why: str) -> InputError:
 
 
 def check_progress(trainer: L.Trainer, content: dict[str, Any], path: Any) -> None:
-    """Hold recorded loops and callbacks against those of a trainer.
+    """Check recorded loops and callbacks against those of a trainer.
 
     Raises:
         InputError: if keys or types differ.
@@ -54,7 +54,7 @@ def check_progress(trainer: L.Trainer, content: dict[str, Any], path: Any) -> No
 
 
 def check_optimizers(trainer: L.Trainer, content: dict[str, Any], path: Any) -> None:
-    """Hold recorded optimizers and schedules against those of a trainer.
+    """Check recorded optimizers and schedules against those of a trainer.
 
     Raises:
         InputError: if keys, types or shapes differ.
@@ -64,7 +64,7 @@ def check_optimizers(trainer: L.Trainer, content: dict[str, Any], path: Any) -> 
     try:
         compare([None] * len(trainer.optimizers), content["optimizer_states"], "optimizer_states")
         for number, optimizer in enumerate(trainer.optimizers):
-            # States that were sharded have numbers by the model's order, others by that of the optimizer.
+            # Sharded states number parameters in the order of the model, others in the order of the optimizer.
             numbered = sharded or [p for group in optimizer.param_groups for p in group["params"]]
             check_optimizer(optimizer, content["optimizer_states"][number], f"optimizer_states.{number}", numbered)
         known = [s.state_dict() if type(s).__module__.startswith(OURS) else {} for s in schedulers]
@@ -74,7 +74,7 @@ def check_optimizers(trainer: L.Trainer, content: dict[str, Any], path: Any) -> 
 
 
 def check_optimizer(optimizer: Optimizer, recorded: Any, place: str, order: Sequence[Tensor]) -> None:
-    """Hold the recorded state of one optimizer, whose parameters are numbered in `order`, against the optimizer.
+    """Check the recorded state of one optimizer, whose parameters are numbered in `order`.
 
     Raises:
         Mismatch: at the first difference.
@@ -131,13 +131,13 @@ def slots(optimizer: Optimizer, number: int, parameter: Tensor) -> dict[str, Any
 
 
 def compare(fresh: Any, recorded: Any, place: str, exact: bool = False) -> None:
-    """Hold recorded state against fresh state: the same keys, lengths, shapes and types.
+    """Check recorded state against new state: the same keys, lengths, shapes and types.
 
     Values that are empty or None in the fresh state may have any content. Extra keys are allowed, as of a stateful
     DataLoader.
 
     Args:
-        exact: numbers are counts, from 0 up; else they may be of another type, as a rate that a schedule has changed.
+        exact: numbers are counts, from 0 up; otherwise they may have another type.
 
     Raises:
         Mismatch: at the first difference.

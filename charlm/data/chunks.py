@@ -61,12 +61,12 @@ class RandomChunks:
         self._starts = torch.empty(0)
 
     def starts(self, k: int) -> Tensor:
-        """Where the chunks of batch k begin, (B,): uniform over every place that leaves room for a target."""
+        """Return the starts of the chunks of batch k, (B,): uniform over all that leave room for a target."""
         draw, row = divmod(k, BATCHES_PER_DRAW)
         return self.draw(draw)[row]
 
     def draw(self, draw: int) -> Tensor:
-        """The starts of BATCHES_PER_DRAW batches at once, one batch a row."""
+        """Return the starts of BATCHES_PER_DRAW batches, one batch per row."""
         if draw != self._draw:
             generator = np.random.default_rng([self.seed, self.rank, draw])  # a stream of its own, as `derive_seed`
             places = len(self.ids) - self.block_size
@@ -83,14 +83,14 @@ class RandomChunks:
         return self.batches_per_epoch
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Inputs and targets of one batch after the other, (B, T) each, to the end of the epoch."""
+        """Yield inputs and targets of each batch, (B, T) each, to the end of the epoch."""
         k = self.first() if self.first else self._epochs * len(self)
         self._epochs += 1
         for xs, ys in self.gathers(k, k + len(self)):
             yield from zip(xs, ys, strict=True)
 
     def state_dict(self) -> dict[str, int]:
-        """Nothing: batch k is what it is, and `first` tells where to go on. It says to Lightning that one can."""
+        """Return nothing: `first` gives the position. Lightning resumes only loaders that have this method."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
@@ -145,11 +145,11 @@ class Windows:
         self.n_batches = -(-self.n_windows // self.batch_size)
 
     def counts(self) -> Tensor:
-        """How many targets each window counts, (n_windows,); they add up to N - 1."""
+        """Return the number of targets that each window counts, (n_windows,); their sum is N - 1."""
         return self.counted(torch.arange(self.n_windows))
 
     def counted(self, windows: Tensor) -> Tensor:
-        """How many targets the windows of these numbers count."""
+        """Return the number of targets that the given windows count."""
         end = (windows * self.stride + self.block_size).clamp_max(self.n_targets)
         before = ((windows - 1) * self.stride + self.block_size).where(windows > 0, 0)
         return end - before
@@ -157,7 +157,7 @@ class Windows:
     def batch(self, j: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of batch j, (B, T) each; IGNORE is where a target does not count.
 
-        Past the last one, that one again with nothing to count.
+        Beyond the last batch, the last one again without counted targets.
         """
         first = min(j, self.n_batches - 1) * self.batch_size
         windows = torch.arange(first, min(first + self.batch_size, self.n_windows), device=self.ids.device)

@@ -1,4 +1,4 @@
-"""Where text comes from: a named corpus, or any file, folder or glob. Every corpus knows its hash."""
+"""Corpora: a named text, or any file, folder or glob, with its hash."""
 
 import gzip
 import hashlib
@@ -54,7 +54,7 @@ def tinyshakespeare(path: str | None = None) -> Corpus:
     """Tiny Shakespeare (Karpathy, char-rnn, 2015): 1,115,394 characters, 65 symbols.
 
     Looked for in `$CHARLM_DATA/tinyshakespeare/input.txt`, then in the user's cache folder, then downloaded.
-    A file with another hash is refused; a download reaches its place only whole.
+    A file with another hash is refused; a download is cached only when complete.
     """
     if path is not None:
         raise InputError(f"path={path}: Tiny Shakespeare needs no path; for your own text give corpus=text")
@@ -73,7 +73,7 @@ def tinyshakespeare(path: str | None = None) -> Corpus:
 
 
 def download_shakespeare() -> Path:
-    """The cached file, downloaded first if need be.
+    """Return the path of the cached file; download it first if necessary.
 
     Raises:
         CorpusUnavailable: if the network does not give the file, or gives another one.
@@ -101,7 +101,7 @@ def download_shakespeare() -> Path:
 
 
 def describe(error: OSError) -> str:
-    """A network or file error in a few words; requests' own messages are long nests of reasons."""
+    """Return a network or file error in a few words; the messages of requests are long and nested."""
     import requests
 
     if error.strerror:
@@ -190,7 +190,7 @@ def load_corpus(name: str, path: str | None = None) -> Corpus:
 
     Raises:
         InputError: if the name is unknown or the text cannot be read.
-        CorpusUnavailable: if it cannot be had from here.
+        CorpusUnavailable: if it cannot be downloaded.
     """
     if name not in CORPORA:
         raise InputError(f"corpus={name} is unknown: choose one of {', '.join(CORPORA)}")

@@ -58,7 +58,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Gather from the past, then think: each adds to what passes through."""
+    """Attention, then MLP, each added to the residual stream."""
 
     def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool):
         super().__init__()

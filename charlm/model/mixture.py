@@ -305,7 +305,7 @@ class Mixture(nn.Module):
 
     def __setstate__(self, state: Any) -> None:
         super().__setstate__(state)
-        self.register()  # a copy is another one
+        self.register()  # a copy has its own
 
     def count(self, ids: Tensor) -> None:
         """Take ids (N,) as the text that is counted; with the weights, it is kept in checkpoints."""

@@ -50,7 +50,7 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.dropout = n_head, dropout
         self.qkv = nn.Linear(n_embd, 3 * n_embd, bias=False)
-        # With queries and keys of fixed length nothing else could make a head look more sharply.
+        # Queries and keys have fixed length, so only this scale can sharpen the attention of a head.
         self.qk_scale = nn.Parameter(torch.ones(n_head, 1, 1))
         self.proj = nn.Linear(n_embd, n_embd, bias=False)
 
@@ -66,7 +66,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Each position by itself. SwiGLU has three matrices where squared ReLU has two, and so is 2/3 as wide."""
+    """The MLP of each position. SwiGLU has three matrices instead of two, so it is 2/3 as wide."""
 
     def __init__(self, n_embd: int, dropout: float, mlp: Literal["relu2", "swiglu"]):
         super().__init__()
@@ -82,7 +82,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Gather from the past, then think: each adds to what passes through, and at the start nothing."""
+    """Attention, then MLP, each added to the residual stream; both add zero at initialization."""
 
     def __init__(self, n_embd: int, n_head: int, dropout: float, mlp: Literal["relu2", "swiglu"]):
         super().__init__()
@@ -96,7 +96,7 @@ class Block(nn.Module):
         return x + self.mlp(norm(x))
 
     def parts(self) -> list[Tensor]:
-        """The parameters, in the order in which `forward` comes to them."""
+        """Return the parameters in the order in which `forward` uses them."""
         attention, mlp = self.attention, self.mlp
         return [attention.qkv.weight, attention.qk_scale, attention.proj.weight, mlp.fc.weight, mlp.proj.weight]
 

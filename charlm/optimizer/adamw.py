@@ -50,7 +50,7 @@ class AdamW(torch.optim.AdamW):
 
     # For each group: itself and its parameters, both averages and step counters, in the same order.
     kept: list[tuple[dict[str, Any], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]] = []  # noqa: RUF012
-    kept_from: Any = None  # the state that they are part of, which is another object once it is loaded
+    kept_from: Any = None  # the state they belong to; loading a checkpoint replaces it
 
     def __init__(self, params: Any, **settings: Any):
         super().__init__(params, **settings, fused=True)
@@ -83,7 +83,7 @@ class AdamW(torch.optim.AdamW):
     step.hooked = True  # type: ignore[attr-defined]
 
     def keep(self) -> None:
-        """Remember where everything is, once every parameter has its state and all are of one kind."""
+        """Cache the state tensors, once every parameter has its state and all have one kind."""
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.kept, self.kept_from = [], self.state
         if any(p not in self.state for p in parameters) or len({(p.device, p.dtype) for p in parameters}) > 1:

@@ -50,9 +50,9 @@ def muon(
 
 
 class Several(Optimizer):
-    """Optimizers of different parameters as one, which is what Lightning and learning-rate schedules take.
+    """Several optimizers as one, because Lightning and schedules take one.
 
-    Its groups and its state are theirs: a rate that is set here is set there.
+    It shares their groups and state, so a learning rate set here applies there.
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]):

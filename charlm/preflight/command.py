@@ -41,7 +41,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     """
     from charlm.preflight.settings import check_settings, check_text
 
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would shorten tracebacks; charlm prints mistakes as one line itself
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would shorten tracebacks; charlm prints mistakes as one line itself
     args = parse(argv[1:])
     overrides: list[str] = list(args.overrides)
     for name in ("resume", "rerun"):
@@ -117,7 +117,7 @@ def check_processes(overrides: Sequence[str]) -> None:
 
 
 def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path) -> list[str]:
-    """Check a run that begins from another: resume or rerun, as `name` says, of the one in `recorded`.
+    """Check a command with resume= or rerun= (`name`) of the run in `recorded`.
 
     Returns:
         The overrides to run with.
@@ -128,14 +128,14 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
     from charlm.checkpoint import check_training, check_weights, read_newest
     from charlm.preflight.settings import check_settings, check_text
 
-    if not os.path.isdir(recorded):  # unlike pathlib, it says no where a name is too long to be one
+    if not os.path.isdir(recorded):  # unlike pathlib, it returns False for a name that is too long
         raise InputError(f"{name}={recorded} is no folder: give one that python train.py made, as outputs/RUN")
     conf = conf_dirs(config_dir, args)
     given = [o for o in args.overrides if not o.startswith(("hydra.", f"{name}="))]
     of_hydra = [o for o in args.overrides if o.startswith("hydra.")]
     chosen = [o for o in of_hydra if o.startswith("hydra.run.dir=")]
     if name == "resume":
-        check_tree(recorded)  # into which all is written
+        check_tree(recorded)  # the run writes into it
         if (recorded / RUN_JSON).exists() and not held(recorded):
             raise InputError(f"{recorded} ended before it had saved a state: begin it again with rerun={recorded}")
         run_dir = recorded
@@ -150,16 +150,16 @@ def check_recorded(name: str, args: Namespace, recorded: Path, config_dir: Path)
             print(printable(f"{recorded} is at its end: nothing to do. {more}"))
             sys.exit(0)
         of_hydra = [o for o in of_hydra if not o.startswith("hydra.output_subdir=")]
-        of_hydra.append("hydra.output_subdir=null")  # what stands there is of the run's beginning
+        of_hydra.append("hydra.output_subdir=null")  # the files there describe the start of the run
     else:
-        # Beside the one that is recorded, there is place.
+        # The new folder may be next to the recorded one.
         run_dir = Path(str(changes(chosen)["hydra.run.dir"])) if chosen else recorded
         check_run(recorded, read_record(recorded)["config"], conf, changes(given))
         cfg = rerun(recorded, changes(given), str(run_dir))
-        # Settings of the run that conf/train.yaml alone does not have.
+        # Settings that conf/train.yaml alone does not have need a plus.
         given = ["++" + o.lstrip("+") for o in given]
     with initialize_config_dir(os.path.abspath(config_dir), version_base="1.3"):
-        check_config(recorded, run := resolved(cfg), conf, changes(given))  # after its places have moved
+        check_config(recorded, run := resolved(cfg), conf, changes(given))  # after its paths have moved
         check_settings(run)
     if name == "rerun":
         check_text(run)

@@ -19,7 +19,7 @@ RUN_DIR = "<run>"  # stands for the folder of a run, which is not known yet
 
 
 def resolved(cfg: DictConfig) -> dict[str, Any]:
-    """A composed configuration, without Hydra's own part, as plain types.
+    """Return a composed config as plain types, without Hydra's own part.
 
     Raises:
         InputError: if a value is missing or cannot be resolved.
@@ -35,7 +35,7 @@ def resolved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def without_hydra(cfg: DictConfig) -> DictConfig:
-    """A copy of what a run itself is made of."""
+    """Return a copy of a config without Hydra's own part."""
     return OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
 
 
@@ -56,10 +56,10 @@ def composer(config_dir: Path, args: Namespace) -> Iterator[Callable[[Sequence[s
 
 
 def fallback_corpus(cfgs: Sequence[DictConfig]) -> tuple[str, CorpusUnavailable] | None:
-    """The corpus to train on where the one asked for cannot be had, and why it cannot; None where it can."""
+    """Return the fallback corpus and the reason, if the requested corpus is unavailable; otherwise None."""
     data = cfgs[0].data
     fallback: str | None = data.get("fallback")
-    if fallback is None or len({str(cfg.data.corpus) for cfg in cfgs}) > 1:  # a sweep over corpora means each of them
+    if fallback is None or len({str(cfg.data.corpus) for cfg in cfgs}) > 1:  # a sweep over corpora needs each of them
         return None
     try:
         load_corpus(str(data.corpus), data.path)

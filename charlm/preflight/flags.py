@@ -1,4 +1,4 @@
-"""Flags of Lightning's Trainer: those that a run can have, and why it cannot have the others."""
+"""Flags of Lightning's Trainer: the supported ones, and the reasons against the others."""
 
 import inspect
 from collections.abc import Mapping
@@ -119,6 +119,6 @@ def unsupported(flag: str) -> str | None:
 
 
 def flags_of_lightning() -> set[str]:
-    import lightning as L  # without which a sweep does until a flag is wrong
+    import lightning as L  # slow to import, and needed only for a message
 
     return {*inspect.signature(L.Trainer).parameters}

@@ -49,12 +49,12 @@ def one_line_hydra_errors(overrides: Sequence[str] = ()) -> Iterator[None]:
 
 
 def choices(options: Iterable[str] | None) -> list[str]:
-    """The files of a group that can be chosen: all but the one that they share."""
+    """Return the choices of a group, without its base file."""
     return [option for option in options or [] if option != "base"]
 
 
 def absent(key: str, overrides: Sequence[str]) -> str:
-    """The one line for a setting that the files of conf/ do not have: it may exist, and a plus adds it."""
+    """Return the message for a setting that conf/ does not have: unknown, or one that needs a plus."""
     path, _, name = key.rpartition(".")
     if path == "trainer" and (reason := refusal(name)):
         return f"{key} is not possible: {reason}"

@@ -1,4 +1,4 @@
-"""The settings of one run, held against each other, the hardware and the text."""
+"""Check the settings of one run against each other, the hardware and the text."""
 
 import inspect
 import json
@@ -41,7 +41,7 @@ STARTED_BY = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "NODE_RANK", "GROUP_RANK"}
 
 
 def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
-    """Check one resolved configuration and, where it is not to train elsewhere, the hardware that it asks for.
+    """Check one resolved config and, unless it will train elsewhere, the requested hardware.
 
     Raises:
         InputError: if something cannot work; reports the first problem.
@@ -72,7 +72,7 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
 
 @cache  # jobs of a sweep seldom differ in it
 def check_trainer(node: str, max_tokens: int | None, tokens_per_batch: int) -> L.Trainer:
-    """Combinations of settings that only Lightning knows to be impossible. Returns a trainer, which is not for use.
+    """Build the trainer to find combinations of settings that Lightning refuses.
 
     Args:
         node: its settings, as JSON.
@@ -92,14 +92,14 @@ def check_trainer(node: str, max_tokens: int | None, tokens_per_batch: int) -> L
 
 
 def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> None:
-    """Combinations of settings that only a model or a schedule knows to be impossible: both are made, with nothing in.
+    """Build model and schedule on the meta device to find combinations of settings that they refuse.
 
     Raises:
         InputError: with the words of the ValueError that they raise, or for a model or a batch that is too large.
     """
     own = plain["model"]["_target_"].startswith("charlm.")
     try:
-        with torch.device("meta"), limited_tensors():  # shapes without numbers: at once, and in no memory
+        with torch.device("meta"), limited_tensors():  # shapes only: fast, and without memory
             with schema.arguments_as_settings("model", plain["model"]):
                 model = instantiate(plain["model"], vocab_size=2)
             model(torch.zeros(1, plain["data"]["block_size"], dtype=torch.long))
@@ -113,7 +113,7 @@ def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> None:
             raise InputError(one_line(cause)) from error
         if trouble := out_of_memory(cause):
             raise trouble from error
-        if own:  # another's may need numbers to be made
+        if own:  # a model of another package may need real tensors
             raise InputError(f"model: no model can be made with these settings ({one_line(cause)})") from error
     except (ArithmeticError, MemoryError, RuntimeError, TypeError) as error:
         if trouble := out_of_memory(error):
@@ -126,7 +126,7 @@ def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> None:
 
 @contextmanager
 def limited_tensors() -> Iterator[None]:
-    """Let no model have more than MOST_TENSORS parameters, as a setting with many zeros might have it.
+    """Refuse models with more than MOST_TENSORS weight tensors, such as those of a mistyped n_layer.
 
     Raises:
         InputError: at the first that is too many.
@@ -146,7 +146,7 @@ def limited_tensors() -> Iterator[None]:
 
 
 def check_memory(plain: dict[str, Any], model: nn.Module) -> None:
-    """Do a model and a batch fit into the memory of this machine? Only what surely does not is refused.
+    """Check that a model and a batch fit into the memory of this machine; refuse only what certainly does not.
 
     Raises:
         InputError: with the size that they need, the memory there is, and what to change.
@@ -185,7 +185,7 @@ def check_text(plain: dict[str, Any]) -> list[str]:
 
 
 def check_hardware(trainer: dict[str, Any]) -> None:
-    """Are the accelerator, the devices and the strategy there?
+    """Check that the accelerator, the devices and the strategy exist.
 
     Raises:
         InputError: if not.
@@ -223,7 +223,7 @@ def check_hardware(trainer: dict[str, Any]) -> None:
 
 
 def check_places(plain: dict[str, Any]) -> None:
-    """Does the run keep all that it may go on with in its own folder?
+    """Check that the run keeps everything it resumes from in its own folder.
 
     Raises:
         InputError: if not; it would not be found there, and might be another run's.
@@ -239,7 +239,7 @@ def check_places(plain: dict[str, Any]) -> None:
 
 
 def check_average(plain: dict[str, Any]) -> None:
-    """Are the weights that an observer averages all there, in each process?
+    """Check that each process has all weights that a callback averages.
 
     Raises:
         InputError: if not.
@@ -250,7 +250,7 @@ def check_average(plain: dict[str, Any]) -> None:
 
 
 def check_recorded_settings(plain: dict[str, Any]) -> None:
-    """Does no callback change settings that run.json records?
+    """Check that no callback changes settings that run.json records.
 
     Raises:
         InputError: if one does.
@@ -266,7 +266,7 @@ def check_recorded_settings(plain: dict[str, Any]) -> None:
 
 
 def check_epochs(plain: dict[str, Any]) -> None:
-    """Is there a validation in each epoch that is to have one?
+    """Check that each epoch has its validations.
 
     Raises:
         InputError: if an interval is longer than an epoch.
@@ -288,7 +288,7 @@ def check_epochs(plain: dict[str, Any]) -> None:
 
 
 def check_shortcuts(plain: dict[str, Any]) -> None:
-    """Can this machine do what compile and speed.cuda_graph ask for?
+    """Check that this machine supports compile and speed.cuda_graph.
 
     Raises:
         InputError: if not.

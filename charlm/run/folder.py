@@ -1,4 +1,4 @@
-"""The folder of a run or a sweep: is it free, and can it be written?"""
+"""The folder of a run or a sweep: checks, and the lock of the process that writes to it."""
 
 import contextlib
 import itertools
@@ -26,14 +26,14 @@ def held(folder: Path) -> str | None:
 
 
 def own_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False, begun: bool = False) -> Path:
-    """A folder that no other process writes into, claimed at once.
+    """Return a folder that no other process writes to, locked for this process.
 
     Args:
-        new: it may be another, of the same name with a number, where this one is taken.
-        begun: it holds the run that is to go on.
+        new: if the folder is taken, use one of the same name with a number.
+        begun: the folder holds the run to resume.
 
     Raises:
-        InputError: if it is taken, or holds what is no regular file, so that to write there may write elsewhere.
+        InputError: if it is taken, or holds links or devices, through which a write would leave the folder.
     """
     for number in itertools.count(1):
         place = folder if number == 1 else folder.with_name(f"{folder.name}_{number}")
@@ -47,7 +47,7 @@ def own_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False, 
 
 
 def check_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False) -> None:
-    """Check that a run can have a folder; with `new`, a free name next to a taken one will do.
+    """Check that a run can have a folder; with `new`, the folder may be taken.
 
     Raises:
         InputError: if there is a run in it already, or if it cannot be made.
@@ -71,11 +71,11 @@ def check_folder(folder: Path, setting: str = "hydra.run.dir", new: bool = False
                 place.rmdir()
 
 
-claimed: dict[Path, tuple[FileLock, list[Path]]] = {}  # the lock in each, and the folders that were made for it
+claimed: dict[Path, tuple[FileLock, list[Path]]] = {}  # the locks, and the folders that were created for them
 
 
 def is_first() -> bool:
-    """Is this the only process, or the first, whether torchrun, Lightning or Slurm started it?"""
+    """Return whether this is the only or the first process, started by torchrun, Lightning or Slurm."""
     if "lightning" not in sys.modules:  # the process of a sweep, which is alone, and does without
         return True
     from lightning.pytorch.utilities import rank_zero_only
@@ -85,12 +85,12 @@ def is_first() -> bool:
 
 
 def claim(folder: Path) -> bool:
-    """Make `folder`, and make it this process's own until it ends. False: it is another's.
+    """Create `folder` and lock it until this process ends. Returns False if another process has locked it.
 
     Raises:
         InputError: if its lock is a link or no file.
     """
-    folder = Path(os.path.realpath(folder))  # which has one name only
+    folder = Path(os.path.realpath(folder))  # a lock file has no second name
     if folder in claimed:
         return True
     made = [place for place in (folder, *folder.parents) if not place.exists()]
@@ -107,7 +107,7 @@ def claim(folder: Path) -> bool:
 
 
 def abandon() -> None:
-    """Remove the folders that were made to be claimed, and into which nothing has come."""
+    """Remove folders that were created for the lock and are still empty."""
     for folder, (lock, made) in claimed.items():
         if folder in made and folder.is_dir() and {*folder.iterdir()} <= {folder / LOCK}:
             try:

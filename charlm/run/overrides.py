@@ -29,16 +29,16 @@ def changes(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def quoted(path: Path) -> str:
-    """A path as Hydra's grammar takes it, with whatever is in its name."""
+    """Return a path quoted for Hydra's grammar."""
     if re.fullmatch(r"[\w./-]+", str(path)):
         return str(path)
-    # In quotes, a backslash is one by itself, but for those before a quote.
+    # In quotes, a backslash stands for itself, except before a quote.
     text = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), str(path))
     return f"'{text}'"
 
 
 def unquoted(text: str) -> str:
-    """A path as it was typed: as it is, with all the = and , that names of sweeps have, or quoted for Hydra.
+    """Return the path that was typed, either literally, with = and , as in names of sweeps, or quoted for Hydra.
 
     Raises:
         InputError: if a quote is not closed.
@@ -53,7 +53,7 @@ def unquoted(text: str) -> str:
 
 
 def parsed(overrides: Sequence[str]) -> list[Override]:
-    """Overrides as Hydra's grammar takes them apart.
+    """Return overrides parsed by Hydra's grammar.
 
     Raises:
         InputError: if one cannot be parsed.

@@ -1,8 +1,8 @@
-"""run.json: what a run is, and its current status.
+"""run.json: the settings, environment and status of a run.
 
-run.json stands from the first second. Its `status` is running, finished, stopped (by a signal, or by stop_at) or
-failed, with the reason; while it runs, its `heartbeat` is never older than a minute: what says "running" and is older
-was killed. `config`, `corpus`, `seed` and `environment` are all that the run depends on.
+run.json exists from the first second. Its `status` is running, finished, stopped (by a signal, or by stop_at) or
+failed, with the reason; while it runs, its `heartbeat` is at most a minute old: a "running" run with an older one was
+killed. `config`, `corpus`, `seed` and `environment` are everything that the run depends on.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from charlm.run.results import RESULTS
 from charlm.run.trust import all_references, check_record
 from charlm.system import streams
 
-if TYPE_CHECKING:  # what trains nothing does without the seconds that it takes, and so without those of torch
+if TYPE_CHECKING:  # Lightning and torch are slow to import, and only training needs them
     import lightning as L
 
 RUN_JSON = "run.json"
@@ -58,12 +58,12 @@ class Record(TypedDict):
     corpus: dict[str, str | int] | None  # None until the text is read
     environment: dict[str, Any]
     config: dict[str, Any]
-    follows: dict[str, str]  # the settings that were given as others are: {"data.seed": "${seed}"}
+    follows: dict[str, str]  # settings that refer to others: {"data.seed": "${seed}"}
     earlier: list[dict[str, Any]]  # the processes that trained before it was resumed, and how each of them ended
 
 
 class Run:
-    """Keeps run.json true, as a context around a run. Of several processes, only the first does.
+    """Context around a run that keeps run.json up to date, in the first process only.
 
     Raises:
         InputError: if another process trains in the folder.
@@ -136,7 +136,7 @@ class Run:
             write_atomically(self.folder / RUN_JSON, lambda file: file.write(as_json(self.record) + b" " * ROOM))
 
     def write_over(self) -> None:
-        """On a full disk, where a new file has no room: what ended the run is no longer than the room in the old."""
+        """Overwrite the old file in place: a full disk has no room for a new one."""
         text = as_json(self.record)
         with (self.folder / RUN_JSON).open("r+b") as file:
             size = file.seek(0, os.SEEK_END)
@@ -145,7 +145,7 @@ class Run:
                 file.write(text.ljust(size))
 
     def finish(self, results: dict[str, Any]) -> None:
-        """Write the results, and the status that goes with them: no signal comes between the two."""
+        """Write the results and the status; no signal interrupts between the two."""
         with uninterrupted():
             self.ended.set()
             self.pulse.join()
@@ -159,7 +159,7 @@ class Run:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         """Write the final status. Raises DiskError if the disk ended the run."""
-        if not is_first() or self.record["status"] == "finished":  # which nothing can change any more
+        if not is_first() or self.record["status"] == "finished":  # the final status stays
             return
         self.ended.set()
         self.pulse.join()
@@ -192,7 +192,7 @@ def disk_trouble(error: BaseException, folder: Path) -> DiskError | None:
 
 
 def how(error: BaseException | None) -> tuple[str, str | None]:
-    """The status and its reason, after what ended a run."""
+    """Return the status and the reason for the error that ended a run."""
     if error is None:
         return "finished", None
     if interrupted(error):  # which Lightning makes an exit code of 1
@@ -210,7 +210,7 @@ def how(error: BaseException | None) -> tuple[str, str | None]:
 
 
 def follows(node: dict[str, Any]) -> dict[str, str]:
-    """The settings that are given as others are, by their dotted names."""
+    """Return the settings that refer to other settings, by dotted name."""
     texts = ((name, leaf) for name, leaf in flat(node).items() if isinstance(leaf, str))
     return {name: leaf for name, leaf in texts if "${" in leaf and all_references(leaf)}
 
@@ -235,7 +235,7 @@ def read_record(folder: Path) -> Record:
 
 
 def previous(folder: Path) -> Record | None:
-    """The record of the process that trained in `folder` before, if there was one and it can be read and trusted."""
+    """Return the record of an earlier process in `folder`; None if there is none or if it cannot be read or trusted."""
     try:
         return read_record(folder)
     except (InputError, OSError):
@@ -245,7 +245,7 @@ def previous(folder: Path) -> Record | None:
 def differences(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
     """Return differences of environment and corpus between two records: name -> (then, now).
 
-    How many steps are taken at once changes nothing but the speed.
+    The size of groups of steps is left out, because it changes only the speed.
     """
     here = flat({"corpus": now["corpus"]} | now["environment"])
     found: dict[str, tuple[Any, Any]] = {}
@@ -257,7 +257,7 @@ def differences(then: Record, now: Record) -> dict[str, tuple[Any, Any]]:
 
 
 def flat(node: Any, place: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, by dotted names."""
+    """Flatten nested dictionaries to dotted names."""
     if isinstance(node, dict):
         return {name: leaf for key, child in node.items() for name, leaf in flat(child, f"{place}.{key}").items()}
     return {place[1:]: node}
@@ -288,7 +288,7 @@ def environment() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of the CPU, which Linux has only in a file."""
+    """Return the name of the CPU, on Linux from /proc/cpuinfo."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -306,7 +306,7 @@ def git() -> dict[str, str | bool] | None:
         ).stdout
 
     try:
-        # The second is there only if charlm itself is in the commit, and not just below somebody's repository.
+        # The second line exists only if charlm itself is in the commit, not just inside some other repository.
         commit = ask("rev-parse", "HEAD", "HEAD:./__init__.py").split()[0]
         return {"commit": commit, "dirty": bool(ask("status", "--porcelain"))}
     except (OSError, subprocess.SubprocessError):

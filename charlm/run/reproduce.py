@@ -1,4 +1,4 @@
-"""Training a run again from its record, and telling whether it is the same to the bit, or where and why it is not."""
+"""Train a run again from its record and compare the two bit for bit."""
 
 import contextlib
 import subprocess
@@ -21,8 +21,8 @@ from charlm.run.results import LOSSES, read_results
 from charlm.run.resume import CONSTANT
 from charlm.run.trust import check_run
 
-TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "ema")  # of a checkpoint: all that training changes
-ELSEWHERE = ("results.stopped_by", "results.device")  # figures that depend on the environment, as all seconds do
+TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "ema")  # keys of a checkpoint that training changes
+ELSEWHERE = ("results.stopped_by", "results.device")  # figures that depend on the machine, like all times
 
 
 def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence[str] = ()) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def read_losses(run_dir: Path, steps: int) -> "np.ndarray[Any, np.dtype[np.float
 
 
 def train(command: list[str], losses: Path, steps: int, report: Callable[[int, int], None]) -> None:
-    """Run a training command, and look now and then how far it is.
+    """Run a training command and report its progress.
 
     Raises:
         InputError: with the command's own last words, if it fails.
@@ -122,7 +122,7 @@ def exact(figure: str) -> bool:
 
 
 def unlike(then: Any, now: Any, place: str) -> Iterator[str]:
-    """The names, below `place`, of what is not equal to the bit."""
+    """Yield the names, below `place`, of all values that are not bitwise equal."""
     if isinstance(then, dict) and isinstance(now, dict):
         for key in then | now:
             yield from unlike(then.get(key), now.get(key), f"{place}.{key}")

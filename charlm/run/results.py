@@ -1,4 +1,4 @@
-"""What runs found: one results.json for each, one table for many."""
+"""The result files of a run: results.json, losses and validations."""
 
 import math
 from contextlib import suppress
@@ -40,7 +40,7 @@ Results.__doc__ = (
 
 
 def read_results(run_dir: Path) -> Results | None:
-    """The final figures of a run, or None if it did not get that far.
+    """Return the final figures of a run; None if it has none yet.
 
     Raises:
         InputError: if charlm did not write the file.
@@ -57,7 +57,7 @@ def read_results(run_dir: Path) -> Results | None:
 
 
 def whole_results(run_dir: Path) -> Results | None:
-    """The final figures of a run, or None if it did not get that far, or if they are damaged: as if it had not."""
+    """Return the final figures of a run; None if it has none or if they are damaged."""
     try:
         return read_results(run_dir)
     except (InputError, OSError):
@@ -71,7 +71,7 @@ def read_validations(run_dir: Path) -> list[tuple[int, float, float]]:
     except (InputError, OSError):
         return []
     found = []
-    for line in lines[1:-1]:  # between the head and what is not yet a whole line
+    for line in lines[1:-1]:  # without the header and an incomplete last line
         with suppress(ValueError):
             step, seconds, loss = line.split(",")
             found.append((int(step), float(seconds), float(loss)))

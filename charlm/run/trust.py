@@ -1,7 +1,8 @@
 """Allow-list for recorded settings: a run folder or a sweep may come from a stranger.
 
-A recorded setting is accepted if charlm itself would have recorded it: it belongs to a known group, its part is one that a file of conf/ names in the same group, and its value is plain. No recorded value is looked up in
-the environment, in Hydra or by any other resolver of OmegaConf; only plain references to other settings are followed.
+A recorded setting is accepted if charlm itself would have recorded it: it belongs to a known group, its part is one
+that a file of conf/ names in the same group, and its value is plain. No recorded value is looked up in the environment,
+in Hydra or by any other resolver of OmegaConf; only plain references to other settings are followed.
 
 Every command that reads recorded runs and sweeps uses these checks.
 """

@@ -1,4 +1,4 @@
-"""Many runs as one study: what was swept, what it did to the loss, and whether runs compare: charlm report
+"""Compare many runs: the swept settings, their effect on the loss, and whether the runs are comparable.
 
 runs.py    run folders -> runs
 study.py   runs -> rows: means over seeds, and which rows are within noise of the best

@@ -9,7 +9,7 @@ from charlm.errors import printable
 from charlm.run.record import flat
 from charlm.study.runs import Run, ordered, shown
 
-ALIKE = 1.02  # as many tokens, as a run ends with the step that reaches them, which may go beyond
+ALIKE = 1.02  # ratio of tokens that still counts as equal: the last step may exceed the limit
 MOST_DAMAGED = 10  # that are named
 # Limits of a run, and the setting of each.
 LIMITS = {
@@ -22,18 +22,18 @@ LIMITS |= {"early stopping": ""}
 
 
 class Note(NamedTuple):
-    """One line; `loud` where the losses must not be compared without it."""
+    """One line; `loud` if nobody should compare the losses without reading it."""
 
     text: str
     loud: bool = False
 
 
 def notes(runs: list[Run], follows: dict[str, list[str]], repeated: int = 0, damaged: Sequence[str] = ()) -> list[Note]:
-    """All there is to say, what is loud first.
+    """Return all notes, loud ones first.
 
     Args:
-        runs: that are compared.
-        follows: settings that differ only as a choice brought them, by that choice.
+        runs: the compared runs.
+        follows: settings that differ only because a choice set them, by that choice.
         repeated: number of runs that a newer run with the same settings and seed replaces.
         damaged: a line for each folder that could not be read.
     """
@@ -49,7 +49,7 @@ def notes(runs: list[Run], follows: dict[str, list[str]], repeated: int = 0, dam
 
 
 def texts(runs: list[Run]) -> Iterator[Note]:
-    """On another text, or another part of it, a loss is another figure."""
+    """Losses of different texts or splits do not compare."""
     corpora = Counter(map(corpus, runs))
     if len(corpora) > 1:
         yield Note(f"NOT comparable: these losses are of {len(corpora)} different texts: {listed(corpora)}", True)
@@ -65,7 +65,7 @@ def corpus(run: Run) -> str:
 
 
 def windows(runs: list[Run]) -> Iterator[Note]:
-    """A character is easier to predict after more of them."""
+    """Longer contexts make characters easier to predict."""
     sizes = ordered({run.settings.get("data.block_size") for run in runs})
     contexts = ordered({int(run.figures.get("min_context", 1)) for run in runs})
     if len(contexts) > 1:
@@ -82,7 +82,7 @@ def windows(runs: list[Run]) -> Iterator[Note]:
 
 
 def budget(runs: list[Run]) -> Iterator[Note]:
-    """Runs that have seen more text are better for that alone."""
+    """Runs that saw more text have lower losses for that reason alone."""
     ends = Counter(run.stopped_by if run.stopped_by in LIMITS else "an unknown limit" for run in runs)
     if len(runs) < 2:
         return
@@ -124,7 +124,7 @@ def environment(runs: list[Run]) -> Iterator[Note]:
 
 
 def listed(found: Counter[str], most: int = 4) -> str:
-    """Each with how often it is there, as in: cpu (3 runs), NVIDIA H200 (1)."""
+    """List values with their counts: cpu (3 runs), NVIDIA H200 (1)."""
     parts = [
         f"{what} ({n}{' run' + 's' * (n > 1) if k == 0 else ''})" for k, (what, n) in enumerate(found.most_common(most))
     ]
@@ -132,6 +132,6 @@ def listed(found: Counter[str], most: int = 4) -> str:
 
 
 def span(numbers: Iterable[Any]) -> str:
-    """A number, or from the least to the greatest."""
+    """Format a range of numbers: from the smallest to the largest."""
     least, most = min(numbers, default=0), max(numbers, default=0)
     return f"{least:,.0f}" if least == most else f"{least:,.0f} to {most:,.0f}"

@@ -10,7 +10,7 @@ from charlm.study.plots import Panel, curves_panels, maps_panels, settings_panel
 from charlm.study.runs import LONGEST, Run
 from charlm.study.study import CRITERION, Row, Study
 
-TEXTUAL = dict.fromkeys(("state", "run", "why", "against the best"), "text")  # columns that begin at the left
+TEXTUAL = dict.fromkeys(("state", "run", "why", "against the best"), "text")  # columns aligned left
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 1160px; margin: 2em auto;
   padding: 0 1.2em }
@@ -63,7 +63,7 @@ def page(study: Study, title: str) -> str:
 
 
 def counts(study: Study) -> str:
-    """How many runs there are, of how many combinations."""
+    """Count the runs and the combinations of settings."""
     runs, rows = len(study.runs), len(study.rows)
     text = f"{runs} run{'s' * (runs != 1)}"
     if study.swept:
@@ -117,7 +117,7 @@ def number(value: float, digits: int) -> str:
 
 
 def cell(text: str, key: object = None, kind: str = "") -> str:
-    """A cell, and by what it is sorted, where that is not its text."""
+    """Return a table cell, with the key to sort it by if that is not its text."""
     by = "" if key is None else f' data-key="{escape(str(key))}"'
     return f'<td class="{kind}"{by}>{escape(text)}</td>'
 

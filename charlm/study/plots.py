@@ -45,7 +45,7 @@ STYLE: Any = {
     "legend.frameon": False,
     "lines.linewidth": 1.4,
     "lines.markersize": 4.5,
-    "text.parse_math": False,  # a dollar in the name of a folder is a dollar
+    "text.parse_math": False,  # no TeX in names of folders
     "svg.fonttype": "none",  # text that can be searched
     "svg.hashsalt": "charlm",  # the same study, the same bytes
 }
@@ -74,7 +74,7 @@ class Panel:
             self.draw(figure.add_subplot())
             figure.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
         drawn = file.getvalue()
-        drawn = re.sub(r' id="[a-zA-Z]\w*?_\d+"', "", drawn[drawn.index("<svg") :])  # other pictures have them too
+        drawn = re.sub(r' id="[a-zA-Z]\w*?_\d+"', "", drawn[drawn.index("<svg") :])  # other figures share these
         return drawn.replace("<svg", f'<svg role="img" aria-label="{escape(self.title)}"', 1)
 
 
@@ -82,12 +82,12 @@ class Panel:
 def style() -> Iterator[None]:
     logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)
     with mpl.rc_context(STYLE), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")  # which a browser takes from another font
+        warnings.filterwarnings("ignore", message="Glyph .* missing")  # a browser's font may differ
         yield
 
 
 def settings_panels(study: Study) -> list[Panel]:
-    """Val loss against each setting, those that matter most first."""
+    """Plot val loss against each setting, the most influential first."""
     found = []
     for name in study.varied:
         caption, alike = lines_of(study, name)
@@ -97,10 +97,8 @@ def settings_panels(study: Study) -> list[Panel]:
 
 
 def lines_of(study: Study, name: str) -> tuple[str, list[str] | None]:
-    """The settings in which rows are alike that one line joins, and what such a line is.
-
-    Those are all but `name` or, with too many lines, the most influential one. None where each row
-    has a value of its own.
+    """Return the settings that the points of one line have in common, and a description of such a line. Those are all
+    but `name` or, with too many lines, the most influential one. None if each row has a different value.
     """
     every, others = "Every run as a point", [other for other in study.varied if other != name]
     if len(study.values(name)) > MOST_CELLS:
@@ -129,7 +127,7 @@ def draw_setting(axes: Axes, study: Study, name: str, alike: list[str] | None) -
         axes.scatter(seen[:, 0], seen[:, 1], s=12 if alike else 20, color=colour, alpha=0.5, linewidths=0)
         if alike is not None:
             join(axes, [(places[value], best) for value, best in best_of(line, name).items()], top, colour, label)
-    if not all(map(is_number, values)):  # words have no order that a line could follow
+    if not all(map(is_number, values)):  # words have no order for a line
         for drawn in axes.lines:
             drawn.set_linestyle("none")
     if beyond:
@@ -142,7 +140,7 @@ def draw_setting(axes: Axes, study: Study, name: str, alike: list[str] | None) -
 
 
 def join(axes: Axes, points: Sequence[tuple[float, Row]], top: float, colour: str, label: str) -> None:
-    """A line through the losses of rows, with their spread, as far as they are in the picture."""
+    """Draw a line through the losses of rows, with their spread, inside of the picture."""
     inside = sorted((x, row.loss, row.sd() or 0.0) for x, row in points if row.loss <= top)
     if inside:
         x, loss, spread = zip(*inside, strict=True)
@@ -150,18 +148,18 @@ def join(axes: Axes, points: Sequence[tuple[float, Row]], top: float, colour: st
 
 
 def in_order(study: Study, rows: Sequence[Row]) -> list[Row]:
-    """By their settings, numbers by size."""
+    """Sort rows by their settings."""
     orders = {name: {value: i for i, value in enumerate(study.values(name))} for name in study.swept}
     return sorted(rows, key=lambda row: [order.get(row.settings.get(name), -1) for name, order in orders.items()])
 
 
 def best_of(rows: Sequence[Row], name: str) -> dict[Value, Row]:
-    """The best row at each value of a setting."""
+    """Return the best row for each value of a setting."""
     return {row.settings[name]: row for row in sorted(rows, key=lambda row: -row.loss)}
 
 
 def axis_of(axes: Axes, study: Study, name: str, along: str = "x") -> dict[Value, float]:
-    """Make an axis that suits the values of a setting. Returns where each of them is."""
+    """Make an axis for the values of a setting. Returns their positions."""
     axis, values = axes.xaxis if along == "x" else axes.yaxis, study.values(name)
     axis.set_label_text(study.labels[name])
     numbers = [float(value) for value in values if isinstance(value, int | float) and is_number(value)]
@@ -183,7 +181,7 @@ def axis_of(axes: Axes, study: Study, name: str, along: str = "x") -> dict[Value
 
 
 def geometric(numbers: Sequence[float]) -> bool:
-    """Do they span a large factor, or lie as powers do?"""
+    """Return whether values span a large factor or are spaced like powers."""
     if min(numbers) <= 0:
         return False
     steps = [after / before for before, after in itertools.pairwise(sorted(numbers))]
@@ -192,7 +190,7 @@ def geometric(numbers: Sequence[float]) -> bool:
 
 
 def ceiling(losses: Sequence[float]) -> float:
-    """How high a picture goes, so that a few runs that diverged do not flatten all others."""
+    """Return the upper end of a plot: a few diverged runs must not flatten the others."""
     best, middle = min(losses), statistics.median(losses)
     far = best + 6 * (middle - best)
     return max(loss for loss in losses if loss <= far) if middle > best else max(losses)
@@ -203,7 +201,7 @@ def clipped(text: str, longest: int = 20) -> str:
 
 
 def maps_panels(study: Study) -> list[Panel]:
-    """Pairs of settings, those that matter most first: heat maps or, for settings that were searched, points."""
+    """Plot pairs of settings, the most influential first: heat maps or, for searched settings, points."""
     pairs = sorted(itertools.combinations(study.varied, 2), key=lambda pair: sum(map(study.varied.index, pair)))
     found = []
     for pair in pairs:
@@ -222,7 +220,7 @@ def maps_panels(study: Study) -> list[Panel]:
 
 
 def draw_map(axes: Axes, study: Study, across: str, up: str) -> None:
-    """A cell for each pair of values, with its loss written in it."""
+    """Draw a cell for each pair of values, with its loss."""
     columns, lines = study.values(across), study.values(up)
     cells = np.full((len(lines), len(columns)), np.nan)
     for row in reversed(study.rows):  # so that the best is written last
@@ -248,13 +246,13 @@ def draw_map(axes: Axes, study: Study, across: str, up: str) -> None:
 
 
 def digits_of(losses: Sequence[float]) -> int:
-    """How many decimals tell them apart."""
+    """Return the number of decimals that distinguishes the values."""
     spread = max(losses) - min(losses)
     return min(4, max(2, 2 - math.floor(math.log10(spread)))) if spread else 3
 
 
 def draw_points(axes: Axes, study: Study, across: str, up: str) -> None:
-    """A point for each combination, where there are too many values for cells."""
+    """Draw a point for each combination, for too many values for cells."""
     places = [axis_of(axes, study, name, along) for name, along in ((across, "x"), (up, "y"))]
     rows = [row for row in reversed(study.rows) if across in row.settings and up in row.settings]
     x, y = ([place[row.settings[name]] for row in rows] for place, name in zip(places, (across, up), strict=True))
@@ -267,7 +265,7 @@ def draw_points(axes: Axes, study: Study, across: str, up: str) -> None:
 
 
 def figure_of(axes: Axes) -> FigureBase:
-    """The picture, or the part of one, that the axes have for themselves."""
+    """Return the figure or subfigure of the axes."""
     figure = axes.get_figure(root=False)
     assert figure is not None
     return figure
@@ -275,7 +273,7 @@ def figure_of(axes: Axes) -> FigureBase:
 
 @dataclass(frozen=True)
 class Curve:
-    """The val losses of a row on its way."""
+    """The val losses of a row during training."""
 
     label: str
     steps: list[float]
@@ -285,7 +283,7 @@ class Curve:
 
 
 def curve_of(study: Study, row: Row) -> Curve | None:
-    """The mean over seeds wherever all of them were validated, ending in the final figure."""
+    """Return the mean over seeds at steps at which all were validated, and the final figure."""
     known = [{step: (seconds, loss) for step, seconds, loss in points_of(run)} for run in row.runs]
     steps = sorted(set.intersection(*map(set, known)))
     last, tokens = row.mean("steps"), row.mean("train/tokens")
@@ -297,7 +295,7 @@ def curve_of(study: Study, row: Row) -> Curve | None:
 
 
 def points_of(run: Run) -> list[tuple[int, float, float]]:
-    """Its validations, and its final loss after its last step."""
+    """Return the validations of a run, and its final loss after its last step."""
     step, seconds = run.figures.get("steps"), run.figures.get("train/seconds")
     if step is None or seconds is None or run.loss is None:
         return run.validations
@@ -305,7 +303,7 @@ def points_of(run: Run) -> list[tuple[int, float, float]]:
 
 
 def curves_panels(study: Study) -> list[Panel]:
-    """Val loss against steps and, where they tell something else, against tokens and seconds."""
+    """Plot val loss against steps and, if they differ, against tokens and seconds."""
     validated = [curve for row in study.rows if (curve := curve_of(study, row))]
     curves = validated[:MOST_CURVES]
     if not curves:
@@ -338,7 +336,7 @@ def draw_curves(axes: Axes, study: Study, curves: Sequence[Curve], along: str) -
         x, colour = getattr(curve, along), COLOURS[i % len(COLOURS)]
         axes.plot(x, curve.losses, linestyle=dashes, color=colour, label=clipped(curve.label, 48))
         axes.plot(x[-1], curve.losses[-1], "o", color=colour)
-    # The first steps are steep, and not what one looks for.
+    # The first steps are steep, and not of interest.
     least = min(min(curve.losses) for curve in curves)
     most = max(float(np.quantile(curve.losses, 0.6)) for curve in curves)
     counted = {run.figures.get("baselines.val.bigram") for row in study.rows for run in row.runs}
@@ -353,7 +351,7 @@ def draw_curves(axes: Axes, study: Study, curves: Sequence[Curve], along: str) -
 
 
 def draw_png(study: Study) -> bytes:
-    """The panels that tell most, as one picture.
+    """Draw the most informative panels as one picture.
 
     Raises:
         InputError: if there is nothing to draw.

@@ -1,7 +1,7 @@
 """Run folders -> runs: how each ended, its settings and its figures.
 
-Nothing in a folder is trusted: it is read as plain types, what is damaged is named and left out, and names that end up
-on a terminal or a page hold no control characters.
+Nothing in a folder is trusted: files are read as plain types, damaged ones are named and left out, and names that are
+shown have no control characters.
 """
 
 import json
@@ -24,7 +24,7 @@ from charlm.sweep import ledger
 Value = str | int | float | bool | None
 LONGEST = 120  # characters of a name or a value that is shown
 SIGN_OF_LIFE = 60.0  # seconds; a run at work writes run.json every ten
-FAILED = ("failed", "killed", "stopped")  # the states that want a decision
+FAILED = ("failed", "killed", "stopped")  # states that need a decision
 STATES = (*FAILED, "finished", "pruned", "running", "waiting")
 # No settings: where a run is and how it was begun; what follows the machine, unless somebody asked for it; and the
 # text, which its name and its hash identify.
@@ -63,7 +63,7 @@ class Run:
 
     @property
     def follows(self) -> Collection[str]:
-        """The settings that were given as others are, such as data.seed as the seed."""
+        """The settings that refer to others, such as data.seed to the seed."""
         return self.record["follows"] if self.record else ()
 
     @property
@@ -73,26 +73,26 @@ class Run:
 
     @property
     def measured_on(self) -> tuple[Any, ...]:
-        """The characters that its loss is of, and how many others each is predicted after at least."""
+        """The evaluated text, and the least context of its characters."""
         corpus = (self.record and self.record["corpus"]) or {}
         parts = (self.settings.get(f"data.{part}_fraction") for part in ("val", "test"))
         return (corpus.get("sha256"), *parts, self.figures.get("min_context", 1.0))
 
     @property
     def lost(self) -> bool:
-        """Is it worse than what knows nothing but how many characters there are?"""
+        """Return whether the loss is above that of guessing."""
         return self.loss is not None and self.loss > self.figures.get("baselines.val.uniform", math.inf)
 
     @property
     def last(self) -> float | None:
-        """The newest val loss that is known."""
+        """The newest known val loss."""
         return self.loss if self.loss is not None else self.validations[-1][2] if self.validations else None
 
 
 def read_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
-    """All runs in folders, in folders of those, and so on, each once; and a line for each that cannot be read.
+    """Return all runs below folders, each once, and a line for each that cannot be read.
 
-    The jobs of a sweep that have no folder yet are among them.
+    Jobs of a sweep without a folder are included.
 
     Raises:
         InputError: if one of `places` is no folder.
@@ -125,7 +125,7 @@ def read_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
 
 
 def walk(place: Path) -> Iterator[tuple[Path, Sequence[str]]]:
-    """The folders from `place` down, and the files in each. Of links, only those to runs are followed: no loop is."""
+    """Yield the folders below `place` and the files in each. Only links to runs are followed, so loops end."""
     for folder, below, files in os.walk(place):
         below.sort()
         yield Path(folder), files
@@ -136,13 +136,13 @@ def walk(place: Path) -> Iterator[tuple[Path, Sequence[str]]]:
 
 
 def jobs_of(sweep_dir: Path) -> dict[str, ledger.Entry]:
-    """The jobs of a sweep by the names of their folders, none if it is no sweep. As Ledger.jobs, for reading only."""
+    """Return the jobs of a sweep by the names of their folders, read-only; none if it is no sweep."""
     file = sweep_dir / ledger.SWEEP_JSON
     return ledger.read(file)["jobs"] if os.path.lexists(file) else {}
 
 
 def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
-    """A run folder, and what the ledger of its sweep says about it.
+    """Read a run folder; `entry` is its job in sweep.json.
 
     Raises:
         InputError, OSError, ValueError, ArithmeticError, RecursionError: if it is damaged.
@@ -173,7 +173,7 @@ def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
 
 
 def waiting(folder: Path, entry: ledger.Entry) -> Run:
-    """A job that has written nothing."""
+    """Return the run of a job that has written nothing."""
     given = given_in(entry["overrides"])
     seed = given.get("seed", "")
     state, reason = entry["state"], because(entry)
@@ -206,7 +206,7 @@ def state_of(record: Record, entry: ledger.Entry | None, results: bool) -> tuple
 
 
 def because(entry: ledger.Entry) -> str | None:
-    """The reason in a ledger, without the state that it begins with: failed: out of memory, pruned at step 500."""
+    """Return the reason in a ledger without the leading state: "failed: out of memory", "pruned at step 500"."""
     return re.sub(r"^(failed|pruned):? ", "", entry["reason"]) if entry["reason"] else None
 
 
@@ -224,7 +224,7 @@ def given_in(words: Iterable[str]) -> dict[str, str]:
 
 
 def settings_of(record: Record, given: dict[str, str]) -> dict[str, Value]:
-    """All that a run was trained with, but not what only follows from where it is."""
+    """Return the settings of a run, except those that depend on its folder."""
     found: dict[str, Value] = {}
     run_dir = str(record["config"].get("run_dir") or "\0")
     for name, leaf in flat(record["config"]).items():
@@ -242,7 +242,7 @@ def settings_of(record: Record, given: dict[str, str]) -> dict[str, Value]:
 
 
 def value_of(leaf: Any) -> Value:
-    """A setting that can be compared, sorted and shown."""
+    """Convert a setting to a value that can be compared, sorted and shown."""
     if leaf is None or isinstance(leaf, bool):
         return leaf
     if isinstance(leaf, int | float) and sane(leaf):
@@ -251,7 +251,7 @@ def value_of(leaf: Any) -> Value:
 
 
 def parsed(word: str) -> Value:
-    """A value of a command line, as a configuration would hold it."""
+    """Parse a value of a command line."""
     constants: dict[str, Value] = {"null": None, "true": True, "false": False}
     if word.lower() in constants:
         return constants[word.lower()]
@@ -264,14 +264,14 @@ def parsed(word: str) -> Value:
 
 
 def shown(value: Value, digits: int = 6) -> str:
-    """A value as one types it."""
+    """Format a value as one types it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
 def ordered(values: Iterable[Value]) -> list[Value]:
-    """Numbers by size, then words."""
+    """Sort numbers by size, then words."""
 
     def key(value: Value) -> tuple[bool, float, str]:
         number = is_number(value)
@@ -285,10 +285,10 @@ def is_number(value: Value) -> bool:
 
 
 def sane(number: float) -> bool:
-    """Can it be calculated with? A stranger's may be infinite, or so large that its powers are."""
+    """Return whether calculations with a number stay finite, also with its powers."""
     return abs(number) < 1e75 and math.isfinite(number)
 
 
 def message_of(error: InputError | OSError) -> str:
-    """In one line, for a person."""
+    """Return an error as one line."""
     return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)

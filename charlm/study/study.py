@@ -1,4 +1,4 @@
-"""Runs -> what was swept, and a row for each combination of it, with the mean and the spread over seeds."""
+"""Runs -> the swept settings, and a row for each combination, with mean and spread over seeds."""
 
 import itertools
 import math
@@ -29,7 +29,7 @@ class Row:
     """Finished runs that differ in their seed only.
 
     Args:
-        settings: the swept settings; one that its choices do not have is left out.
+        settings: values of the swept settings, as far as the runs have them.
         runs: one for each seed.
     """
 
@@ -63,12 +63,12 @@ class Study:
     """Many runs, compared.
 
     Args:
-        runs: all that were found.
+        runs: all runs.
         swept: the names of the settings that differ, as they were given first, the seed not among them.
         labels: short names for them.
         rows: sorted by val loss, best first.
         unfinished: all others, those that want a decision first.
-        notes: what to know before comparing, what is loud first.
+        notes: what to know before comparing, loud notes first.
         place: the folder that all are in, as the names of the runs begin.
     """
 
@@ -91,12 +91,12 @@ class Study:
 
     @cached_property
     def comparable(self) -> bool:
-        """Was all of it measured on the same characters?"""
+        """Return whether all runs were evaluated on the same characters."""
         return len({run.measured_on for row in self.rows for run in row.runs}) == 1
 
     @cached_property
     def formatted(self) -> dict[str, dict[Value, str]]:
-        """The values of each setting as one reads them, with as many digits as tell them apart."""
+        """The formatted values of each setting, with enough digits to distinguish them."""
         found = {}
         for name in self.swept:
             values = {run.settings[name] for run in self.runs if name in run.settings}
@@ -109,16 +109,16 @@ class Study:
         return ordered({row.settings[name] for row in self.rows if name in row.settings})
 
     def label(self, row: Row, names: Sequence[str] | None = None) -> str:
-        """The settings of a row, or some of them, as one reads them: lr=0.01, block_size=8."""
+        """Format the settings of a row, or some of them: lr=0.01, block_size=8."""
         names = [name for name in (self.swept if names is None else names) if name in row.settings]
         return ", ".join(f"{self.labels[name]}={self.formatted[name][row.settings[name]]}" for name in names)
 
     def near(self, run: Run) -> str:
-        """Where it is, from the folder that all are in."""
+        """Return the folder of a run relative to that of the study."""
         return run.name.removeprefix(self.place)
 
     def verdict(self, row: Row) -> str:
-        """How a row stands to the best, by CRITERION."""
+        """Compare a row with the best, by CRITERION."""
         if not self.comparable:
             return "not comparable"
         if lost := sum(run.lost for run in row.runs):
@@ -143,7 +143,7 @@ class Study:
         return sorted((name for name in self.swept if len(self.values(name)) > 1), key=effect, reverse=True)
 
     def found(self) -> dict[str, Any]:
-        """All of it for programs, as plain types."""
+        """Return the study as plain types, for programs."""
         return {
             "notes": [note._asdict() for note in self.notes],
             "swept": self.swept,
@@ -167,7 +167,7 @@ class Study:
 
 
 def read_study(places: Iterable[Path]) -> Study:
-    """The runs in folders, and in folders below them, compared.
+    """Compare the runs in folders, at any depth.
 
     Raises:
         InputError: if there is none that can be read.
@@ -182,7 +182,7 @@ def read_study(places: Iterable[Path]) -> Study:
 
 
 def study_of(runs: Sequence[Run], damaged: Sequence[str] = (), place: str = "") -> Study:
-    """Runs compared: the swept settings, and one row for runs that differ only in their seed."""
+    """Compare runs: find the swept settings, and make one row of runs that differ only in their seed."""
     swept, follows = swept_in(runs)
     finished = [run for run in runs if run.loss is not None]
     groups: dict[tuple[Any, ...], dict[int | None, Run]] = {}
@@ -209,10 +209,9 @@ def study_of(runs: Sequence[Run], damaged: Sequence[str] = (), place: str = "") 
 
 
 def swept_in(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[str]]]:
-    """The settings that differ; and apart from them those that nobody gave and that are what a choice brought.
-
-    A setting that only some runs have, all the same, is a part of the choice that they have made. Jobs that have not
-    begun do not tell all that they would set, nor as it would be set.
+    """Return the settings that differ, and apart from them those that differ only because a choice set them. A setting
+    that only some runs have, with one value, belongs to their choice. Jobs that have not started are ignored, because
+    they do not record all settings.
     """
     begun = [run for run in runs if run.record] or runs
     values: dict[str, set[Value]] = {}
@@ -236,7 +235,7 @@ def swept_in(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[str]]]:
 
 
 def short(names: Sequence[str]) -> dict[str, str]:
-    """The last part of each name, where that is enough to tell them apart."""
+    """Shorten names to their last part, where that is unique."""
     times = Counter(name.rpartition(".")[2] for name in names)
     return {name: last if times[last := name.rpartition(".")[2]] == 1 else name for name in names}
 

@@ -1,4 +1,4 @@
-"""A study as one reads it on a terminal: what to know first, what went wrong, the table, what each setting did."""
+"""A study on the terminal: notes, failed runs, the table, the effect of each setting."""
 
 import statistics
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ MARKS = {"within noise": "≈ best", "one seed": "?"}  # as a terminal is narrow
 
 
 def text(study: Study, console: Console) -> RenderableType:
-    """All of it, as wide as fits."""
+    """Return the whole text of a study, fitted to the console."""
     parts: list[RenderableType] = [
         Text(f"! {note.text}", "bold red") if note.loud else Text(f"- {note.text}") for note in study.notes
     ]
@@ -86,7 +86,7 @@ def settings(study: Study) -> Table:
 
 
 def unfinished(study: Study, runs: Sequence[Run], title: str, style: str) -> RenderableType:
-    """A line for each run: its state, its folder, its newest loss, and why."""
+    """List runs with state, folder, newest loss and reason."""
     lines = [Text(f"{len(runs)} {title}", "bold")]
     for run in runs[:MOST_ROWS]:
         last = f", val loss {run.last:.4f}" if run.last is not None else ""

@@ -7,7 +7,7 @@ from charlm.errors import InputError, memory_errors
 
 
 class Checked(NamedTuple):
-    """The GPUs of this machine, and warnings about the texts of a sweep."""
+    """The GPUs of this machine, and warnings about the corpora of a sweep."""
 
     gpus: int
     cautions: list[str]

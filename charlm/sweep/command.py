@@ -15,9 +15,8 @@ from charlm.sweep.plan import check_command
 
 
 def sweep(argv: Sequence[str], config_dir: Path) -> NoReturn:
-    """`python train.py -m ...`: check what can be checked without PyTorch, and let Hydra's sweeper and launcher go on.
-
-    An error before the first job leaves nothing behind.
+    """`python train.py -m ...`: check what can be checked without PyTorch, then run Hydra's sweeper and launcher. An
+    error before the first job leaves nothing behind.
     """
     with one_line_errors():
         processes.start()

@@ -16,7 +16,7 @@ SEARCH = "hydra.searchpath"  # a value that says where files are
 
 
 def composed(jobs: Sequence[Sequence[str]], compose: Callable[[tuple[str, ...]], DictConfig]) -> Iterator[DictConfig]:
-    """The configuration of each job, with Hydra's own part.
+    """Return the config of each job, with Hydra's own part.
 
     Args:
         jobs: the overrides of each.
@@ -44,7 +44,7 @@ def composed(jobs: Sequence[Sequence[str]], compose: Callable[[tuple[str, ...]],
 
 
 def with_values(base: DictConfig, values: Sequence[Override], given: Sequence[Override]) -> DictConfig:
-    """A copy of `base` as Hydra would have composed it of all that was given."""
+    """Return a copy of `base` with the given overrides, as Hydra would have composed it."""
     cfg: DictConfig = pickle.loads(pickle.dumps(base))  # in less than half the time of copy.deepcopy
     for override in values:
         OmegaConf.update(cfg, override.key_or_group, override.value(), merge=True)

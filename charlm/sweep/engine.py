@@ -1,7 +1,7 @@
-"""Jobs in the hands of an engine that spans machines: handed over, waited for, and judged by what is in their folders.
+"""Jobs on an engine such as Slurm or Ray: submit them, wait for them, and read their state from their folders.
 
-An engine's report about a job is not reliable: Slurm calls a failed job COMPLETED, forgets one that was
-killed, and begins one again whose machine has died. A job's own run.json and results.json are true wherever it ran.
+An engine's report about a job is not reliable: Slurm calls a failed job COMPLETED, forgets a killed one, and restarts
+one whose machine died. The job's own run.json and results.json are reliable.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ from charlm.sweep.pool import SECONDS_TO_SAVE, STOPPED, terminable
 from charlm.system import posix
 
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_BETWEEN_QUESTIONS = 5.0  # to Slurm, which may have many to answer
+SECONDS_BETWEEN_QUESTIONS = 5.0  # seconds between questions to Slurm
 SECONDS_TO_SUBMIT = 60.0
 # Slurm sends one of these before the time limit: the job saves and ends, and submitit requeues it.
 AHEAD = posix.signals("SIGUSR1", "SIGUSR2")
@@ -37,7 +37,7 @@ AHEAD = posix.signals("SIGUSR1", "SIGUSR2")
 
 @dataclass
 class Handed:
-    """A job in an engine's hands."""
+    """A submitted job."""
 
     job: Job
     recorded: int  # when its run.json was written
@@ -45,7 +45,7 @@ class Handed:
     since: float = 0.0  # 0 where it has not begun
 
     def news(self) -> bool:
-        """Is its run.json another than before?"""
+        """Return whether its run.json has changed."""
         before, self.recorded = self.recorded, stamp(self.job.folder / RUN_JSON)
         return self.recorded != before
 
@@ -55,9 +55,9 @@ class Handed:
         return self.job.done() or (record is not None and record["status"] == "failed")
 
     def how(self, trouble: Sequence[str]) -> str:
-        """How it ended, by what the engine has to tell only where the job itself tells nothing."""
+        """Return how it ended, by the engine's report only if the job recorded nothing."""
         with suppress(OSError):
-            os.listdir(self.job.folder)  # on NFS, this is when what other machines wrote comes to light
+            os.listdir(self.job.folder)  # on NFS, listing a folder shows files of other machines
         if self.since or self.job.done():
             return self.job.how(None)
         spoke = stamp(self.job.folder / LOG) != self.log_stamp
@@ -65,7 +65,7 @@ class Handed:
 
 
 class Engine:
-    """Runs jobs as `Pool` does, but hands them over. Here, each for itself.
+    """Runs jobs as `Pool` does, on an engine. Each job is one task of the engine.
 
     Args:
         hand: gives jobs to the engine, with its settings, and returns when all of them have ended.
@@ -128,13 +128,13 @@ class Engine:
         """Raises InputError: if the engine has jobs of this sweep already."""
 
     def begin(self, jobs: Sequence[Job]) -> None:
-        """Hand all over, and return at once."""
+        """Submit all jobs, and return at once."""
         for settings, batch in self.batches(jobs):
             self.threads.append(threading.Thread(target=self.wait_for, args=(settings, batch), daemon=True))
             self.threads[-1].start()
 
     def wait_for(self, settings: dict[str, Any], batch: Sequence[Job]) -> None:
-        """In a thread, as engines wait for one job after the other and give up at the first that fails."""
+        """In a thread, because engines wait for one job after the other and stop at the first failure."""
         try:
             self.hand(settings, batch)
         except Exception as error:
@@ -143,19 +143,19 @@ class Engine:
             self.trouble.append(messages[-1] if messages else type(error).__name__)
 
     def batches(self, jobs: Sequence[Job]) -> Iterator[tuple[dict[str, Any], Sequence[Job]]]:
-        """The jobs, and the settings to hand them over with."""
+        """Return the jobs and their settings for the engine."""
         for job in jobs:
             yield job.launcher, [job]
 
     def at_work(self) -> bool:
-        """Does the engine still have a job?"""
+        """Return whether the engine still has a job."""
         return any(thread.is_alive() for thread in self.threads)
 
     def stop(self) -> None:
-        """Let all save and end. A second Ctrl-C leaves them alone."""
+        """Make all jobs save and exit. A second Ctrl-C returns at once."""
 
     def end(self) -> None:
-        """There are no jobs any more."""
+        """All jobs have ended."""
 
 
 class Slurm(Engine):
@@ -204,7 +204,7 @@ class Slurm(Engine):
         return self.there or submitting
 
     def ask(self) -> bool:
-        """Is a job of this sweep in the queue? Where Slurm does not answer, as before."""
+        """Return whether the queue has jobs of this sweep; the last answer, if Slurm does not respond."""
         queue = subprocess.run(["squeue", "--noheader", *self.which], capture_output=True, text=True, check=False)
         self.asked = time.monotonic()
         return bool(queue.stdout.strip()) if queue.returncode == 0 else self.there
@@ -248,11 +248,11 @@ class Ray(Engine):
 
 
 def work(script: str, options: Sequence[str], overrides: Sequence[str], folder: Path) -> int:
-    """In an engine's process: be `python train.py ...`, or go on with it where it was ended. Returns its exit code."""
+    """Run `python train.py ...` in an engine's process, or resume it. Returns its exit code."""
     queue_again: Any = {number: signal.getsignal(number) for number in AHEAD}
     with output(folder / LOG):
         try:
-            with terminable(signal.SIGTERM, *AHEAD):  # until the run listens by itself
+            with terminable(signal.SIGTERM, *AHEAD):  # until the run installs its own handlers
                 be(command(script, options, overrides, folder))
             code = 0
         except SystemExit as ended:
@@ -264,7 +264,7 @@ def work(script: str, options: Sequence[str], overrides: Sequence[str], folder: 
             if callable(again := queue_again.get(code - 128)):
                 with suppress(Exception):  # submitit raises if it was requeued too often
                     again(code - 128, None)  # the first process ends here
-                    return code  # and any other in peace, which Slurm might else end the first for
+                    return code  # the other processes exit quietly, so that Slurm does not kill the first
             raise SystemExit(code)  # so that Slurm knows as well
     return code
 
@@ -287,7 +287,7 @@ def output(log: Path) -> Iterator[None]:
 
 
 def stamp(file: Path) -> int:
-    """When a file was written, or 0."""
+    """Return the time at which a file was written, or 0."""
     try:
         return file.stat().st_mtime_ns
     except OSError:

@@ -59,7 +59,7 @@ class Job:
         launcher: dict[str, Any],
         gpus: int,
     ) -> "Job":
-        """The job that a configuration describes, which is also given as plain types, on a machine with `gpus`."""
+        """Return the job of a config, which is also given as plain types, on a machine with `gpus`."""
         trainer, data = plain["trainer"], plain["data"]
         gpus = gpus if trainer["accelerator"] in ("auto", "gpu", "cuda") else 0
         devices = trainer["devices"]
@@ -78,12 +78,12 @@ class Job:
         return self.folder.name
 
     def done(self) -> bool:
-        """Are its final figures there?"""
+        """Return whether the job has final figures."""
         record = previous(self.folder)
         return record is not None and record["status"] == "finished" and whole_results(self.folder) is not None
 
     def start(self, threads: int, gpus: Sequence[int]) -> "Running":
-        """Begin, or go on where it was ended, in a fresh process."""
+        """Start or resume the job in a fresh process."""
         self.folder.mkdir(parents=True, exist_ok=True)
         argv = command(sys.argv[0], options(sys.argv), self.overrides, self.folder)
         # A job that has begun is resumed, with the checks of resume=.
@@ -92,7 +92,7 @@ class Job:
         return Running(self, process, time.monotonic(), list(gpus))
 
     def how(self, code: int | None) -> str:
-        """How a process of it ended, which `done` or `failed: ` and why. Its exit code may not be known."""
+        """Return how its process ended: finished, or failed with the reason. The exit code may be unknown."""
         if not code and self.done():
             return "finished"
         record = previous(self.folder)
@@ -106,7 +106,7 @@ class Job:
         return f"failed: {(code and last_line(self.folder / LOG)) or f'exit code {code}'}"
 
     def row(self, status: str) -> dict[str, Any]:
-        """Its final figures, or only how it ended."""
+        """Return its final figures, or only how it ended."""
         results = whole_results(self.folder) if status == "finished" else None
         if results is None:
             return {"status": status, "val/loss": None}
@@ -121,18 +121,18 @@ class Running:
     process: Child
     since: float
     gpus: list[int]
-    verdict: str | None = None  # set if the sweep ends it
+    verdict: str | None = None  # set if the sweep stops the job
     warned_at: float | None = None  # when, by time.monotonic()
 
     def end(self, verdict: str) -> None:
-        """Let it save and stop, once."""
+        """Make the job save and exit; called once."""
         if self.verdict is None:
             self.verdict, self.warned_at = verdict, time.monotonic()
             self.process.terminate()
 
 
 def become(connection: Connection, argv: list[str], cfg: bytes | None, log: str, threads: int, gpus: list[int]) -> None:
-    """In the job's process: be `python train.py ...`, with all output in the job's own file.
+    """Run `python train.py ...` in the job's process, with all output in the job's file.
 
     Args:
         connection: open as long as the job runs.
@@ -140,30 +140,30 @@ def become(connection: Connection, argv: list[str], cfg: bytes | None, log: str,
     """
     streams.write_to(log)
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
-        del os.environ[name]  # in an allocation of Slurm's, processes are the job's own to start
+        del os.environ[name]  # inside a Slurm allocation, the job starts its own processes
     if gpus:
         os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by its child processes
-    import torch  # which the sweep itself does without; after the environment that it reads
+    import torch  # slow to import; after the environment variables that it reads
 
     torch.set_num_threads(threads)
     be(argv, pickle.loads(cfg) if cfg else None)
 
 
 def has_begun(folder: Path) -> bool:
-    """Is there a state to go on from?"""
+    """Return whether there is a checkpoint to resume from."""
     return any((folder / "checkpoints").glob("*.ckpt"))
 
 
 def command(script: str, options: Sequence[str], overrides: Sequence[str], folder: Path) -> list[str]:
-    """The command line of a job, which begins it, or goes on with it where it was ended."""
-    run_dir = [f"hydra.run.dir={quoted(folder)}", "hydra.mode=RUN"]  # also where a study says otherwise
+    """Return the command line that starts or resumes a job."""
+    run_dir = [f"hydra.run.dir={quoted(folder)}", "hydra.mode=RUN"]  # overrides the mode of a study
     what = [f"resume={quoted(folder)}"] if has_begun(folder) else [*overrides, *run_dir]
     return [script, *options, *what]
 
 
 def be(argv: list[str], cfg: DictConfig | None = None) -> None:
-    """`python train.py ...`, in this process. `cfg`: what Hydra would compose from it, if that is known already."""
+    """Run `python train.py ...` in this process. `cfg`: its composed config, if known."""
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     sys.argv = argv
     if cfg is None:

@@ -54,7 +54,7 @@ class Content(TypedDict):
 
 
 class Ledger:
-    """The jobs of a sweep, of all commands that ran in its folder. Every change is written at once, whole.
+    """The jobs of a sweep, of all commands that ran in its folder. Every change is written at once, atomically.
 
     Raises:
         InputError: if the file cannot be read.
@@ -81,8 +81,8 @@ class Ledger:
     def min_context(self, block_sizes: Collection[int], chosen: bool) -> int | None:
         """The data.min_context of all jobs, so that their losses compare: None is as each one's settings say.
 
-        If block sizes differ, it is half the smallest, whose windows then overlap by half. A sweep
-        that grows keeps what it began with, as its jobs that are done do.
+        If block sizes differ, it is half the smallest, whose windows then overlap by half. A sweep that grows keeps
+        its first value, because its finished jobs do.
 
         Args:
             chosen: whether the command gives one.
@@ -116,7 +116,7 @@ class Ledger:
         self.content["search"] = search
 
     def fixed(self, command: Sequence[str] | None = None) -> set[str]:
-        """Of a command, or of its own, what the trials of its search have in common."""
+        """Return the overrides that all trials of a search share, of a command or of the recorded one."""
         searched = self.content["search"]["space"] if self.content["search"] else {}
         return {o for o in command or self.content["command"] if o.partition("=")[0] not in searched}
 
@@ -143,7 +143,7 @@ class Ledger:
 
 
 def alike(one: Search | None, other: Search | None) -> bool:
-    """Do both search in the same way, be it for longer, or neither of them?"""
+    """Return whether both searches have the same settings, except for the number of trials, or neither is a search."""
     return one == other if one is None or other is None else {**one, "n_trials": 0} == {**other, "n_trials": 0}
 
 

@@ -1,4 +1,4 @@
-"""Names of jobs: what differs between them."""
+"""Names of jobs, made of the settings that differ."""
 
 from collections.abc import Mapping, Sequence
 
@@ -6,13 +6,13 @@ UNSAFE = str.maketrans(dict.fromkeys("/\\:*?\"'<>| ", "-"))
 
 
 def settings(overrides: Sequence[str]) -> dict[str, str]:
-    """Overrides as names and values."""
+    """Return overrides as names and values."""
     pairs = (override.partition("=") for override in overrides)
     return {key.lstrip("+"): value for key, _, value in pairs}
 
 
 def varying(job_overrides: Sequence[Sequence[str]]) -> list[str]:
-    """The settings that differ between jobs, in the order of the command line."""
+    """Return the settings that differ between jobs, in the order of the command line."""
     jobs = [settings(overrides) for overrides in job_overrides]
     return [key for key in jobs[0] if len({job.get(key) for job in jobs}) > 1]
 
@@ -27,7 +27,7 @@ def label(values: Mapping[str, str]) -> str:
 
 
 def names(job_overrides: Sequence[Sequence[str]]) -> list[str]:
-    """A readable name for each job, such as block_size=8,lr=1e-2, with a number where that is not one's own."""
+    """Return a readable name for each job, such as block_size=8,lr=1e-2, with a number if it is not unique."""
     swept = varying(job_overrides)
     made: list[str] = []
     for number, overrides in enumerate(job_overrides):

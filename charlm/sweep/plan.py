@@ -45,7 +45,7 @@ NEEDS: dict[str, tuple[str, str | None]] = {
 
 
 def is_sweep(argv: Sequence[str]) -> bool:
-    """Does a command line ask for many runs? A study, sweep=NAME, does; the jobs of it say that they are one."""
+    """Return whether a command line means many runs: with -m, sweep=NAME or a sweep to resume."""
     study = any(re.match(r"\+?sweep=(?!(null)?$)", argument) for argument in argv) and "hydra.mode=RUN" not in argv
     return study or "-m" in argv or "--multirun" in argv or begun_sweep(argv) is not None
 
@@ -62,7 +62,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     Raises:
         InputError: if something cannot work; reports the first problem.
     """
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # or Hydra would shorten tracebacks; charlm prints mistakes as one line itself
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would shorten tracebacks; charlm prints mistakes as one line itself
     args = parse(argv[1:])
     continued = continued_overrides(args)
     if continued:

@@ -1,4 +1,4 @@
-"""Jobs side by side, as many as the machine holds, whatever becomes of any of them."""
+"""Run jobs in parallel, one per core or GPU; a failed job affects no other."""
 
 import signal
 import time
@@ -15,17 +15,17 @@ from charlm.system import posix
 
 SECONDS_BETWEEN_LOOKS = 0.25
 SECONDS_TO_SAVE = 30.0  # that a stopped job gets
-STOPPED = "stopped"  # how a job ended that the end of the whole sweep has interrupted
+STOPPED = "stopped"  # the end of a job that was interrupted by the end of the sweep
 
 
 class Pool:
     """Runs jobs in parallel: `n_jobs` at a time, or one per core or GPU.
 
     Args:
-        n_jobs: at a time, whatever they need; "auto" gives each of their processes a core, or a GPU.
-        jobs_per_gpu: that may share one, each with one process.
+        n_jobs: jobs at a time; "auto": one process per core or GPU.
+        jobs_per_gpu: jobs with one process each that share a GPU.
         timeout: longest duration of a job, in minutes.
-        gpus: how many there are.
+        gpus: number of GPUs.
     """
 
     def __init__(self, n_jobs: int | Literal["auto"], jobs_per_gpu: int, timeout: float | None, gpus: int):
@@ -43,11 +43,11 @@ class Pool:
         ended: Callable[[Job, str], None],
         look: Callable[[list[Running]], None],
     ) -> None:
-        """Run all jobs; calls `begun` and `ended` for each, and `look` with the running ones now and then.
+        """Run all jobs; call `begun` and `ended` for each, and `look` with the running jobs at intervals.
 
         Args:
-            jobs: asked for the next only when there may be room for it, as that may depend on how others ended.
-            total: how many these will be.
+            jobs: consumed one by one as workers become free, because a job may depend on the results of others.
+            total: number of jobs.
 
         Raises:
             KeyboardInterrupt, SystemExit: after all that ran were stopped, by Ctrl-C, SIGTERM or SIGHUP.
@@ -73,14 +73,14 @@ class Pool:
             raise
 
     def at_once(self, job: Job, total: int) -> int:
-        """How many of `total` jobs like this one run at a time."""
+        """Return how many of `total` jobs like this one run at a time."""
         if self.n_jobs != "auto":
             return min(self.n_jobs, total)
         room = len(self.gpus) + sum(len(running.gpus) for running in self.running) if job.on_gpu else self.cores
         return max(1, min(total, room // job.processes))
 
     def has_room(self) -> bool:
-        """Is there room for a small job like those that run?"""
+        """Return whether there is room for another small job."""
         return not self.running or self.fits(replace(self.running[-1].job, processes=1))
 
     def fits(self, job: Job) -> bool:
@@ -110,14 +110,14 @@ class Pool:
 
     def reap(self, ended: Callable[[Job, str], None]) -> None:
         for running in [running for running in self.running if not running.process.is_alive()]:
-            running.process.kill()  # what it has left behind
+            running.process.kill()  # processes that it left behind
             self.running.remove(running)
             self.gpus += running.gpus
             how = running.verdict or running.job.how(running.process.exitcode)
             ended(running.job, STOPPED if self.stopping and how.startswith("failed") else how)
 
     def stop(self, ended: Callable[[Job, str], None]) -> None:
-        """Let all save and end. A second Ctrl-C ends them at once."""
+        """Make all jobs save and exit. A second Ctrl-C kills them."""
         self.stopping = True
         until = time.monotonic() + SECONDS_TO_SAVE
         killed = False

@@ -21,7 +21,7 @@ imported = threading.Event()
 
 
 def watch(sweep: int) -> None:
-    """End at once if the sweep ends first, since the server itself looks only after its imports."""
+    """Exit at once if the sweep ends first, because the server checks only after its imports."""
     while not imported.wait(SECONDS_BETWEEN_LOOKS):
         if os.getppid() != sweep:
             os._exit(0)
@@ -33,7 +33,7 @@ gc.disable()  # imports make a million objects and no garbage
 for name in NAMES:
     import_module(name)
 import_module("charlm.run.record").environment()  # the same for all jobs, as they run the code that is loaded here
-gc.freeze()  # what is forked leaves these objects where they are, in memory that all jobs share
+gc.freeze()  # forked processes share the memory of these objects
 gc.enable()
 imported.set()
-watcher.join()  # what is forked has no threads
+watcher.join()  # forked processes have no threads

@@ -54,7 +54,7 @@ class ServerDied(InputError):
 
 
 class Server:
-    """The fork server, from its start to its end, and a child of it that only its death ends early.
+    """The fork server, and a child of it whose early death shows that the server died.
 
     Raises:
         ServerDied: if the server is dead when a method needs it.
@@ -101,7 +101,7 @@ class Server:
 
 
 class Spawner:
-    """The sweep's own process as the parent of its jobs, where there is no fork server."""
+    """Starts jobs by spawning, where there is no fork server."""
 
     def sentinels(self) -> list[int]:
         return []
@@ -138,7 +138,7 @@ def starting() -> Iterator[None]:
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Set variables of the environment for a while."""
+    """Set environment variables temporarily."""
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -151,7 +151,7 @@ def environment(**variables: str) -> Iterator[None]:
 
 
 class Child:
-    """A process of the sweep's, as the sweep sees it.
+    """A process that the sweep started.
 
     Args:
         target: called in that process with one end of a pipe, whose other end is `connection`, and with `arguments`.
@@ -187,7 +187,7 @@ class Child:
         return self.process.pid
 
     def terminate(self) -> None:
-        """Let the process save and end, and what it started."""
+        """Make the process and its children save and exit."""
         if posix.GROUPS:
             self.end(posix.terminate_group, self.process.terminate)
         else:
@@ -195,7 +195,7 @@ class Child:
                 self.connection.send(None)  # which `follow` receives
 
     def kill(self) -> None:
-        """End the process at once, and what it started or left behind."""
+        """Kill the process and its children."""
         self.end(posix.kill_group, self.process.kill)
 
     def end(self, group: Callable[[int], None], alone: Callable[[], None]) -> None:
@@ -232,7 +232,7 @@ def launch(target: Callable[..., None], *arguments: Any, daemon: bool = True) ->
 
 
 def wait_for(children: Sequence[Child], seconds: float) -> None:
-    """Wait until one of the processes ends, or so long.
+    """Wait until one of the processes ends, or for a number of seconds.
 
     Raises:
         ServerDied: as soon as the server is dead.
@@ -243,7 +243,7 @@ def wait_for(children: Sequence[Child], seconds: float) -> None:
 
 
 def ask(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Return what a function returns where PyTorch may be imported, in a process of its own.
+    """Call a function in a process that may import PyTorch, and return its result.
 
     Raises:
         InputError: that the function raises, or if its process dies.
@@ -270,7 +270,7 @@ def ask(function: Callable[..., Any], *arguments: Any) -> Any:
 def begin(
     connection: Connection, variables: dict[str, str], target: Callable[..., None], arguments: Sequence[Any]
 ) -> None:
-    """Be a process of its own, with the environment of the sweep, which ends with the server and with the sweep."""
+    """Run a target in this process, with the environment of the sweep; it ends with the server and with the sweep."""
     if FORKS and PRELOAD not in sys.modules:  # multiprocessing has started the server again
         os._exit(1)
     os.environ.clear()
@@ -286,7 +286,7 @@ def begin(
 
 
 def send(connection: Connection, what: Any) -> None:
-    """Send something to the sweep, or end without a word if there is no sweep any more."""
+    """Send something to the sweep; exit silently if the sweep is gone."""
     try:
         connection.send(what)
     except OSError:
@@ -319,7 +319,7 @@ def idle(connection: Connection) -> None:
 
 
 def answer(connection: Connection, function: Callable[..., Any], *arguments: Any) -> None:
-    """Send what a function returns, or the mistake that it finds."""
+    """Send the result of a function, or its InputError."""
     returned, mistake = None, None
     try:
         returned = function(*arguments)

@@ -1,4 +1,4 @@
-"""A search: trials that Optuna makes up one by one from what is known by then, and that end where they fall behind.
+"""A search: Optuna suggests trials one by one from the results so far, and prunes those that fall behind.
 
 Each trial is an ordinary job. Optuna stores its trials in optuna.journal, in the folder of the
 sweep. A suggestion is a function of the seed, of the trial's number and of what is known: with one worker, a search
@@ -53,7 +53,7 @@ class Followed:
 
 
 class Search:
-    """The jobs of a search, as a source of them.
+    """The source of the jobs of a search.
 
     Args:
         space: what trials set.
@@ -77,7 +77,7 @@ class Search:
         self.asked, self.space, self.fair, self.ledger, self.make, self.check = asked, space, fair, ledger, make, check
         self.folder, self.swept = ledger.file.parent, ["trial", *space.open]
         self.study = study(self.folder / JOURNAL, asked)
-        self.unnamed: list[FrozenTrial] = []  # that have their values, and no job yet
+        self.unnamed: list[FrozenTrial] = []  # trials with values and no job yet
         self.trials = self.known()
         self.followed: dict[str, Followed] = {}
         self.jobs: dict[str, Job] = {}
@@ -97,7 +97,7 @@ class Search:
             name = trial.user_attrs.get(JOB)
             if name in self.ledger.jobs and trial.distributions == self.space.open:
                 found[name] = trial
-            elif trial.state == TrialState.RUNNING:  # the search was killed while it was made up
+            elif trial.state == TrialState.RUNNING:  # the search was killed while Optuna suggested it
                 if trial.distributions == self.space.open:
                     self.unnamed.append(trial)
                 else:
@@ -166,7 +166,7 @@ class Search:
                 entry.end(pruned)
 
     def follow(self, job: Job) -> str | None:
-        """Tell Optuna what a trial has found since, in order.
+        """Report the new validations of a trial to Optuna, in order.
 
         Returns:
             How it ends, if it fell behind. That is judged from values alone, however far the job may be by now.
@@ -197,7 +197,7 @@ class Search:
         return how
 
     def hopeless(self, job: Job, how: str) -> str:
-        """How it ended: what is no one's fault but that of its values counts as the worst there is, not as failed."""
+        """Return how it ended: invalid or diverging settings count as pruned, not failed."""
         results = whole_results(job.folder)
         if how == "finished" and results and results["val/loss"] is None:
             return "pruned: its val loss is infinite or not a number"
@@ -222,13 +222,13 @@ class Search:
 
 
 def study(file: Path, asked: ledger.Search) -> optuna.Study:
-    """The study that is kept in `file`, or a new one. Only the process that has claimed its folder may ask for it.
+    """Return the Optuna study in `file`, or a new one. Only the process that locked the folder may call this.
 
     Raises:
         InputError: if it is too large or damaged.
     """
     optuna.logging.disable_default_handler()  # charlm reports progress itself
-    file.with_name(f"{file.name}.lock").unlink(missing_ok=True)  # which a kill has left
+    file.with_name(f"{file.name}.lock").unlink(missing_ok=True)  # left by a kill
     some = asked["prune_startup_trials"]
     pruner = MedianPruner(n_startup_trials=some, n_min_trials=max(1, some)) if asked["prune"] else NopPruner()
     try:

@@ -43,7 +43,7 @@ class Space:
             )
 
     def point(self, values: Mapping[str, Any]) -> list[str]:
-        """The overrides of a trial, which sets `values`."""
+        """Return the overrides of a trial with `values`."""
         return [
             f"{key}={values[name_of(o)]!s}" if o.is_sweep_override() else str(o.input_line)
             for key, o in self.overrides.items()
@@ -67,17 +67,17 @@ class Space:
 
 
 def name_of(override: Override) -> str:
-    """A setting without the signs that say how it is set."""
+    """Return the name of a setting without + and ~."""
     return override.get_key_element().lstrip("+")
 
 
 def distribution(override: Override) -> "BaseDistribution":
-    """A sweep of Hydra's as Optuna knows it.
+    """Return Optuna's distribution for a sweep of Hydra.
 
     Raises:
         InputError: if it cannot be searched.
     """
-    # Imported here, as only a search needs it.
+    # Imported here, because only a search needs it.
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     value: Any = override.value()
@@ -109,7 +109,7 @@ def distribution(override: Override) -> "BaseDistribution":
 
 
 def ends(distribution: "BaseDistribution") -> list[Any]:
-    """The values of a setting that are tried out first: all where they are few, else the least and the greatest."""
+    """Return the values to check before a search: all if they are few, otherwise the smallest and the largest."""
     choices: Sequence[Any] | None = getattr(distribution, "choices", None)
     if choices is not None:
         return list(choices)

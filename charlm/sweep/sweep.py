@@ -1,4 +1,4 @@
-"""A sweep from beginning to end: only what is not done yet, side by side, and a table of all."""
+"""Run a sweep: the jobs that are not done, in parallel, and a table of all."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -22,7 +22,7 @@ from charlm.system import streams
 
 
 class Source(Protocol):
-    """Where the jobs of a sweep come from."""
+    """The source of the jobs of a sweep."""
 
     jobs: dict[str, Job]  # created so far, by name
     total: int  # that there will be
@@ -39,11 +39,11 @@ class Source(Protocol):
         """Return the verdict on a job that ended."""
 
     def row(self, job: Job, how: str) -> dict[str, Any]:
-        """Its line of the table."""
+        """Return its row of the table."""
 
 
 class Grid:
-    """Jobs that are all known before the first one runs.
+    """A source of jobs that are known in advance.
 
     Raises:
         InputError: if a job's folder already holds another run.
