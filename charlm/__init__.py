@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from charlm.model.transformerpp import TransformerPP
     from charlm.module import LanguageModel, load
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "GPT",
     "GRU",

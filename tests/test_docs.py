@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from charlm import __version__
 from charlm.cli import charlm
 from charlm.preflight.command import check_command
 from charlm.sweep.plan import check_command as check_sweep
@@ -55,3 +56,9 @@ def test_the_tree_exists():
     tree = (ROOT / "README.md").read_text().split("## The tree")[1]
     for name in re.findall(r"(?<![\w.])([a-z_]+(?:/|\.py))(?= |$)", tree, re.M):
         assert (ROOT / name).exists() or (ROOT / "charlm" / name).exists(), name
+
+
+def test_the_changelog_begins_with_this_version():
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert newest is not None
+    assert newest.group(1) == __version__
