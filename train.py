@@ -35,6 +35,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     from charlm import checkpoint
     from charlm.budget import limit_tokens
     from charlm.callbacks import AtomicCheckpointIO, Recorder
+    from charlm.devices import accelerator_of
     from charlm.finish import evaluate_run
     from charlm.logger import begin_logs
     from charlm.module import LanguageModel
@@ -53,6 +54,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     observers = [*(instantiate(cfg.callbacks) or {}).values()]
     trainer = instantiate(
         cfg.trainer,
+        accelerator=accelerator_of(cfg.trainer.accelerator),
         default_root_dir=cfg.run_dir,
         logger=instantiate(cfg.logger) or False,
         callbacks=[*observers, *([speed] if speed else []), recorder],

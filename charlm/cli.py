@@ -58,8 +58,12 @@ def print_json(content: Any, indent: int | None = 2) -> None:
 def check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
     import torch
 
+    from charlm.devices import accelerator_of, make_deterministic
+
+    if value.startswith(("auto", "cuda")):
+        make_deterministic()  # before the first tensor on a GPU, and as in training
     if value == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return accelerator_of("auto")
     try:
         torch.zeros(1, device=value).item()  # read back: devices such as meta hold no numbers
     except (RuntimeError, AssertionError) as error:

@@ -87,7 +87,9 @@ def sample(
         logits = logits.masked_fill(logits < logits.topk(top_k).values[:, -1:], -torch.inf)
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)  # (B, V)
-        before = ordered.softmax(-1).cumsum(-1) - ordered.softmax(-1)  # probability of all likelier characters
+        p = ordered.softmax(-1)
+        # On the CPU, because the sum on a GPU is not deterministic, and PyTorch may refuse it.
+        before = p.cpu().cumsum(-1).to(p.device) - p  # probability of all likelier characters
         logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
     # The smallest of exponential variables has the probability of its rate: torch.multinomial without its checks.
     race = torch.empty_like(logits).exponential_(generator=generator)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from charlm.budget import Budget, budget_of
-from charlm.checkpoint import model_of, read, read_newest, record_of, tokenizer_of
+from charlm.checkpoint import dtype_of, model_of, read, read_newest, record_of, tokenizer_of
 from charlm.data import CharDataModule
 from charlm.data.chunks import IGNORE
 from charlm.errors import Diverged, InputError, one_line
@@ -118,8 +118,10 @@ class LanguageModel(L.LightningModule):
         self.scored = torch.zeros(2, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Score a batch without mixed precision, as the final figures and `charlm evaluate` do."""
         x, y = batch
-        losses = token_losses(self.model, x, y).sum(1)  # (B,)
+        with torch.autocast(self.device.type, enabled=False):
+            losses = token_losses(self.model, x, y).sum(1)  # (B,)
         self.scored += torch.stack((losses.double().sum(), (y != IGNORE).sum()))
 
     def on_validation_epoch_end(self) -> None:
@@ -303,7 +305,8 @@ def load(path: str | Path, device: str | torch.device = "cpu", trust: Collection
         InputError: if there is none, or none that can be read.
     """
     newest = read_newest(path, needs_text=False)
-    return LanguageModel.from_content(newest.path, newest.content, None, {}, trust).to(device).eval()
+    module = LanguageModel.from_content(newest.path, newest.content, None, {}, trust)
+    return module.to(device, dtype_of(newest.content)).eval()
 
 
 def make_optimizer(given: MakeOptimizer | Optimizer, model: nn.Module) -> Optimizer:

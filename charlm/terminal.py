@@ -110,6 +110,7 @@ def header(
         steps: how they are taken, one by one or several at once.
     """
     from charlm.budget import budget_of
+    from charlm.devices import broken_gpu
 
     corpus, sizes = data.corpus, {name: len(ids) for name, ids in data.splits.items()}
     tokens = data.batch_size * data.block_size * trainer.world_size * trainer.accumulate_grad_batches
@@ -134,7 +135,9 @@ def header(
         table.add_row(Text(name, style="bold cyan"), Text(value, overflow="fold"))
     say(table)
     console.print()
-    for line in corpus.cautions():
+    problem = broken_gpu() if config["trainer"]["accelerator"] == "auto" else None
+    unused = [f"the GPU is not used, and this run trains on the CPU: {problem}"] if problem else []
+    for line in [*corpus.cautions(), *unused]:
         caution(line)
 
 

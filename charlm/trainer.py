@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 
 from charlm.budget import steps_of
 from charlm.data import CharDataModule
+from charlm.devices import accelerator_of
 from charlm.internals.lightning import set_data_parallel_size
 
 
@@ -73,10 +74,8 @@ def precision_for(precision: str, accelerator: str) -> str:
     """`auto` is bf16-mixed on a GPU that computes in it (NVIDIA's since Ampere, 2020), else single precision."""
     if precision != "auto":
         return precision
-    on_gpu = (
-        accelerator != "cpu" and torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
-    )
-    return "bf16-mixed" if on_gpu else "32-true"
+    on_gpu = accelerator_of(accelerator) == "cuda"
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
@@ -98,7 +97,7 @@ def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
     # With deterministic algorithms PyTorch also fills all new memory, which costs a tenth of a GPT's step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     cfg.trainer.precision = precision_for(cfg.trainer.precision, cfg.trainer.accelerator)
-    on_cpu = cfg.trainer.accelerator == "cpu" or not torch.cuda.is_available()
+    on_cpu = accelerator_of(cfg.trainer.accelerator) == "cpu"
     if on_cpu and cfg.trainer.precision.startswith("bf16") and data.block_size <= 256:
         # For so short contexts, fused attention in bf16 takes a CPU up to four times as long as the plain one.
         torch.backends.cuda.enable_flash_sdp(False)  # despite its name, for CPUs too

@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # imported where they are needed, as every single run finds t
 
 
 GPU = ("gpu", "cuda")
+JOBS_OF_SMALL_MODELS = 3  # on one GPU, which a single small model leaves idle most of the time
 ROOT = Path(__file__).parent.parent
 
 
@@ -131,7 +132,7 @@ class SweepLauncher(Launcher):
         from charlm.sweep import processes
         from charlm.sweep.checks import check_runs
 
-        gpus, cautions = processes.ask(check_runs, runs, isinstance(self, EngineLauncher))
+        gpus, cautions, self.small = processes.ask(check_runs, runs, isinstance(self, EngineLauncher))
         for line in [line for line in cautions if line not in self.cautions]:
             warn(line)
         self.cautions = [*self.cautions, *cautions]
@@ -152,7 +153,7 @@ class LocalLauncher(SweepLauncher):
     def __init__(
         self,
         n_jobs: Annotated[int, Ge(1)] | Literal["auto"],
-        jobs_per_gpu: Annotated[int, Ge(1)],
+        jobs_per_gpu: Annotated[int, Ge(1)] | Literal["auto"],
         timeout: Annotated[float, Gt(0)] | None,
     ):
         self.limits: Any = {"n_jobs": n_jobs, "jobs_per_gpu": jobs_per_gpu, "timeout": timeout}
@@ -160,7 +161,9 @@ class LocalLauncher(SweepLauncher):
     def pool(self, gpus: int) -> "Pool":
         from charlm.sweep import Pool
 
-        return Pool(**self.limits, gpus=gpus)
+        share = JOBS_OF_SMALL_MODELS if self.small else 1
+        limits = self.limits | ({"jobs_per_gpu": share} if self.limits["jobs_per_gpu"] == "auto" else {})
+        return Pool(**limits, gpus=gpus)
 
 
 class EngineLauncher(SweepLauncher):

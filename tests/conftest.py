@@ -38,6 +38,10 @@ for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2):
 
 ROOT = Path(__file__).parent.parent
 
+# Tests hide GPUs, so that they are the same on every machine; those of tests/test_gpu.py ask for one.
+GPUS = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--ends", type=int, default=100, help="how often the fault harness ends runs (default 100)")

@@ -316,11 +316,11 @@ def test_the_mlp_is_a_loop_over_positions():
 def recurrent_layers(model: LSTM | GRU, idx: Tensor) -> Tensor:
     """Logits by the equations of the papers, one character at a time."""
     inputs = [*model.token_embedding(idx).unbind(1)]  # T of (B, C)
-    for layer in range(model.rnn.num_layers):
+    for layer in model.layers:
         w_x, w_h, b_x, b_h = (
-            getattr(model.rnn, f"{kind}_l{layer}") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            layer.get_parameter(f"{kind}_l0") for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         )
-        h = c = torch.zeros(len(idx), model.rnn.hidden_size)
+        h = c = torch.zeros(len(idx), w_h.shape[1])
         outputs = []
         for x in inputs:
             from_x, from_h = x @ w_x.T + b_x, h @ w_h.T + b_h
@@ -346,10 +346,9 @@ def test_a_recurrent_model_is_its_equations(case):
 
 
 def test_the_forget_gate_begins_by_keeping():
-    lstm = build("lstm", **SMALL).rnn
-    for layer in range(lstm.num_layers):
-        bias = getattr(lstm, f"bias_ih_l{layer}") + getattr(lstm, f"bias_hh_l{layer}")
-        assert torch.equal(bias.chunk(4)[1], torch.ones(lstm.hidden_size))
+    for layer in build("lstm", **SMALL).layers:
+        bias = layer.bias_ih_l0 + layer.bias_hh_l0
+        assert torch.equal(bias.chunk(4)[1], torch.ones(layer.hidden_size))
 
 
 @pytest.mark.parametrize("case", ["gpt", "gpt bias=True"])

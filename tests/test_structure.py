@@ -75,7 +75,18 @@ def test_models_are_plain_torch():
 # Floors from the ground up: a module imports only from its own floor and from those below.
 FLOORS = [
     ["system", "home", "errors", "files", "seeds", "internals"],  # the operating system, other libraries' private names
-    ["schema", "tokenizer", "data", "model", "optimizer", "budget", "scheduler", "generate", "evaluate"],  # the science
+    [
+        "devices",
+        "schema",
+        "tokenizer",
+        "data",
+        "model",
+        "optimizer",
+        "budget",
+        "scheduler",
+        "generate",
+        "evaluate",
+    ],  # the science
     ["checkpoint"],
     ["module", "trainer"],
     ["run"],

@@ -125,6 +125,7 @@ def test_gpus_are_given_by_the_sweep_and_not_by_name(monkeypatch, devices):
     assert check_runs([run | {"trainer": run["trainer"] | {"devices": 1}}], elsewhere=False, texts=False).gpus == 0
     monkeypatch.setattr(settings, "check_settings", lambda run, elsewhere: None)  # the machine has no GPUs
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr("charlm.devices.cuda_problem", lambda: None)
     run["trainer"]["accelerator"] = "auto"
     with pytest.raises(InputError, match=r"names GPUs, and a sweep gives them out itself: say how many"):
         check_runs([run], elsewhere=False, texts=False)

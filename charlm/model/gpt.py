@@ -12,6 +12,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from charlm.model import keeps_arguments
 
@@ -98,6 +99,7 @@ class GPT(nn.Module):
         n_embd: C, width of the embedding: a multiple of n_head.
         dropout: probability of dropout in the embedding, attention and residual branches.
         bias: whether linear layers and LayerNorms have biases; without, as in nanoGPT, it is faster and no worse.
+        checkpointing: recompute each block in the backward pass: less memory, a third more time, the same bits.
 
     Raises:
         ValueError: if n_embd is not a multiple of n_head.
@@ -112,6 +114,7 @@ class GPT(nn.Module):
         n_embd: Annotated[int, Ge(1)],
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
         bias: bool = False,
+        checkpointing: bool = False,
     ):
         super().__init__()
         if n_embd % n_head:
@@ -120,6 +123,7 @@ class GPT(nn.Module):
                 f"choose a multiple of {n_head} as n_embd, or another n_head"
             )
         self.block_size, self.dropout, self.heads = block_size, dropout, (n_head, n_embd // n_head)
+        self.checkpointing = checkpointing
         self.token_embedding = nn.Embedding(vocab_size, n_embd)  # also scores, as the last step
         self.position_embedding = nn.Embedding(block_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, bias) for _ in range(n_layer))
@@ -135,7 +139,7 @@ class GPT(nn.Module):
         """idx (B, T) int64 with T of at most block_size -> logits (B, T, V)."""
         x = F.dropout(self.embed(idx, 0), self.dropout, self.training)  # (B, T, C)
         for block in self.blocks:
-            x = block(x)
+            x = checkpoint(block, x, use_reentrant=False) if self.checkpointing and self.training else block(x)
         return F.linear(self.norm(x), self.token_embedding.weight)  # (B, T, V)
 
     @torch.no_grad()

@@ -35,17 +35,23 @@ class GRU(nn.Module):
     ):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, n_embd)
-        self.rnn = nn.GRU(n_embd, n_embd, n_layer, batch_first=True, dropout=dropout if n_layer > 1 else 0.0)
+        # One module per layer, because cuDNN would rebuild the state of dropout inside a module at each seeded step.
+        self.layers = nn.ModuleList(nn.GRU(n_embd, n_embd, batch_first=True) for _ in range(n_layer))
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(n_embd, vocab_size)
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx (B, T) int64 -> logits (B, T, V)."""
-        x, _ = self.rnn(self.dropout(self.token_embedding(idx)))  # (B, T, C)
+        x = self.token_embedding(idx)  # (B, T, C)
+        for layer in self.layers:
+            x, _ = layer(self.dropout(x))
         return self.head(self.dropout(x))
 
     @torch.no_grad()
-    def decode(self, idx: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        """idx (B, T) int64 -> logits (B, V) of its last position; the state is (n_layer, B, C)."""
-        x, state = self.rnn(self.dropout(self.token_embedding(idx)), state)
-        return self.head(self.dropout(x[:, -1])), state
+    def decode(self, idx: Tensor, state: list[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
+        """idx (B, T) int64 -> logits (B, V) of its last position; the state of each layer is (1, B, C)."""
+        x, states = self.token_embedding(idx), []
+        for i, layer in enumerate(self.layers):
+            x, new = layer(self.dropout(x), state[i] if state else None)
+            states.append(new)
+        return self.head(self.dropout(x[:, -1])), states

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from charlm.model import keeps_arguments
 
+State = tuple[Tensor, Tensor]
+
 
 @keeps_arguments
 class LSTM(nn.Module):
@@ -35,23 +37,30 @@ class LSTM(nn.Module):
     ):
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, n_embd)
-        self.rnn = nn.LSTM(n_embd, n_embd, n_layer, batch_first=True, dropout=dropout if n_layer > 1 else 0.0)
+        # One module per layer, because cuDNN would rebuild the state of dropout inside a module at each seeded step.
+        layers = [nn.LSTM(n_embd, n_embd, batch_first=True) for _ in range(n_layer)]
+        self.layers = nn.ModuleList(layers)
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(n_embd, vocab_size)
         # The forget gate, second of the four, begins by keeping (Jozefowicz et al., 2015). Of its two biases, which
         # are added, one does that.
         with torch.no_grad():
-            for layer in range(n_layer):
-                getattr(self.rnn, f"bias_ih_l{layer}")[n_embd : 2 * n_embd] = 1.0
-                getattr(self.rnn, f"bias_hh_l{layer}")[n_embd : 2 * n_embd] = 0.0
+            for layer in layers:
+                layer.get_parameter("bias_ih_l0")[n_embd : 2 * n_embd] = 1.0
+                layer.get_parameter("bias_hh_l0")[n_embd : 2 * n_embd] = 0.0
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx (B, T) int64 -> logits (B, T, V)."""
-        x, _ = self.rnn(self.dropout(self.token_embedding(idx)))  # (B, T, C)
+        x = self.token_embedding(idx)  # (B, T, C)
+        for layer in self.layers:
+            x, _ = layer(self.dropout(x))
         return self.head(self.dropout(x))
 
     @torch.no_grad()
-    def decode(self, idx: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """idx (B, T) int64 -> logits (B, V) of its last position; the state is (h, c), (n_layer, B, C) each."""
-        x, state = self.rnn(self.dropout(self.token_embedding(idx)), state)
-        return self.head(self.dropout(x[:, -1])), state
+    def decode(self, idx: Tensor, state: list[State] | None) -> tuple[Tensor, list[State]]:
+        """idx (B, T) int64 -> logits (B, V) of its last position; the state of each layer is (h, c), (1, B, C) each."""
+        x, states = self.token_embedding(idx), []
+        for i, layer in enumerate(self.layers):
+            x, new = layer(self.dropout(x), state[i] if state else None)
+            states.append(new)
+        return self.head(self.dropout(x[:, -1])), states

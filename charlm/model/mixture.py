@@ -13,7 +13,8 @@ into folds, and in each the network is shown the counts of all others: deleted e
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import count
 from typing import Annotated, Any, Literal, NamedTuple, cast
@@ -185,8 +186,21 @@ class Counts:
         """Look up rows (K, n), and rows of single symbols (n,)."""
         change = self.other[rows][..., None].expand(*rows.shape, self.V).contiguous()
         row, entry = spread(self.starts, rows.flatten())
-        change.view(-1)[row * self.V + self.symbols[entry]] = self.change[entry]
+        with no_determinism():  # the indices are unique; a deterministic kernel would sort them
+            change.view(-1)[row * self.V + self.symbols[entry]] = self.change[entry]
         return Found(self.alone[alone], change, self.seen[rows].permute(1, 0, 2).flatten(1))
+
+
+@contextmanager
+def no_determinism() -> Iterator[None]:
+    """Allow PyTorch's faster algorithms for operations that are deterministic anyway."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
 
 
 MIXTURES: WeakValueDictionary[int, "Mixture"] = WeakValueDictionary()  # by their numbers
@@ -270,6 +284,7 @@ class Mixture(nn.Module):
         n_embd: width of the embedding: an even multiple of n_head.
         mlp: feed-forward layer: relu2 (squared ReLU) or swiglu, with as many parameters.
         dropout: probability of dropout in the embedding, attention and residual branches.
+        checkpointing: recompute each block in the backward pass: less memory, a third more time, the same bits.
 
     Raises:
         ValueError: if n_embd is not an even multiple of n_head.
@@ -287,11 +302,12 @@ class Mixture(nn.Module):
         n_networks: Annotated[int, Ge(1)] = 1,
         mlp: Literal["relu2", "swiglu"] = "relu2",
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        checkpointing: bool = False,
     ):
         super().__init__()
         self.block_size, self.vocab_size, self.n_context, self.n_folds = block_size, vocab_size, n_context, n_folds
         settings: dict[str, Any] = {"block_size": block_size, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
-        settings |= {"mlp": mlp, "dropout": dropout}
+        settings |= {"mlp": mlp, "dropout": dropout, "checkpointing": checkpointing}
         self.networks = nn.ModuleList(Network(vocab_size, n_context, **settings) for _ in range(n_networks))
         self.register_load_state_dict_pre_hook(make_room)
         self.register_buffer("text", torch.zeros(0, dtype=torch.uint8 if vocab_size <= 256 else torch.int32))

@@ -12,6 +12,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from charlm.model import keeps_arguments
 
@@ -115,6 +116,7 @@ class TransformerPP(nn.Module):
         n_embd: C, width of the embedding: an even multiple of n_head.
         mlp: feed-forward layer: relu2 (squared ReLU) or swiglu, with as many parameters.
         dropout: probability of dropout in the embedding, attention and residual branches.
+        checkpointing: recompute each block in the backward pass: less memory, a third more time, the same bits.
 
     Raises:
         ValueError: if n_embd is not an even multiple of n_head.
@@ -129,6 +131,7 @@ class TransformerPP(nn.Module):
         n_embd: Annotated[int, Ge(1)],
         mlp: Literal["relu2", "swiglu"] = "relu2",
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
+        checkpointing: bool = False,
     ):
         super().__init__()
         if n_embd % (2 * n_head):
@@ -136,7 +139,7 @@ class TransformerPP(nn.Module):
                 f"n_embd={n_embd} cannot be shared out to n_head={n_head} heads of pairs of channels: "
                 f"choose a multiple of {2 * n_head} as n_embd, or another n_head"
             )
-        self.block_size, self.dropout, self.mlp = block_size, dropout, mlp
+        self.block_size, self.dropout, self.mlp, self.checkpointing = block_size, dropout, mlp, checkpointing
         self.heads = n_head, n_embd // n_head
         self.token_embedding = nn.Embedding(vocab_size, n_embd)
         self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, mlp) for _ in range(n_layer))
@@ -158,7 +161,10 @@ class TransformerPP(nn.Module):
         """x (B, T, C), cos and sin (T, hs/2), as `embed` makes them -> (B, T, C), as the head takes it."""
         x = F.dropout(x, self.dropout, self.training)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            if self.checkpointing and self.training:
+                x = checkpoint(block, x, cos, sin, use_reentrant=False)
+            else:
+                x = block(x, cos, sin)
         return norm(x)
 
     @torch.no_grad()

@@ -17,18 +17,22 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from charlm import schema
 from charlm.budget import budget_of, limit_tokens, steps_of
 from charlm.data.chunks import BATCHES_PER_DRAW
+from charlm.devices import accelerator_of, cuda_problem, triton_problem
 from charlm.errors import InputError, one_line, out_of_memory
 from charlm.internals.torch import has_cpp_compiler
 from charlm.preflight.flags import check_flags
+from charlm.speed.conditions import hook_of_each_step
 from charlm.system import memory
 from charlm.trainer import FSDP, precision_for
 
+ACCELERATORS = ("auto", "cpu", "gpu", "cuda", "mps")
 MOST_TENSORS = 5_000  # twelve for each layer of a Transformer
 # Callbacks that change a setting which run.json records, and that setting.
 CHANGES: dict[type[L.Callback], str] = {
@@ -40,8 +44,11 @@ CHANGES: dict[type[L.Callback], str] = {
 STARTED_BY = {"TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "NODE_RANK", "GROUP_RANK"}
 
 
-def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
+def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> int | None:
     """Check one resolved config and, unless it will train elsewhere, the requested hardware.
+
+    Returns:
+        The multiplications of a forward pass, roughly; None if the model can only be built with real tensors.
 
     Raises:
         InputError: if something cannot work; reports the first problem.
@@ -63,11 +70,15 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> None:
         trainer |= {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
     else:
         check_hardware(trainer)
-        check_shortcuts(plain)
+        trainer["accelerator"] = accelerator_of(trainer["accelerator"])
+        check_compiler(plain, trainer["accelerator"])
     trainer["precision"] = precision_for(trainer["precision"], trainer["accelerator"])
     data, max_tokens = plain["data"], plain["max_tokens"]
     tokens = data["batch_size"] * data["block_size"] if max_tokens else 0
-    check_parts(plain, check_trainer(json.dumps(trainer), max_tokens, tokens))
+    checked = check_trainer(json.dumps(trainer), max_tokens, tokens)
+    if (plain["speed"] or {}).get("cuda_graph") and not elsewhere:
+        check_cuda_graph(plain, checked)
+    return check_parts(plain, checked)
 
 
 @cache  # jobs of a sweep seldom differ in it
@@ -91,8 +102,11 @@ def check_trainer(node: str, max_tokens: int | None, tokens_per_batch: int) -> L
     return trainer
 
 
-def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> None:
+def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> int | None:
     """Build model and schedule on the meta device to find combinations of settings that they refuse.
+
+    Returns:
+        The multiplications of a forward pass, roughly; None if the model can only be built with real tensors.
 
     Raises:
         InputError: with the words of the ValueError that they raise, or for a model or a batch that is too large.
@@ -122,6 +136,8 @@ def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> None:
             raise InputError(f"model: no model can be made with these settings ({one_line(error)})") from error
     else:
         check_memory(plain, model)
+        return sum(p.numel() for p in model.parameters()) * plain["data"]["batch_size"] * plain["data"]["block_size"]
+    return None
 
 
 @contextmanager
@@ -151,7 +167,7 @@ def check_memory(plain: dict[str, Any], model: nn.Module) -> None:
     Raises:
         InputError: with the size that they need, the memory there is, and what to change.
     """
-    data, on_gpu = plain["data"], plain["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available()
+    data, on_gpu = plain["data"], accelerator_of(plain["trainer"]["accelerator"]) == "cuda"
     parameters = sum(p.numel() for p in model.parameters())
     chunks, tokens = data["batch_size"], data["batch_size"] * data["block_size"]
     needs = {
@@ -191,14 +207,21 @@ def check_hardware(trainer: dict[str, Any]) -> None:
         InputError: if not.
     """
     accelerator, devices, strategy = trainer["accelerator"], trainer["devices"], trainer["strategy"]
-    gpus, mps = torch.cuda.device_count(), torch.backends.mps.is_available()
-    there = {"auto": True, "cpu": True, "gpu": gpus > 0 or mps, "cuda": gpus > 0, "mps": mps}
-    if accelerator not in there:
-        raise InputError(f"trainer.accelerator={accelerator} is unknown: choose one of {', '.join(there)}")
-    if not there[accelerator]:
+    if accelerator not in ACCELERATORS:
+        raise InputError(f"trainer.accelerator={accelerator} is unknown: choose one of {', '.join(ACCELERATORS)}")
+    device, problem = accelerator_of(accelerator), None
+    if device == "cuda":
+        problem = cuda_problem()
+    elif device == "mps" and not torch.backends.mps.is_available():
+        problem = f"PyTorch {torch.__version__} sees no Apple GPU on this machine"
+    if problem:
         raise InputError(
-            f"trainer.accelerator={accelerator} is not there: PyTorch {torch.__version__} sees no such device on this "
-            f"machine; use trainer.accelerator=cpu, or auto"
+            f"trainer.accelerator={accelerator} is not possible: {problem}; use trainer.accelerator=cpu, or auto"
+        )
+    if device == "mps" and trainer["deterministic"]:
+        raise InputError(
+            f"trainer.accelerator={accelerator} means an Apple GPU, which does not give the same bits twice: "
+            f"add trainer.deterministic=false, or use trainer.accelerator=cpu"
         )
     if strategy not in ("auto", "ddp", FSDP.name):
         raise InputError(
@@ -209,7 +232,7 @@ def check_hardware(trainer: dict[str, Any]) -> None:
             f"trainer.num_nodes={trainer['num_nodes']} needs a process started on each: by torchrun, or by Slurm with "
             f"-m hydra/launcher=slurm"
         )
-    on_cpu = accelerator == "cpu" or (accelerator == "auto" and not gpus and not mps)
+    on_cpu, gpus = device == "cpu", torch.cuda.device_count()
     wanted = how_many(devices, on_cpu)
     # Two processes may share a core, so that distributed training can be tried anywhere.
     most = max(2, os.cpu_count() or 1) if on_cpu else gpus or 1
@@ -287,31 +310,47 @@ def check_epochs(plain: dict[str, Any]) -> None:
         )
 
 
-def check_shortcuts(plain: dict[str, Any]) -> None:
-    """Check that this machine supports compile and speed.cuda_graph.
+def check_compiler(plain: dict[str, Any], accelerator: str) -> None:
+    """Check that this machine has what compile=true needs.
 
     Raises:
         InputError: if not.
     """
-    trainer = plain["trainer"]
-    on_gpu = torch.cuda.is_available() and trainer["accelerator"] != "cpu"
-    if (plain["speed"] or {}).get("cuda_graph"):
-        if hasattr(schema.resolve("model", plain["model"]["_target_"]), "count"):
-            raise InputError(
-                "speed.cuda_graph=true needs steps of one size, and what was counted has many: leave it false"
-            )
-        if not on_gpu or trainer["strategy"] != "auto" or trainer["devices"] not in (1, "1", "auto"):
-            raise InputError("speed.cuda_graph=true is for one NVIDIA GPU: leave it false here, or say trainer=gpu")
-        if trainer["accumulate_grad_batches"] > 1:
-            raise InputError("speed.cuda_graph=true takes one batch a step: say trainer.accumulate_grad_batches=1")
-        if trainer["precision"] == "16-mixed":
-            raise InputError(
-                "speed.cuda_graph=true and trainer.precision=16-mixed exclude each other: choose bf16-mixed"
-            )
-        if plain["optimizer"]["_target_"] != "charlm.optimizer.adamw.adamw":
-            raise InputError("speed.cuda_graph=true needs numbers that live on the GPU: choose optimizer=adamw")
-    if plain["compile"] and not on_gpu and not has_cpp_compiler():
+    if not plain["compile"]:
+        return
+    if accelerator == "cuda" and (problem := triton_problem()):
+        raise InputError(f"compile=true on a GPU needs {problem}, or say compile=false")
+    if accelerator == "cpu" and not has_cpp_compiler():
         raise InputError("compile=true on a CPU needs a C++ compiler: install one (g++ or clang), or say compile=false")
+
+
+def check_cuda_graph(plain: dict[str, Any], trainer: L.Trainer) -> None:
+    """Check that a run can replay its steps as a CUDA graph.
+
+    Args:
+        trainer: built from the settings of the run.
+
+    Raises:
+        InputError: if not.
+    """
+    if hasattr(schema.resolve("model", plain["model"]["_target_"]), "count"):
+        raise InputError("speed.cuda_graph=true needs steps of one size, and what was counted has many: leave it false")
+    one_device = isinstance(trainer.strategy, SingleDeviceStrategy) and trainer.num_devices == trainer.num_nodes == 1
+    if not one_device or trainer.strategy.root_device.type != "cuda":
+        raise InputError("speed.cuda_graph=true is for one NVIDIA GPU: leave it false, or say trainer=gpu")
+    if plain["trainer"]["accumulate_grad_batches"] > 1:
+        raise InputError("speed.cuda_graph=true takes one batch a step: say trainer.accumulate_grad_batches=1")
+    if plain["model"].get("checkpointing"):
+        raise InputError("speed.cuda_graph=true and model.checkpointing=true exclude each other: choose one of them")
+    if plain["trainer"]["precision"] == "16-mixed":
+        raise InputError("speed.cuda_graph=true and trainer.precision=16-mixed exclude each other: choose bf16-mixed")
+    if plain["optimizer"]["_target_"] != "charlm.optimizer.adamw.adamw":
+        raise InputError("speed.cuda_graph=true needs numbers that live on the GPU: choose optimizer=adamw")
+    for name, node in (plain["callbacks"] or {}).items():
+        if hook := hook_of_each_step(schema.resolve(f"callbacks.{name}", node["_target_"])):
+            raise InputError(
+                f"speed.cuda_graph=true replays steps without {hook} of callbacks.{name}: leave out one of the two"
+            )
 
 
 def how_many(devices: int | str | list[int], on_cpu: bool) -> int:

@@ -89,13 +89,25 @@ def reason_against(trainer: Any, module: L.LightningModule) -> str | None:
     for callback in trainer.callbacks:
         if isinstance(callback, GradientAccumulationScheduler):
             return f"{type(callback).__name__} changes how many batches make a step"
-        known = AtSteps in type(callback).__bases__ or type(callback) in LOOKS
-        if not known and (hooks := replaced(callback, L.Callback, HOOKS)):
-            return f"{type(callback).__name__} has {hooks}, and so needs every batch"
+        if hook := hook_of_each_step(type(callback)) or replaced_on(callback, HOOKS):
+            return f"{type(callback).__name__} has {hook}, and so needs every batch"
     for config in trainer.lr_scheduler_configs:
         if config.interval == "step" and (config.frequency != 1 or config.reduce_on_plateau):
             return f"{type(config.scheduler).__name__} is not stepped at every step"
     return None
+
+
+def hook_of_each_step(kind: type) -> str | None:
+    """Return the first hook for which a class of callbacks needs every step; None if it needs none of them."""
+    if not isinstance(kind, type) or AtSteps in kind.__bases__ or kind in LOOKS:
+        return None
+    return next((name for name in HOOKS if getattr(kind, name, None) is not getattr(L.Callback, name)), None)
+
+
+def replaced_on(callback: L.Callback, names: tuple[str, ...]) -> str | None:
+    """Return the first of `names` that was set on an instance."""
+    known = AtSteps in type(callback).__bases__ or type(callback) in LOOKS
+    return None if known else next((name for name in names if name in vars(callback)), None)
 
 
 def replaced(thing: object, base: type, names: tuple[str, ...]) -> str | None:

@@ -1,7 +1,9 @@
 """Several optimizer steps between two of Lightning's."""
 
 import math
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Any, Literal
 
 import lightning as L
@@ -18,6 +20,8 @@ from charlm.speed.cuda_graph import CUDAGraph
 from charlm.speed.table_gradient import table_gradient
 
 MOST_STEPS = 100  # steps in a group: a signal waits for its end
+FIRST_STEPS = 10  # steps in a group on a GPU, until their time is known
+GROUP_SECONDS = 0.1  # of a group on a GPU; Lightning takes about a millisecond between two groups
 
 
 class GroupedSteps(L.Callback):
@@ -27,7 +31,8 @@ class GroupedSteps(L.Callback):
     clip, optimizer, schedule. `charlm.speed.conditions` has the conditions.
 
     Args:
-        steps_per_execution: most optimizer steps in a group; auto: by the size of a step. Changes only the speed.
+        steps_per_execution: most optimizer steps in a group; auto: by the size or the time of a step. It changes only
+            the speed.
         cuda_graph: capture the step once and replay it, on one GPU; helps models so small that launches dominate.
     """
 
@@ -35,10 +40,12 @@ class GroupedSteps(L.Callback):
         self.steps_per_execution, self.cuda_graph = steps_per_execution, cuda_graph
         self.loop: Any = None
 
-    def most(self, model: torch.nn.Module, tokens_per_batch: int) -> int:
-        """Return the largest number of steps in a group."""
+    def most(self, model: torch.nn.Module, tokens_per_batch: int, device: torch.device) -> int:
+        """Return the largest number of steps in a group, on a GPU before the first is measured."""
         if self.steps_per_execution != "auto":
             return self.steps_per_execution
+        if measured_on(device):
+            return FIRST_STEPS
         # Multiplications of a forward pass; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
         multiplications = sum(p.numel() for p in model.parameters()) * tokens_per_batch
         return max(1, min(MOST_STEPS, int(2e8 / multiplications)))
@@ -48,8 +55,11 @@ class GroupedSteps(L.Callback):
         against = reason_against(trainer, module)
         if against:
             return f"1 step at a time: {against}"
-        most = self.most(module.model, tokens_per_batch)
+        device = trainer.strategy.root_device
+        most = self.most(module.model, tokens_per_batch, device)
         text = f"up to {most} steps at once" if most > 1 else "1 step at a time: more at once would not be faster"
+        if self.steps_per_execution == "auto" and measured_on(device):
+            text = f"up to {MOST_STEPS} steps at once, by their measured time"
         return f"{text}, as CUDA graphs" if self.cuda_graph and most > 1 else text
 
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
@@ -57,17 +67,19 @@ class GroupedSteps(L.Callback):
         loader = trainer.train_dataloader
         if type(loader) is not RandomChunks or reason_against(trainer, pl_module):
             return
-        most = self.most(pl_module.model, loader.batch_size * loader.block_size)  # type: ignore[arg-type]
+        most = self.most(pl_module.model, loader.batch_size * loader.block_size, pl_module.device)  # type: ignore[arg-type]
         if most == 1:
             return
         self.loop = trainer.fit_loop.epoch_loop
         steps = Steps(trainer, pl_module, loader, self.cuda_graph)  # type: ignore[arg-type]
         advance = self.loop.advance
+        group = GroupSize(most, pl_module.device if self.steps_per_execution == "auto" else None)
 
         def grouped(fetcher: Any) -> None:
-            n = 0 if self.loop.restarting else steps_before_due(trainer, most)
+            n = 0 if self.loop.restarting else steps_before_due(trainer, group.most)
             if n > 0:
-                steps.take(n, fetcher)
+                with group.measured(n):
+                    steps.take(n, fetcher)
             advance(fetcher)
 
         self.loop.advance = grouped
@@ -82,6 +94,34 @@ class GroupedSteps(L.Callback):
         if self.loop is not None:
             del self.loop.advance  # the instance attribute, which hides the method
         self.loop = None
+
+
+def measured_on(device: torch.device) -> bool:
+    """Return whether groups on a device are sized by time: on a GPU, launching kernels takes most of a small step."""
+    return device.type == "cuda"
+
+
+class GroupSize:
+    """The largest number of steps in a group: fixed, or from the time of the second group, after a warm-up."""
+
+    def __init__(self, most: int, device: torch.device | None):
+        self.most, self.device = most, device
+        self.unmeasured = 2 if device is not None and measured_on(device) else 0
+
+    @contextmanager
+    def measured(self, n: int) -> Iterator[None]:
+        """Measure a group of n steps, if its time is needed."""
+        if not self.unmeasured:
+            yield
+            return
+        start = time.perf_counter()
+        yield
+        if self.device is not None and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.unmeasured -= 1
+        if not self.unmeasured:
+            seconds = (time.perf_counter() - start) / n
+            self.most = max(2, min(MOST_STEPS, int(GROUP_SECONDS / seconds)))
 
 
 def steps_before_due(trainer: Any, most: int) -> int:

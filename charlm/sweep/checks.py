@@ -5,12 +5,15 @@ from typing import Any, NamedTuple
 
 from charlm.errors import InputError, memory_errors
 
+SMALL = 1e10  # multiplications of a forward pass; a GPU takes less time for them than Python to launch the kernels
+
 
 class Checked(NamedTuple):
-    """The GPUs of this machine, and warnings about the corpora of a sweep."""
+    """The GPUs of this machine, warnings for the user, and whether several of the models can share a GPU."""
 
     gpus: int
     cautions: list[str]
+    small: bool = False
 
 
 @memory_errors()
@@ -26,15 +29,19 @@ def check_runs(runs: Sequence[dict[str, Any]], elsewhere: bool, texts: bool = Tr
     """
     import torch
 
+    from charlm.devices import broken_gpu, cuda_problem
     from charlm.preflight.settings import check_settings, check_text
 
-    gpus = torch.cuda.device_count()
+    gpus = 0 if cuda_problem() else torch.cuda.device_count()
+    sizes = []
     for run in runs:
-        check_settings(run, elsewhere)
+        sizes.append(check_settings(run, elsewhere))
         devices = run["trainer"]["devices"]
         named = isinstance(devices, list) or "," in str(devices)
         if named and gpus and run["trainer"]["accelerator"] != "cpu" and not elsewhere:
             raise InputError(f"trainer.devices={devices} names GPUs, and a sweep gives them out itself: say how many")
     different = {str([run["tokenizer"], run["evaluate"], {**run["data"], "batch_size": 0}]): run for run in runs}
     lines = [line for run in different.values() for line in check_text(run)] if texts else []
-    return Checked(gpus, list(dict.fromkeys(lines)))
+    if not elsewhere and (problem := broken_gpu()) and any(run["trainer"]["accelerator"] == "auto" for run in runs):
+        lines.append(f"the GPU is not used, and jobs train on the CPU: {problem}")
+    return Checked(gpus, list(dict.fromkeys(lines)), all(size is not None and size < SMALL for size in sizes))

@@ -142,7 +142,7 @@ def become(connection: Connection, argv: list[str], cfg: bytes | None, log: str,
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         del os.environ[name]  # inside a Slurm allocation, the job starts its own processes
     if gpus:
-        os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, gpus))
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES"))
     os.environ["OMP_NUM_THREADS"] = str(threads)  # read by its child processes
     import torch  # slow to import; after the environment variables that it reads
 
@@ -180,3 +180,14 @@ def last_line(log: Path) -> str:
     """Return the last line that a job printed, or an empty text."""
     lines = log.read_text(errors="replace").strip().splitlines() if is_regular(log) else []
     return lines[-1] if lines else ""
+
+
+def visible_gpus(slots: list[int], visible: str | None) -> str:
+    """Return CUDA_VISIBLE_DEVICES for a process that gets some of the GPUs of its parent.
+
+    Args:
+        slots: numbers of GPUs as the parent sees them.
+        visible: the parent's own CUDA_VISIBLE_DEVICES: numbers, UUIDs or names of MIG slices; None if it has none.
+    """
+    names = [name.strip() for name in visible.split(",")] if visible else []
+    return ",".join(names[slot] if slot < len(names) else str(slot) for slot in slots)
