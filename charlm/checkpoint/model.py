@@ -64,10 +64,10 @@ def load(run_or_file: str | Path, device: str | torch.device = "cpu", trust: Col
 def dtype_of(content: dict[str, Any]) -> torch.dtype:
     """Return the type of the weights in training, in which the model is also evaluated."""
     trainer = content["charlm"]["config"].get("trainer")
-    precision = trainer.get("precision") if isinstance(trainer, dict) else None
+    precision = str(trainer.get("precision")) if isinstance(trainer, dict) else ""
     types = {"64-true": torch.float64, "32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
     floating = [weight.dtype for weight in weights_of(content).values() if weight.is_floating_point()]
-    return types.get(precision, torch.float32 if "mixed" in str(precision) else floating[0])
+    return types.get(precision, torch.float32 if "mixed" in precision else floating[0])
 
 
 def tokenizer_of(path: Path, content: dict[str, Any]) -> CharTokenizer | None:
