@@ -187,13 +187,13 @@ def syncs(machine: Machine) -> str:
 
 
 def evaluation(machine: Machine) -> str:
-    """`charlm evaluate` equals results.json on the GPU, and within 1e-5 on the CPU; precision bf16-mixed"""
+    """`charlm evaluate` equals results.json within 1e-7 on the GPU and 1e-5 on the CPU; precision bf16-mixed"""
     results = machine.train("evaluated", *SHORT, "model=gpt", "trainer.precision=bf16-mixed")
     losses = {}
     for device in ("cuda", "cpu"):
         found = json.loads(machine.charlm("evaluate", "evaluated", "--split", "val", "--device", device, "--json"))
         losses[device] = found["val/loss"] - results["val/loss"]
-    if losses["cuda"] != 0 or abs(losses["cpu"]) > 1e-5:
+    if abs(losses["cuda"]) > 1e-7 or abs(losses["cpu"]) > 1e-5:
         raise Failed(f"differences: GPU {losses['cuda']:.2g}, CPU {losses['cpu']:.2g}")
     return f"CPU differs by {losses['cpu']:.1g}"
 
