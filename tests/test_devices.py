@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,12 +19,14 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from charlm.callbacks import AtSteps
+from charlm.cli import check_device
 from charlm.devices import accelerator_of, cuda_problem, triton_problem
 from charlm.errors import InputError
 from charlm.evaluate import token_losses
 from charlm.generate import sample
 from charlm.model.gru import GRU
 from charlm.model.lstm import LSTM
+from charlm.model.mixture import no_determinism
 from charlm.preflight.configs import resolved
 from charlm.preflight.settings import check_cuda_graph, check_hardware, check_settings
 from charlm.run.results import read_validations
@@ -31,6 +34,7 @@ from charlm.speed import grouped_steps
 from charlm.speed.grouped_steps import GroupedSteps, GroupSize
 from charlm.sweep.checks import check_runs
 from charlm.sweep.job import visible_gpus
+from charlm.sweep.plan import check_launcher
 from tests.test_model import SMALL, build, small
 
 ROOT = Path(__file__).parent.parent
@@ -307,3 +311,49 @@ def test_the_gpu_benchmark_says_what_it_would_measure():
     first, *rest = ended.stdout.splitlines()
     assert "GPU" in first
     assert len(rest) == 13
+
+
+def test_small_models_share_a_gpu_in_a_sweep():
+    small_runs = check_runs([settings(), settings("model=gpt")], elsewhere=False, texts=False)
+    large = settings("experiment=nanogpt_gpu", "trainer=cpu", "compile=false")
+    assert small_runs.small
+    assert not check_runs([settings(), large], elsewhere=False, texts=False).small
+    for jobs_per_gpu, small_models, slots in (("auto", True, 3), ("auto", False, 1), (2, True, 2)):
+        launcher: Any = resolve_name("hydra_plugins.charlm_launcher.LocalLauncher")(
+            n_jobs="auto", jobs_per_gpu=jobs_per_gpu, timeout=None
+        )
+        launcher.small = small_models
+        assert len(launcher.pool(gpus=2).gpus) == 2 * slots
+
+
+@pytest.mark.parametrize("devices", ["auto", "-1", "[0,1]"])
+def test_an_engine_gets_a_number_of_gpus(devices):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        overrides = ["hydra/launcher=ray", "trainer=gpu", f"trainer.devices={devices}"]
+        cfg = compose("train", overrides, return_hydra_config=True)
+    with pytest.raises(InputError, match="give a number, as in 2"):
+        check_launcher(cfg)
+
+
+def test_evaluating_on_a_gpu_is_as_deterministic_as_training(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        assert check_device(None, None, "auto") == "cpu"  # type: ignore[arg-type]
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.use_deterministic_algorithms(before)
+        del os.environ["CUBLAS_WORKSPACE_CONFIG"]
+
+
+def test_looking_up_counts_sorts_no_indices():
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    try:
+        with no_determinism():
+            assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(before)
