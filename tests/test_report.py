@@ -5,6 +5,7 @@ import io
 import json
 import math
 import os
+import random
 import re
 import shutil
 import statistics
@@ -20,12 +21,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
+from scipy import stats
 
 from charlm.errors import InputError
 from charlm.study import read_study
 from charlm.study.page import page
 from charlm.study.plots import draw_png, geometric
-from charlm.study.study import welch
+from charlm.study.study import tukey, welch
 from charlm.study.text import text
 from charlm.sweep.ledger import Ledger
 
@@ -210,6 +212,28 @@ def test_welch_of_unequal_spreads_is_as_published():
     a = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9, 20.1, 21.9, 22.6, 23.1, 19.6, 19.0, 21.7, 21.4]
     b = [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2, 21.9, 22.1, 22.9, 20.5, 24.4]
     assert welch(a, b) == pytest.approx(0.021, abs=1e-3)
+
+
+def test_tukey_agrees_with_another_implementation_and_with_printed_tables():
+    groups = [[24.5, 23.5, 26.4, 27.1, 29.9], [28.4, 34.2, 29.5, 32.2, 30.1], [26.1, 28.3, 24.3, 26.2, 27.8]]
+    assert tukey(groups) == [bool(p < 0.05) for p in stats.tukey_hsd(*groups).pvalue[0]] == [False, True, False]
+    # 3.773 is the 5% point of the studentized range for 3 groups and 12 degrees of freedom, in printed tables.
+    equal = [-1.0, 0.0, 1.0, -1.0, 1.0]
+    for point, differs in ((3.76, False), (3.78, True)):
+        shift = point * math.sqrt(statistics.variance(equal) / 5)
+        assert tukey([equal, equal, [x + shift for x in equal]]) == [False, False, differs]
+    assert tukey([[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]]) == [False, False, True]
+
+
+@pytest.mark.parametrize(("rows", "seeds"), [(2, 3), (10, 2), (10, 3), (20, 5)])
+def test_equal_rows_are_rarely_called_worse(rows, seeds):
+    """Of 2,000 tables without a difference, at most 6% have such a row."""
+    generator = random.Random(rows * seeds)
+    wrong = 0
+    for _ in range(2000):
+        groups = sorted(([generator.gauss(2, 0.01) for _ in range(seeds)] for _ in range(rows)), key=statistics.fmean)
+        wrong += any(tukey(groups))
+    assert wrong <= 120
 
 
 def test_what_noise_explains_is_told_apart_from_what_it_does_not(make, tmp_path):

@@ -7,7 +7,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from charlm.study.runs import FAILED, LONGEST, STATES, Run, Value, ordered, read
 CHOICES = {"model", "optimizer", "scheduler", "tokenizer", "logger", "data", "experiment", "callbacks"}
 SIGNIFICANT = 0.05
 CRITERION = (
-    f"within noise of it, by Welch's t-test over seeds (two-sided, p >= {SIGNIFICANT}, not corrected for how many rows "
-    "are compared); one seed cannot tell. Above uniform: worse than guessing among all characters."
+    f"within noise of it, by Tukey's range test over the seeds of all rows and Welch's t-test of the two (p >= "
+    f"{SIGNIFICANT} in either; among equal rows, one table in twenty calls any worse); one seed cannot tell. Above "
+    "uniform: worse than guessing among all characters."
 )
 
 
@@ -125,8 +126,22 @@ class Study:
             return "above uniform" if lost == len(row.runs) else f"{lost} of {len(row.runs)} above uniform"
         if row is self.rows[0]:
             return "best"
-        p = welch(self.rows[0].values("val/loss"), row.values("val/loss"))
-        return "one seed" if p is None else "within noise" if p >= SIGNIFICANT else "worse"
+        worse = self.worse.get(id(row))
+        return "one seed" if worse is None else "worse" if worse else "within noise"
+
+    @cached_property
+    def worse(self) -> dict[int, bool]:
+        """Whether each row with several seeds is worse than the best, by the row's id.
+
+        Tukey's test accounts for the number of rows and for the choice of the best among them, which a t-test against
+        the best does not; it assumes equal variances, and the t-test does not. A row is worse only if both say so.
+        """
+        rows = [row for row in self.rows if len(row.runs) > 1 and not any(run.lost for run in row.runs)]
+        if not rows or rows[0] is not self.rows[0]:
+            return {}
+        groups = [row.values("val/loss") for row in rows]
+        differs = zip(rows, groups, tukey(groups), strict=True)
+        return {id(row): far and (welch(groups[0], group) or 0) < SIGNIFICANT for row, group, far in differs}
 
     def best_by_value(self, name: str) -> dict[Value, Row]:
         """The best row of each value of a setting."""
@@ -252,3 +267,27 @@ def welch(one: Sequence[float], other: Sequence[float]) -> float | None:
     if len({*one}) == len({*other}) == 1:  # no variance: the test divides by it
         return float(one[0] == other[0])
     return float(stats.ttest_ind(one, other, equal_var=False).pvalue)
+
+
+def tukey(groups: Sequence[Sequence[float]]) -> list[bool]:
+    """Return whether each group's mean differs from that of the first (Tukey 1949; Kramer 1956 for unequal sizes).
+
+    Among equal groups, any two differ in one case of twenty. Each group has at least two values.
+    """
+    free = sum(map(len, groups)) - len(groups)  # degrees of freedom
+    variance = sum(statistics.variance(group) * (len(group) - 1) for group in groups) / free
+    least = range_point(len(groups), free) if len(groups) > 1 else math.inf
+    found = []
+    for group in groups:
+        error = math.sqrt(variance / 2 * (1 / len(group) + 1 / len(groups[0])))
+        apart = abs(statistics.fmean(group) - statistics.fmean(groups[0]))
+        found.append(apart > least * error if error else apart > 0)
+    return found
+
+
+@cache
+def range_point(groups: int, free: int) -> float:
+    """Return the upper point of the studentized range, for SIGNIFICANT and `free` degrees of freedom."""
+    from scipy import stats  # here, because it takes a second to import
+
+    return float(stats.studentized_range.isf(SIGNIFICANT, groups, free))
