@@ -60,10 +60,10 @@ def check_device(ctx: click.Context, param: click.Parameter, value: str) -> str:
 
     from charlm.devices import accelerator_of, make_deterministic
 
-    if value.startswith(("auto", "cuda")):
-        make_deterministic()  # before the first tensor on a GPU, and as in training
     if value == "auto":
-        return accelerator_of("auto")
+        value = accelerator_of("auto")
+    if value.startswith("cuda"):
+        make_deterministic()  # as in training, whose figures `evaluate` repeats
     try:
         torch.zeros(1, device=value).item()  # read back: devices such as meta hold no numbers
     except (RuntimeError, AssertionError) as error:

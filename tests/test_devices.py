@@ -335,17 +335,21 @@ def test_an_engine_gets_a_number_of_gpus(devices):
         check_launcher(cfg)
 
 
-def test_evaluating_on_a_gpu_is_as_deterministic_as_training(monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_evaluating_on_a_gpu_is_as_deterministic_as_training(monkeypatch, device):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    monkeypatch.setattr("charlm.devices.accelerator_of", lambda accelerator: device)
+    zeros = torch.zeros
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: zeros(*size))  # as if there was the GPU
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(False)
     try:
-        assert check_device(None, None, "auto") == "cpu"  # type: ignore[arg-type]
-        assert torch.are_deterministic_algorithms_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+        assert check_device(None, None, "auto") == device  # type: ignore[arg-type]
+        assert torch.are_deterministic_algorithms_enabled() == (device == "cuda")
+        assert os.environ.get("CUBLAS_WORKSPACE_CONFIG") == (":4096:8" if device == "cuda" else None)
     finally:
         torch.use_deterministic_algorithms(before)
-        del os.environ["CUBLAS_WORKSPACE_CONFIG"]
 
 
 def test_looking_up_counts_sorts_no_indices():

@@ -67,7 +67,7 @@ def dtype_of(content: dict[str, Any]) -> torch.dtype:
     precision = str(trainer.get("precision")) if isinstance(trainer, dict) else ""
     types = {"64-true": torch.float64, "32-true": torch.float32, "bf16-true": torch.bfloat16, "16-true": torch.float16}
     floating = [weight.dtype for weight in weights_of(content).values() if weight.is_floating_point()]
-    return types.get(precision, torch.float32 if "mixed" in precision else floating[0])
+    return types.get(precision, torch.float32 if "mixed" in precision else (floating or [torch.float32])[0])
 
 
 def tokenizer_of(path: Path, content: dict[str, Any]) -> CharTokenizer | None:
