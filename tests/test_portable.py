@@ -139,7 +139,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("platform", PLATFORMS)
+@pytest.mark.parametrize("platform", ["windows", pytest.param("macos", marks=pytest.mark.slow)])
 def test_a_question_is_answered_by_a_spawned_process(tmp_path, platform):
     (tmp_path / "asking.py").write_text(ASKING)
     ended = python(platform, tmp_path, "asking.py")
