@@ -27,7 +27,7 @@ from charlm.errors import InputError
 from charlm.study import read_study
 from charlm.study.page import page
 from charlm.study.plots import draw_png, geometric
-from charlm.study.study import tukey, welch
+from charlm.study.study import range_test, welch
 from charlm.study.text import text
 from charlm.sweep.ledger import Ledger
 
@@ -214,26 +214,39 @@ def test_welch_of_unequal_spreads_is_as_published():
     assert welch(a, b) == pytest.approx(0.021, abs=1e-3)
 
 
-def test_tukey_agrees_with_another_implementation_and_with_printed_tables():
-    groups = [[24.5, 23.5, 26.4, 27.1, 29.9], [28.4, 34.2, 29.5, 32.2, 30.1], [26.1, 28.3, 24.3, 26.2, 27.8]]
-    assert tukey(groups) == [bool(p < 0.05) for p in stats.tukey_hsd(*groups).pvalue[0]] == [False, True, False]
-    # 3.773 is the 5% point of the studentized range for 3 groups and 12 degrees of freedom, in printed tables.
+def test_two_groups_are_tested_as_another_implementation_does():
+    for shift in (1.0, 2.0, 2.2, 2.4, 3.0):
+        groups = [[24.5, 23.5, 26.4, 27.1, 25.9], [x + shift for x in (24.0, 24.5, 26.1, 27.0, 25.2, 25.9)]]
+        assert range_test(groups)[1] == bool(stats.tukey_hsd(*groups).pvalue[0, 1] < 0.05)
+
+
+def test_several_groups_are_tested_by_the_point_of_printed_tables():
+    """4.339 is the 5% point of the studentized range for 3 groups and 6 degrees of freedom, half of 12."""
     equal = [-1.0, 0.0, 1.0, -1.0, 1.0]
-    for point, differs in ((3.76, False), (3.78, True)):
-        shift = point * math.sqrt(statistics.variance(equal) / 5)
-        assert tukey([equal, equal, [x + shift for x in equal]]) == [False, False, differs]
-    assert tukey([[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]]) == [False, False, True]
+    variance = statistics.variance(equal) / (3.3567 / 4)  # the median of chi-square with 4 degrees of freedom: 3.3567
+    for point, differs in ((4.32, False), (4.36, True)):
+        shift = point * math.sqrt(variance / 5)
+        assert range_test([equal, equal, [x + shift for x in equal]]) == [False, False, differs]
+    assert range_test([[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]]) == [False, False, True]
+    assert range_test([[1.0, 2.0]]) == [False]
+
+
+def test_rows_with_a_large_spread_hide_no_difference_among_the_others():
+    good, worse = [2.000, 2.001, 2.002], [2.020, 2.021, 2.022]
+    wild = [[3.0, 3.5, 2.6], [3.3, 2.9, 4.0]]
+    assert range_test([good, worse, [2.001, 2.002, 2.000], *wild])[1:3] == [True, False]
 
 
 @pytest.mark.parametrize(("rows", "seeds"), [(2, 3), (10, 2), (10, 3), (20, 5)])
 def test_equal_rows_are_rarely_called_worse(rows, seeds):
-    """Of 2,000 tables without a difference, at most 6% have such a row."""
+    """Of 2,000 tables without a difference, at most 5% have such a row."""
     generator = random.Random(rows * seeds)
     wrong = 0
     for _ in range(2000):
         groups = sorted(([generator.gauss(2, 0.01) for _ in range(seeds)] for _ in range(rows)), key=statistics.fmean)
-        wrong += any(tukey(groups))
-    assert wrong <= 120
+        far = zip(groups, range_test(groups), strict=True)
+        wrong += any(differs and (welch(groups[0], group) or 0) < 0.05 for group, differs in far)
+    assert wrong <= 100
 
 
 def test_what_noise_explains_is_told_apart_from_what_it_does_not(make, tmp_path):
