@@ -394,7 +394,7 @@ def test_a_folder_that_vanishes_while_saving_is_told(tmp_path, monkeypatch):
         save(tmp_path / "run", 1)
 
 
-@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_a_run_whose_disk_becomes_full_ends_with_one_line(tmp_path, text_file, devices):
     settings = ["data=text", f"data.path={text_file}", "logger=none", "hydra.run.dir=run", "trainer.max_steps=40"]
     settings += ["callbacks.checkpoint.every_n_steps=10"]

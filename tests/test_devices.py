@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from charlm import Bigram, CharDataModule, LanguageModel
 from charlm.callbacks import AtSteps
 from charlm.cli import check_device
 from charlm.devices import accelerator_of, cuda_problem, triton_problem
@@ -30,7 +31,6 @@ from charlm.model.lstm import LSTM
 from charlm.model.mixture import no_determinism
 from charlm.preflight.configs import resolved
 from charlm.preflight.settings import check_cuda_graph, check_hardware, check_settings
-from charlm.run.results import read_validations
 from charlm.speed import grouped_steps
 from charlm.speed.grouped_steps import GroupedSteps, GroupSize
 from charlm.sweep.checks import check_runs
@@ -117,14 +117,16 @@ def test_auto_is_no_apple_gpu_and_an_apple_gpu_is_not_deterministic(monkeypatch)
     check_hardware(trainer | {"deterministic": False})
 
 
-def test_validation_and_final_figures_have_one_precision(train, tmp_path, text_file):
-    common = ["data=text", f"data.path={text_file}", "model=gpt", "model.n_layer=1", "model.n_embd=16"]
-    common += ["trainer.max_steps=20", "trainer.val_check_interval=20", "threads=1", "logger=none"]
-    ended = train(*common, "trainer.precision=bf16-mixed", "hydra.run.dir=run")
-    assert ended.code == 0, ended.err
-    final = json.loads((tmp_path / "run" / "results.json").read_text())["val/loss"]
-    [(_, _, validated)] = read_validations(tmp_path / "run")
-    assert validated == pytest.approx(final, rel=1e-6)
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true"])
+def test_validation_and_final_figures_have_one_precision(text_file, precision):
+    data = CharDataModule(path=str(text_file), block_size=8, batch_size=4)
+    torch.manual_seed(1)
+    module = LanguageModel(build("gpt", block_size=8, n_layer=1, n_embd=16, n_head=2, vocab_size=data.vocab_size))
+    quiet: dict[str, Any] = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = L.Trainer(max_steps=20, accelerator="cpu", precision=precision, enable_model_summary=False, **quiet)
+    trainer.fit(module, data)
+    [validated] = trainer.validate(module, data, verbose=False)
+    assert validated["val/loss"] == pytest.approx(module.evaluate(data, "val").loss, rel=1e-6)
 
 
 def trainer_on(device: str, num_devices: int = 1) -> Any:
@@ -191,7 +193,6 @@ def trainer_with_device() -> Any:
 @pytest.fixture
 def fit_module(text_file):
     """Train a bigram for 60 steps; returns its weights."""
-    from charlm import Bigram, CharDataModule, LanguageModel
 
     class Fit:
         module: Any = None
