@@ -17,7 +17,6 @@ from charlm.files import check_tree
 from charlm.home import COMMAND
 from charlm.preflight.command_line import conf_dirs, options, parse, shows_only
 from charlm.preflight.configs import composer, fallback_corpus, resolved, without_hydra
-from charlm.preflight.help import show_help
 from charlm.preflight.messages import choices, known_settings, one_line_hydra_errors
 from charlm.run.folder import check_folder, held, is_first, own_folder
 from charlm.run.overrides import changes, quoted, unquoted
@@ -54,6 +53,8 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             check_launcher(overrides)
             cfg = compose(overrides)
             if args.help:
+                from charlm.preflight.help import show_help  # with a parser of docstrings, which only it needs
+
                 show_help(cfg, conf_dirs(config_dir, args))
                 sys.exit(0)
             if shows_only(args):

@@ -26,7 +26,6 @@ from charlm.files import check_tree, unshare
 from charlm.preflight.command import LAUNCHERS, check_overrides, check_processes, named_folder, with_folder
 from charlm.preflight.command_line import conf_dirs, options, parse, shows_only
 from charlm.preflight.configs import composer, fallback_corpus, resolved, without_hydra
-from charlm.preflight.help import show_help
 from charlm.preflight.messages import one_line_hydra_errors
 from charlm.run.folder import check_folder, claim, own_folder
 from charlm.run.overrides import quoted, unquoted
@@ -84,6 +83,8 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
             jobs, space = expand(overrides, make) if args.multirun else ([overrides], None)
             cfgs = list(composed(jobs, make))
             if args.help:
+                from charlm.preflight.help import show_help  # with a parser of docstrings, which only it needs
+
                 show_help(cfgs[0], conf_dirs(config_dir, args))
                 sys.exit(0)
             if shows_only(args):
