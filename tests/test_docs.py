@@ -42,6 +42,9 @@ def test_each_command_passes_the_checks(words, tmp_path, monkeypatch):
     needs = ("hydra/launcher=", "trainer=fsdp", "trainer=ddp", "--config-dir")
     if any("gpu" in word or word.startswith(needs) for word in words):
         pytest.skip("needs a GPU, several processes, a cluster or a package")
+    for program in ("preflight.command", "sweep.plan"):  # no test needs a corpus or the network
+        monkeypatch.setattr(f"charlm.{program}.fallback_corpus", lambda cfgs: None)
+    monkeypatch.setattr("charlm.preflight.settings.check_text", lambda plain: [])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my.txt").write_text("To be, or not to be, that is the question.\n" * 200)
     check = check_sweep if is_sweep(words[1:]) else check_command
