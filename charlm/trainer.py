@@ -14,6 +14,7 @@ from charlm.budget import steps_of
 from charlm.data import CharDataModule
 from charlm.devices import accelerator_of
 from charlm.internals.lightning import set_data_parallel_size
+from charlm.model import multiplications
 
 
 class FSDP(ModelParallelStrategy):
@@ -86,13 +87,11 @@ def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
     cfg.trainer.max_steps = steps_of(cfg.trainer.max_steps, cfg.max_tokens, cfg.trainer.max_time)
     if cfg.data.path:
         cfg.data.path = data.corpus.source
-    # Multiplications of a forward pass; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
-    multiplications = sum(p.numel() for p in model.parameters()) * data.batch_size * data.block_size
     if model.block_size == 1:  # a table of logits: larger gathers are faster and take no memory
         data.tokens_at_once = 65_536
     if cfg.threads == "auto":
         # Small steps gain nothing from threads, which wait twenty times as long for each other on busy cores.
-        cfg.threads = torch.get_num_threads() if multiplications > 1e8 else 1
+        cfg.threads = torch.get_num_threads() if multiplications(model, data.batch_size * data.block_size) > 1e8 else 1
     torch.set_num_threads(cfg.threads)
     # With deterministic algorithms PyTorch also fills all new memory, which costs a tenth of a GPT's step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

@@ -9,7 +9,6 @@ import torch
 from annotated_types import Ge, Gt
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint as SavesLast
-from torch import Tensor
 
 from charlm.callbacks.at_steps import AtSteps
 from charlm.checkpoint import LAST, archive, write
@@ -138,14 +137,7 @@ class Checkpoint(AtSteps, SavesLast):
                 f"that all machines share?"
             )
 
-    def on_train_batch_end(
-        self,
-        trainer: L.Trainer,
-        pl_module: L.LightningModule,
-        outputs: Any,
-        batch: tuple[Tensor, Tensor],
-        batch_idx: int,
-    ) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         if not validates_now(trainer):
             self.save_if_due(trainer)
 

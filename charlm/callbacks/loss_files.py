@@ -47,11 +47,16 @@ class Losses:
         self.step = step
 
     def end_step(self, trainer: Any) -> None:
-        if trainer.global_step == self.step:  # this batch was part of a step
-            return
-        self.add([self.newest], trainer.global_step)
-        if trainer.global_step % trainer.log_every_n_steps == 0 or len(self.unchecked) >= MOST_UNCHECKED:
+        added = self.add_newest(trainer)
+        if added and (trainer.global_step % trainer.log_every_n_steps == 0 or len(self.unchecked) >= MOST_UNCHECKED):
             self.check(trainer)
+
+    def add_newest(self, trainer: L.Trainer) -> bool:
+        """Add the loss of the current step, unless it was added or the batch only accumulates gradients."""
+        if trainer.global_step == self.step:
+            return False
+        self.add([self.newest], trainer.global_step)
+        return True
 
     def check(self, trainer: L.Trainer) -> None:
         """Write the losses to the file, those of the current step included.
@@ -60,8 +65,7 @@ class Losses:
             Diverged: if one is NaN or infinite.
             DiskError: if they cannot be written.
         """
-        if trainer.global_step != self.step:  # another callback saves a checkpoint at the end of this step
-            self.add([self.newest], trainer.global_step)
+        self.add_newest(trainer)  # another callback may save a checkpoint at the end of this step
         if not self.unchecked:
             return
         on_cpu = self.unchecked[0].device.type == "cpu"  # one transfer from a GPU is faster than many

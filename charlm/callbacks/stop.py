@@ -46,11 +46,11 @@ class Stop:
 
     def end_step(self, trainer: L.Trainer) -> None:
         at_its_end = trainer.should_stop or trainer.global_step >= trainer.max_steps > 0
-        if not validates_now(trainer) and not at_its_end and between_steps(trainer):
+        if not validates_now(trainer) and not at_its_end:
             self.stop_if_due(trainer)
 
     def end_validation(self, trainer: L.Trainer) -> None:
-        if not trainer.global_step >= trainer.max_steps > 0 and between_steps(trainer):
+        if not trainer.global_step >= trainer.max_steps > 0:
             self.stop_if_due(trainer)
 
     def end_training(self, trainer: L.Trainer) -> None:
@@ -60,6 +60,8 @@ class Stop:
 
     def stop_if_due(self, trainer: L.Trainer, at_end: bool = False) -> None:
         """Stop all processes together, whichever of them received the signal."""
+        if not at_end and not between_steps(trainer):
+            return
         number = self.received
         # After its last step a run needs no reader to finish: results.json is worth more than the exit.
         if not number and streams.reader_left and not at_end:

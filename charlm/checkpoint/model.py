@@ -234,9 +234,9 @@ def export(loaded: Checkpoint, file: Path) -> None:
 
     if file.suffix != ".safetensors":
         raise InputError(f"--export {file}: give a name that ends with .safetensors")
-    metadata_of_model = {"step": loaded.step, "model": loaded.config["model"], "corpus": loaded.corpus}
-    metadata_of_model["tokenizer"] = loaded.tokenizer.state_dict()
+    described = {"step": loaded.step, "model": loaded.config["model"], "corpus": loaded.corpus}
+    described["tokenizer"] = loaded.tokenizer.state_dict()
     weights = {name: weight.cpu().contiguous().clone() for name, weight in loaded.model.state_dict().items()}
-    metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in metadata_of_model.items()}
+    metadata = {"format": "pt"} | {name: json.dumps(value) for name, value in described.items()}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, lambda opened: opened.write(save(weights, metadata)))

@@ -374,9 +374,8 @@ class Mixture(nn.Module):
 
     def shown(self, found: Found) -> Tensor:
         """Return the features of the counts that networks read, (n, V + 3 * K)."""
-        features = torch.cat(
-            (found.log_p().mul(0.5).exp(), found.seen), 1
-        )  # square roots, since small probabilities matter
+        # Square roots, because small probabilities matter.
+        features = torch.cat((found.log_p().mul(0.5).exp(), found.seen), 1)
         return features.to(next(self.parameters()).dtype)
 
 

@@ -16,6 +16,7 @@ from rich.text import Text
 from charlm import schema
 from charlm.home import COMMAND
 from charlm.preflight.messages import choices
+from charlm.run.overrides import typed
 from charlm.terminal import SafeConsole, console
 
 USAGE = f"""\
@@ -80,7 +81,7 @@ def show_help(cfg: DictConfig, config_dirs: Sequence[Path]) -> None:
     chosen["callbacks"] = chosen["callbacks"] or "[default]"
     groups = {
         group: Entry(
-            f"{group}={formatted(chosen[group])}", f"{meaning}: {', '.join(choices(loader.get_group_options(group)))}"
+            f"{group}={typed(chosen[group])}", f"{meaning}: {', '.join(choices(loader.get_group_options(group)))}"
         )
         for group, meaning in GROUPS.items()
     }
@@ -91,7 +92,7 @@ def show_help(cfg: DictConfig, config_dirs: Sequence[Path]) -> None:
     print_section(onto, "Other choices", [entries.pop(group) for group in GROUPS if group in entries])
     print_section(onto, "Settings of a run", [entry for name, entry in entries.items() if "." not in name])
     for group in GROUPS:
-        title = f"Settings of {group}={formatted(chosen[group])}"
+        title = f"Settings of {group}={typed(chosen[group])}"
         print_section(onto, title, [entry for name, entry in entries.items() if name.startswith(f"{group}.")])
     onto.print(Text(AFTERWARDS))
 
@@ -114,7 +115,7 @@ def settings_of(
     root = comments(config_dirs, "train")
     for name, value in config.items():
         if name in schema.ROOT and name not in HIDDEN:
-            yield name, Entry(f"{name}={formatted(value)}", root.get(name, ""))
+            yield name, Entry(f"{name}={typed(value)}", root.get(name, ""))
         elif name == "callbacks":
             for callback, node in (value or {}).items():
                 files = comments(config_dirs, f"{name}/default", f"{name}/{callback}")
@@ -124,24 +125,24 @@ def settings_of(
             yield from settings_of_part(name, value, files)
 
 
-def settings_of_part(path: str, node: dict[str, Any], comments: dict[str, str]) -> Iterator[tuple[str, Entry]]:
+def settings_of_part(path: str, node: dict[str, Any], notes: dict[str, str]) -> Iterator[tuple[str, Entry]]:
     """Yield the settings of what `node` names, explained by its docstring or else by comments in config files."""
     meanings = documented(schema.resolve(path, node["_target_"]))
+    own = str(node["_target_"]).startswith("charlm.")
+    meanings = notes | meanings if own else meanings | notes
     for name, value in node.items():
         setting = f"{path}.{name}"
-        own = str(node["_target_"]).startswith("charlm.")
-        meaning = (meanings.get(name) or comments.get(name)) if own else (comments.get(name) or meanings.get(name))
         if not name.startswith("_") and setting not in HIDDEN and not setting.endswith((".dirpath", ".save_dir")):
-            yield setting, Entry(f"{setting}={formatted(value)}", first_sentence(meaning or ""))
+            yield setting, Entry(f"{setting}={typed(value)}", first_sentence(meanings.get(name, "")))
 
 
 def documented(target: Any) -> dict[str, str]:
     """Return the description of each argument in the docstring of a class or a function."""
-    found = {}
-    for documented in (target, getattr(target, "__init__", None)):
-        for argument in docstring_parser.parse(inspect.getdoc(documented) or "").params:
+    found: dict[str, str] = {}
+    for place in (target, getattr(target, "__init__", None)):
+        for argument in docstring_parser.parse(inspect.getdoc(place) or "").params:
             for name in argument.arg_name.split(", "):
-                found[name] = argument.description or ""
+                found |= {name: argument.description} if argument.description else {}
     return found
 
 
@@ -160,12 +161,3 @@ def first_sentence(description: str) -> str:
     """Return the first sentence, in one line and without the markup of reStructuredText."""
     text = re.sub(r":\w+:(?=`)|`+", "", " ".join(description.split()))
     return re.split(r"\.(?: |$)", text)[0]
-
-
-def formatted(value: Any) -> str:
-    """Format a default as one types it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, list):
-        return f"[{','.join(map(formatted, value))}]"
-    return str(value)

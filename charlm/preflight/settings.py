@@ -27,6 +27,7 @@ from charlm.data.chunks import BATCHES_PER_DRAW
 from charlm.devices import accelerator_of, cuda_problem, triton_problem
 from charlm.errors import InputError, one_line, out_of_memory
 from charlm.internals.torch import has_cpp_compiler
+from charlm.model import multiplications
 from charlm.preflight.flags import check_flags
 from charlm.speed.conditions import hook_of_each_step
 from charlm.system import memory
@@ -136,7 +137,7 @@ def check_parts(plain: dict[str, Any], trainer: L.Trainer) -> int | None:
             raise InputError(f"model: no model can be made with these settings ({one_line(error)})") from error
     else:
         check_memory(plain, model)
-        return sum(p.numel() for p in model.parameters()) * plain["data"]["batch_size"] * plain["data"]["block_size"]
+        return multiplications(model, plain["data"]["batch_size"] * plain["data"]["block_size"])
     return None
 
 
@@ -347,7 +348,8 @@ def check_cuda_graph(plain: dict[str, Any], trainer: L.Trainer) -> None:
     if plain["optimizer"]["_target_"] != "charlm.optimizer.adamw.adamw":
         raise InputError("speed.cuda_graph=true needs numbers that live on the GPU: choose optimizer=adamw")
     for name, node in (plain["callbacks"] or {}).items():
-        if hook := hook_of_each_step(schema.resolve(f"callbacks.{name}", node["_target_"])):
+        kind = schema.resolve(f"callbacks.{name}", node["_target_"])
+        if isinstance(kind, type) and issubclass(kind, L.Callback) and (hook := hook_of_each_step(kind)):
             raise InputError(
                 f"speed.cuda_graph=true replays steps without {hook} of callbacks.{name}: leave out one of the two"
             )

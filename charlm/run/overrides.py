@@ -65,3 +65,10 @@ def parsed(overrides: Sequence[str]) -> list[Override]:
         except HydraException as error:
             raise InputError(f"{text} cannot be read as NAME=VALUE: {one_line(error)}") from error
     return found
+
+
+def typed(value: Any) -> str:
+    """Format a value as one types it in an override."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return f"[{','.join(map(typed, value))}]" if isinstance(value, list) else str(value)

@@ -89,7 +89,7 @@ def reason_against(trainer: Any, module: L.LightningModule) -> str | None:
     for callback in trainer.callbacks:
         if isinstance(callback, GradientAccumulationScheduler):
             return f"{type(callback).__name__} changes how many batches make a step"
-        if hook := hook_of_each_step(type(callback)) or replaced_on(callback, HOOKS):
+        if hook := hook_of_each_step(callback):
             return f"{type(callback).__name__} has {hook}, and so needs every batch"
     for config in trainer.lr_scheduler_configs:
         if config.interval == "step" and (config.frequency != 1 or config.reduce_on_plateau):
@@ -97,22 +97,17 @@ def reason_against(trainer: Any, module: L.LightningModule) -> str | None:
     return None
 
 
-def hook_of_each_step(kind: type) -> str | None:
-    """Return the first hook for which a class of callbacks needs every step; None if it needs none of them."""
-    if not isinstance(kind, type) or AtSteps in kind.__bases__ or kind in LOOKS:
-        return None
-    return next((name for name in HOOKS if getattr(kind, name, None) is not getattr(L.Callback, name)), None)
-
-
-def replaced_on(callback: L.Callback, names: tuple[str, ...]) -> str | None:
-    """Return the first of `names` that was set on an instance."""
-    known = AtSteps in type(callback).__bases__ or type(callback) in LOOKS
-    return None if known else next((name for name in names if name in vars(callback)), None)
+def hook_of_each_step(callback: L.Callback | type[L.Callback]) -> str | None:
+    """Return the first hook that makes a callback, or a class of callbacks, need every step; None if none does."""
+    kind = callback if isinstance(callback, type) else type(callback)
+    known = AtSteps in kind.__bases__ or kind in LOOKS
+    return None if known else replaced(callback, L.Callback, HOOKS)
 
 
 def replaced(thing: object, base: type, names: tuple[str, ...]) -> str | None:
-    """Return the first of `names` that an object or its class overrides."""
+    """Return the first of `names` that an object or its class, or a class itself, overrides."""
+    kind = thing if isinstance(thing, type) else type(thing)
     for name in names:
-        if name in vars(thing) or getattr(type(thing), name) is not getattr(base, name):
+        if name in vars(thing) or getattr(kind, name) is not getattr(base, name):
             return name
     return None

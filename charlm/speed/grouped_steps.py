@@ -14,6 +14,7 @@ from torch import Tensor
 from charlm.callbacks.at_steps import AtSteps
 from charlm.data.chunks import RandomChunks
 from charlm.internals.lightning import batches_of, count_steps, logged_steps, skips_backward
+from charlm.model import multiplications
 from charlm.module import Batch, LanguageModel
 from charlm.speed.conditions import reason_against, steps_between
 from charlm.speed.cuda_graph import CUDAGraph
@@ -40,40 +41,41 @@ class GroupedSteps(L.Callback):
         self.steps_per_execution, self.cuda_graph = steps_per_execution, cuda_graph
         self.loop: Any = None
 
-    def most(self, model: torch.nn.Module, tokens_per_batch: int, device: torch.device) -> int:
-        """Return the largest number of steps in a group, on a GPU before the first is measured."""
+    def group(self, model: torch.nn.Module, tokens_per_batch: int, device: torch.device) -> "GroupSize":
+        """Return the size of the groups of a run."""
         if self.steps_per_execution != "auto":
-            return self.steps_per_execution
+            return GroupSize(self.steps_per_execution)
         if measured_on(device):
-            return FIRST_STEPS
-        # Multiplications of a forward pass; 10^8 take about 10 ms on a CPU, and the backward pass twice as long.
-        multiplications = sum(p.numel() for p in model.parameters()) * tokens_per_batch
-        return max(1, min(MOST_STEPS, int(2e8 / multiplications)))
+            return GroupSize(FIRST_STEPS, device)
+        return GroupSize(max(1, min(MOST_STEPS, int(2e8 / multiplications(model, tokens_per_batch)))))
 
     def describe(self, trainer: L.Trainer, module: LanguageModel, tokens_per_batch: int) -> str:
         """Describe how steps are taken, and why, for the header of a run."""
         against = reason_against(trainer, module)
         if against:
             return f"1 step at a time: {against}"
-        device = trainer.strategy.root_device
-        most = self.most(module.model, tokens_per_batch, device)
-        text = f"up to {most} steps at once" if most > 1 else "1 step at a time: more at once would not be faster"
-        if self.steps_per_execution == "auto" and measured_on(device):
-            text = f"up to {MOST_STEPS} steps at once, by their measured time"
-        return f"{text}, as CUDA graphs" if self.cuda_graph and most > 1 else text
+        group = self.group(module.model, tokens_per_batch, trainer.strategy.root_device)
+        if group.most == 1:
+            return "1 step at a time: more at once would not be faster"
+        measured = group.unmeasured > 0
+        text = (
+            f"up to {MOST_STEPS} steps at once, by their measured time"
+            if measured
+            else f"up to {group.most} steps at once"
+        )
+        return f"{text}, as CUDA graphs" if self.cuda_graph else text
 
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Let Lightning's loop take a group of steps before each of its own."""
         loader = trainer.train_dataloader
         if type(loader) is not RandomChunks or reason_against(trainer, pl_module):
             return
-        most = self.most(pl_module.model, loader.batch_size * loader.block_size, pl_module.device)  # type: ignore[arg-type]
-        if most == 1:
+        group = self.group(pl_module.model, loader.batch_size * loader.block_size, pl_module.device)  # type: ignore[arg-type]
+        if group.most == 1:
             return
         self.loop = trainer.fit_loop.epoch_loop
         steps = Steps(trainer, pl_module, loader, self.cuda_graph)  # type: ignore[arg-type]
         advance = self.loop.advance
-        group = GroupSize(most, pl_module.device if self.steps_per_execution == "auto" else None)
 
         def grouped(fetcher: Any) -> None:
             n = 0 if self.loop.restarting else steps_before_due(trainer, group.most)
@@ -102,11 +104,16 @@ def measured_on(device: torch.device) -> bool:
 
 
 class GroupSize:
-    """The largest number of steps in a group: fixed, or from the time of the second group, after a warm-up."""
+    """The largest number of steps in a group: fixed, or from the time of the second group, after a warm-up.
 
-    def __init__(self, most: int, device: torch.device | None):
+    Args:
+        most: the number, on `device` only of the first two groups.
+        device: where to measure; None: the number is fixed.
+    """
+
+    def __init__(self, most: int, device: torch.device | None = None):
         self.most, self.device = most, device
-        self.unmeasured = 2 if device is not None and measured_on(device) else 0
+        self.unmeasured = 2 if device else 0
 
     @contextmanager
     def measured(self, n: int) -> Iterator[None]:
@@ -116,7 +123,7 @@ class GroupSize:
             return
         start = time.perf_counter()
         yield
-        if self.device is not None and self.device.type == "cuda":
+        if self.device and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.unmeasured -= 1
         if not self.unmeasured:
@@ -198,9 +205,8 @@ class Steps:
         for i, (x, y) in enumerate(batches):
             if i > 0:  # `take` seeds the first, outside of a captured graph
                 self.module.seed_batch(self.k + i)
-            with (
-                self.trainer.precision_plugin.train_step_context()
-            ):  # a new context, because autocast caches the weights
+            # A new context for each batch, because autocast caches the weights.
+            with self.trainer.precision_plugin.train_step_context():
                 loss = self.module.mean_loss(self.module.model, x, y) / len(batches)
             loss.backward()
         return loss.detach() * len(batches)

@@ -86,7 +86,8 @@ def pictures(title: str, panels: Sequence[Panel]) -> str:
 def table(study: Study) -> str:
     heads = [*(study.labels[name] for name in study.swept), "seeds", *(column.head for column in COLUMNS)]
     seeds = {len(row.runs) for row in study.rows}
-    text = "± is the standard deviation over seeds. " if max(seeds) > 1 else ""
+    text = "Losses are in nats per character. "
+    text += "± is the standard deviation over seeds. " if max(seeds) > 1 else ""
     text += "±*: there is one seed, and this is the standard error of the text. " if 1 in seeds else ""
     return html_table([*heads, "against the best"], [line(study, row) for row in study.rows]) + (
         f"</div><p class=pale>{escape(f'{text}Against the best: {CRITERION}')}</p><div>"

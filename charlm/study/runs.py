@@ -17,6 +17,7 @@ from typing import Any
 
 from charlm.errors import InputError, printable
 from charlm.files import is_regular
+from charlm.run.overrides import typed
 from charlm.run.record import RUN_JSON, Record, flat, read_record
 from charlm.run.results import RESULTS, read_results, read_validations
 from charlm.sweep import ledger
@@ -265,9 +266,7 @@ def parsed(word: str) -> Value:
 
 def shown(value: Value, digits: int = 6) -> str:
     """Format a value as one types it."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
+    return f"{value:.{digits}g}" if isinstance(value, float) else typed(value)
 
 
 def ordered(values: Iterable[Value]) -> list[Value]:

@@ -32,7 +32,8 @@ def check_runs(runs: Sequence[dict[str, Any]], elsewhere: bool, texts: bool = Tr
     from charlm.devices import broken_gpu, cuda_problem
     from charlm.preflight.settings import check_settings, check_text
 
-    gpus = 0 if cuda_problem() else torch.cuda.device_count()
+    accelerators = {run["trainer"]["accelerator"] for run in runs}
+    gpus = 0 if accelerators == {"cpu"} or cuda_problem() else torch.cuda.device_count()
     sizes = []
     for run in runs:
         sizes.append(check_settings(run, elsewhere))
@@ -42,6 +43,6 @@ def check_runs(runs: Sequence[dict[str, Any]], elsewhere: bool, texts: bool = Tr
             raise InputError(f"trainer.devices={devices} names GPUs, and a sweep gives them out itself: say how many")
     different = {str([run["tokenizer"], run["evaluate"], {**run["data"], "batch_size": 0}]): run for run in runs}
     lines = [line for run in different.values() for line in check_text(run)] if texts else []
-    if not elsewhere and (problem := broken_gpu()) and any(run["trainer"]["accelerator"] == "auto" for run in runs):
+    if not elsewhere and "auto" in accelerators and (problem := broken_gpu()):
         lines.append(f"the GPU is not used, and jobs train on the CPU: {problem}")
     return Checked(gpus, list(dict.fromkeys(lines)), all(size is not None and size < SMALL for size in sizes))

@@ -29,7 +29,7 @@ from charlm.sweep.pool import SECONDS_TO_SAVE, STOPPED, terminable
 from charlm.system import posix
 
 SECONDS_BETWEEN_LOOKS = 0.5
-SECONDS_BETWEEN_QUESTIONS = 5.0  # seconds between questions to Slurm
+SECONDS_BETWEEN_QUESTIONS = 5.0  # Slurm may have many to answer
 SECONDS_TO_SUBMIT = 60.0
 # Slurm sends one of these before the time limit: the job saves and ends, and submitit requeues it.
 AHEAD = posix.signals("SIGUSR1", "SIGUSR2")
@@ -41,7 +41,7 @@ class Handed:
 
     job: Job
     recorded: int  # when its run.json was written
-    log_stamp: int  # likewise its terminal.log
+    log_stamp: int  # when its terminal.log was written
     since: float = 0.0  # 0 where it has not begun
 
     def news(self) -> bool:
