@@ -139,7 +139,7 @@ class SweepLauncher(Launcher):
         return int(gpus)
 
     def run(self, source: "Source", ledger: "Ledger", gpus: int) -> dict[str, dict[str, Any]]:
-        """Claim the folder; from here on charlm writes."""
+        """Create the folder of the sweep and run its jobs; nothing is written before."""
         from charlm.sweep import run_jobs
 
         self.sweep_dir.mkdir(parents=True, exist_ok=True)

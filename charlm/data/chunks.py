@@ -90,7 +90,7 @@ class RandomChunks:
             yield from zip(xs, ys, strict=True)
 
     def state_dict(self) -> dict[str, int]:
-        """Return nothing: `first` gives the position. Lightning resumes only loaders that have this method."""
+        """Return nothing: `first` gives the position. With this method Lightning resumes within an epoch."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:

@@ -57,12 +57,9 @@ class GroupedSteps(L.Callback):
         group = self.group(module.model, tokens_per_batch, trainer.strategy.root_device)
         if group.most == 1:
             return "1 step at a time: more at once would not be faster"
-        measured = group.unmeasured > 0
-        text = (
-            f"up to {MOST_STEPS} steps at once, by their measured time"
-            if measured
-            else f"up to {group.most} steps at once"
-        )
+        text = f"up to {group.most} steps at once"
+        if group.unmeasured:
+            text = f"up to {MOST_STEPS} steps at once, by their measured time"
         return f"{text}, as CUDA graphs" if self.cuda_graph else text
 
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:

@@ -132,6 +132,6 @@ def listed(found: Counter[str], most: int = 4) -> str:
 
 
 def span(numbers: Iterable[Any]) -> str:
-    """Format a range of numbers: from the smallest to the largest."""
+    """Format the smallest and the largest number, or one number if both are equal."""
     least, most = min(numbers, default=0), max(numbers, default=0)
     return f"{least:,.0f}" if least == most else f"{least:,.0f} to {most:,.0f}"
