@@ -1,4 +1,4 @@
-"""Measure the seconds that a loss costs: counting, nanoGPT's CPU recipe and charlm's recipes, from start to end on one machine in one run.
+"""Measure loss against seconds: counting, nanoGPT's CPU recipe and charlm's, start to end, on one machine in one run.
 
     git clone https://github.com/karpathy/nanoGPT
     python benchmarks/ladder.py --nanogpt nanoGPT
