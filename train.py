@@ -11,7 +11,7 @@ from hydra.utils import get_original_cwd, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from charlm import terminal
-from charlm.errors import one_line_errors
+from charlm.errors import one_line_errors, raise_received
 from charlm.home import CONF
 from charlm.preflight.command import check_command
 from charlm.run.record import Run, follows
@@ -95,6 +95,7 @@ def main(cfg: DictConfig) -> None:
         if cfg.data.path:  # counts from where the command was typed, also with hydra.job.chdir=true
             cfg.data.path = os.path.join(terminal.started_in, os.path.expanduser(cfg.data.path))
         with Run(plain(cfg), follows(plain(cfg, resolve=False))) as run:
+            raise_received()
             finished = train(cfg, state, run)
         if finished:  # results.json and run.json are final, whatever happens to the terminal from here on
             terminal.summary(*finished)

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from charlm.system import memory, posix, streams
 
@@ -89,6 +89,9 @@ class Terminated(SystemExit):
         self.signal = signal.Signals(number)
 
 
+received: BaseException | None = None  # what the last signal raised
+
+
 @contextmanager
 def one_line_errors(smaller: str = SMALLER) -> Iterator[None]:
     """Context around every program: a mistake ends it with one line on standard error, and a closed pipe is no error.
@@ -144,28 +147,43 @@ def ending_for(error: BaseException, smaller: str) -> tuple[str, int] | None:
 def terminable() -> Iterator[None]:
     """Raise Terminated on SIGTERM and SIGHUP, so that run.json tells how the run ended and no partial file is left.
 
-    Signals that the parent ignored, as nohup does, stay ignored, and other handlers stay in charge.
+    Ctrl-C raises KeyboardInterrupt, as always. Signals that the parent ignored, as nohup does, stay ignored, and other
+    handlers stay in charge.
     """
-    numbers = posix.signals("SIGTERM", "SIGHUP")
+    global received
+    before: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler}
+    before |= dict.fromkeys(posix.signals("SIGTERM", "SIGHUP"), signal.SIG_DFL)
     in_main_thread = threading.current_thread() is threading.main_thread()
-    ours = [number for number in numbers if in_main_thread and signal.getsignal(number) == signal.SIG_DFL]
+    ours = [number for number, handler in before.items() if in_main_thread and signal.getsignal(number) == handler]
 
     def end(number: int, frame: FrameType | None) -> None:
+        global received
+        if number == signal.SIGINT:
+            received = KeyboardInterrupt()
+            raise received
         error = sys.exception()
         if error and any(isinstance(cause, SystemExit) for cause in chain(error)):
             return  # the process ends already, and run.json has to say by what
         # A closing terminal sends SIGHUP twice, and the second must not interrupt the end that the first began.
-        for ignored in ours:
+        for ignored in {*ours} - {signal.SIGINT}:
             signal.signal(ignored, signal.SIG_IGN)
-        raise Terminated(number)
+        received = Terminated(number)
+        raise received
 
     for number in ours:
         signal.signal(number, end)
     try:
         yield
     finally:
+        received = None
         for number in ours:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, before[number])
+
+
+def raise_received() -> None:
+    """Raise what a signal raised before, if a library caught it: Hydra does while it composes a configuration."""
+    if received:
+        raise received
 
 
 @contextmanager

@@ -45,6 +45,9 @@ class SweepLauncher(Launcher):
         return {}
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        from charlm.errors import raise_received
+
+        raise_received()
         self.context, self.config = hydra_context, config
         load = hydra_context.config_loader.load_sweep_config
         self.compose = cache(lambda given: load(config, list(given)))

@@ -364,6 +364,31 @@ def test_a_sweep_that_was_killed_ahead_of_its_first_job_begins_again(sweep, tmp_
     assert sweep("seed=1,2").code == 0
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("swept", [[], ["-m", "seed=1,2"]], ids=["run", "sweep"])
+def test_a_signal_that_hydra_catches_ends_the_command_nevertheless(tmp_path, text_file, number, swept):
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(f"""
+import signal
+from hydra._internal.hydra import Hydra
+
+def get_mode(self, **_):
+    try:
+        signal.raise_signal({number})
+    except BaseException:
+        return None  # as the real one does with what OmegaConf makes of an interrupt
+
+Hydra.get_mode = get_mode
+""")
+    command = [sys.executable, str(ROOT / "train.py"), *swept, "data=text", f"data.path={text_file}"]
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    told = "interrupted" if number == signal.SIGINT else "stopped by SIGTERM before the end"
+    assert (ended.returncode, ended.stdout, ended.stderr) == (128 + number, "", f"charlm: {told}\n")
+    records = [json.loads(file.read_text()) for file in tmp_path.glob("outputs/*/run.json")]
+    assert [record["reason"] for record in records] == ([] if swept else [number.name])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_sweep_that_is_ended_ahead_of_its_first_job_leaves_no_process_and_no_folder(tmp_path, text_file, number):

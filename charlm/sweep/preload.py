@@ -5,6 +5,8 @@ import os
 import threading
 from importlib import import_module
 
+from charlm.sweep.processes import SWEEP
+
 NAMES = [
     "lightning",
     "charlm.callbacks",
@@ -27,7 +29,7 @@ def watch(sweep: int) -> None:
             os._exit(0)
 
 
-watcher = threading.Thread(target=watch, args=(os.getppid(),), daemon=True)
+watcher = threading.Thread(target=watch, args=(int(os.environ.pop(SWEEP, os.getppid())),), daemon=True)
 watcher.start()
 gc.disable()  # imports make a million objects and no garbage
 for name in NAMES:

@@ -31,6 +31,7 @@ from charlm.home import PACKAGE
 from charlm.system import posix
 
 PRELOAD = "charlm.sweep.preload"  # the module that the server imports
+SWEEP = "CHARLM_SWEEP"  # the variable that tells the server the process ID of its sweep
 ROOT = PACKAGE.parent  # what a job puts on its path
 SECONDS_BETWEEN_LOOKS = 0.5  # a job checks this often that its sweep and its server are alive
 SECONDS_FOR_A_CODE = 2.0  # in which the server reports how a process ended
@@ -132,7 +133,8 @@ def starting() -> Iterator[None]:
     such as Ctrl-C are for the sweep alone.
     """
     paths = [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    with environment(PYTHONPATH=os.pathsep.join(paths), PYTHONSAFEPATH="1"), posix.blocked(SIGNALS):
+    inherited = {"PYTHONPATH": os.pathsep.join(paths), "PYTHONSAFEPATH": "1", SWEEP: str(os.getpid())}
+    with environment(**inherited), posix.blocked(SIGNALS):
         yield
 
 
