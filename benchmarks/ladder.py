@@ -156,7 +156,7 @@ def prepare(folder: Path, data: CharDataModule) -> None:
     place = folder / "data" / "shakespeare_char"
     for split in ("train", "val"):
         data.splits[split].numpy().astype(np.uint16).tofile(place / f"{split}.bin")
-    characters = dict(enumerate(data.tokenizer.chars))
+    characters = {i: token.decode() for i, token in enumerate(data.tokenizer.tokens)}
     meta = {"vocab_size": len(characters), "itos": characters, "stoi": {c: i for i, c in characters.items()}}
     (place / "meta.pkl").write_bytes(pickle.dumps(meta))
 

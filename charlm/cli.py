@@ -14,7 +14,7 @@ from charlm import __version__
 from charlm.errors import COMMANDS, InputError, one_line_errors, out_of_memory, printable
 from charlm.home import TRAIN
 from charlm.schema import name_of
-from charlm.system import streams
+from charlm.system import memory, streams
 
 # torch and Lightning are imported by the commands that need them, so that --help and mistakes answer at once.
 
@@ -22,6 +22,7 @@ EXAMPLES = """
 \b
 Examples:
   charlm train model=gpt                           train; the same as python train.py (see charlm train --help)
+  charlm data FILE_OR_FOLDER_OR_GLOB               look at a text before you train on it
   charlm generate outputs/RUN                      text from what it learned
   charlm generate outputs/RUN --prompt "ROMEO:" --temperature 0.8 --num-samples 3
   charlm evaluate outputs/RUN --split val          its exact loss, beside that of counting
@@ -136,16 +137,16 @@ def generate(
         torch.set_num_threads(1)  # one character is too little work for several threads
     stream = sample_text(loaded.model, loaded.tokenizer, length, prompt, num_samples=num_samples, **sampling)
     if num_samples == 1 and not as_json:
-        first = next(stream)  # a mistake in the prompt is found here, before anything is printed
+        [first] = next(stream)  # a mistake in the prompt is found here, before anything is printed
         sys.stdout.write(printable((prompt or "") + first, keep=LAYOUT))
-        for character in stream:
-            sys.stdout.write(printable(character, keep=LAYOUT))
+        for [new] in stream:
+            sys.stdout.write(printable(new, keep=LAYOUT))
             sys.stdout.flush()
             if streams.reader_left:
                 return
         print()
         return
-    texts = [(prompt or "") + "".join(characters) for characters in zip(*stream, strict=True)]
+    texts = [(prompt or "") + "".join(parts) for parts in zip(*stream, strict=True)]
     if as_json:
         print_json({"checkpoint": str(loaded.path), "step": loaded.step, "samples": texts}, indent=None)
         return
@@ -158,17 +159,28 @@ def generate(
 @click.option(
     "--split", "splits", multiple=True, help="train, val or test; may be repeated. Default: those of the run."
 )
+@click.option("--whole", is_flag=True, help="Measure all of a large split.")
 @click.option("--stride", type=COUNT, help="Step between windows; below block_size every target has more context.")
 @DEVICE
 @TRUST
 @AS_JSON
 def evaluate(
-    run: Path, splits: tuple[str, ...], stride: int | None, device: str, trust: tuple[str, ...], as_json: bool
+    run: Path,
+    splits: tuple[str, ...],
+    whole: bool,
+    stride: int | None,
+    device: str,
+    trust: tuple[str, ...],
+    as_json: bool,
 ) -> None:
-    """Measure the exact loss over whole splits: every character predicted once."""
+    """Measure the exact loss over whole splits: every character predicted once.
+
+    Of a split with more than data.final_targets characters, evenly spaced parts are measured, unless --whole is given.
+    """
     from charlm import checkpoint, terminal
     from charlm.data import CharDataModule
-    from charlm.evaluate import figures
+    from charlm.data.corpus import load_corpus
+    from charlm.evaluate import figures, splits_to_evaluate
     from charlm.files import plain
     from charlm.schema import check_node
 
@@ -178,14 +190,19 @@ def evaluate(
         check_node("data", settings | {"_target_": "charlm.data.CharDataModule"})
     except InputError as error:
         raise InputError(f"{loaded.path} is not used: {error}") from error
-    data = CharDataModule(**settings, tokenizer=lambda text: loaded.tokenizer)
+    corpus = load_corpus(settings["corpus"], settings["path"], settings["field"])
+    if corpus.survey.sha256 != loaded.corpus["sha256"]:
+        raise InputError(f"{corpus.source} has changed since {run} was trained on it: put the old text back")
+    settings |= {"final_targets": None} if whole else {}
+    data = CharDataModule(**settings, tokenizer=lambda *_: loaded.tokenizer)
     data.setup()
-    if data.corpus.sha256 != loaded.corpus["sha256"]:
-        raise InputError(f"{data.corpus.source} has changed since {run} was trained on it: put the old text back")
+    unseen = len(data.splits["train"]) - 1 - loaded.step * data.batch_size * data.block_size
+    chosen = list(splits) or splits_to_evaluate(loaded.config["evaluate"], unseen)
     with terminal.tracked("evaluating") as progress:
-        found = figures(loaded.model, data, list(splits) or loaded.config["evaluate"], progress, stride)
+        found = figures(loaded.model, data, chosen, progress, stride)
     context = data.min_context if stride is None else max(1, data.block_size - stride + 1)
     header = {"checkpoint": str(loaded.path), "step": loaded.step, "corpus": data.corpus.name, "min_context": context}
+    header["tokenizer"] = data.tokenizer.name
     found = header | found
     if as_json:
         print_json(plain(found))
@@ -215,6 +232,44 @@ def checkpoint(run: Path, export: Path | None, force: bool, trust: tuple[str, ..
         print_json(plain(found))
     else:
         terminal.console.print(terminal.checkpoint(found))
+
+
+@charlm.command()
+@click.argument("path", required=False)
+@click.option("--field", default="text", show_default=True, help="The field of a line of .jsonl that holds its text.")
+@click.option("--cache", is_flag=True, help="List what is kept of large texts in the user's cache.")
+@click.option("--prune", is_flag=True, help="Remove all that is kept there; it is made again when it is needed.")
+@AS_JSON
+def data(path: str | None, field: str, cache: bool, prune: bool, as_json: bool) -> None:
+    """Show a text before you train on it: size, alphabet, documents, entropies, a sample.
+
+    PATH is a file, a folder or a 'glob/**/*.txt', also packed; - for standard input; or the name
+    of a corpus: tinyshakespeare, pydoc.
+    """
+    from charlm import terminal
+    from charlm.data import CharDataModule, store
+    from charlm.data.corpus import spool
+    from charlm.data.describe import describe
+    from charlm.files import plain
+
+    if (path is None) == (not cache and not prune):
+        raise InputError("give a text to show, or --cache, or --prune: charlm data FILE_OR_FOLDER_OR_GLOB")
+    if prune:
+        freed = store.prune()
+        print_json({"freed": freed}) if as_json else print(f"{memory.size(freed)} removed")
+    elif cache:
+        kept = store.kept()
+        if as_json:
+            print_json([one._asdict() | {"folder": str(one.folder)} for one in kept])
+        else:
+            terminal.console.print(terminal.cache(kept))
+    else:
+        path = str(spool(sys.stdin.buffer)) if path == "-" else path
+        found = describe(CharDataModule(path=path, field=field))
+        if as_json:
+            print_json(plain(found))
+        else:
+            terminal.console.print(terminal.corpus(found))
 
 
 @charlm.command()

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from charlm.data.chunks import IGNORE, Windows
-from charlm.data.datamodule import CharDataModule, Pairs
+from charlm.data.datamodule import CharDataModule
+from charlm.data.pairs import Pairs
 
 # Reports progress of an evaluation: batches done, batches in total.
 Reporter = Callable[[int, int], None]
@@ -18,32 +19,51 @@ Reporter = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Score:
-    """A loss over a split, in nats per character, with its standard error."""
+    """A loss over a split, in nats per token, with its standard error.
+
+    Args:
+        characters, bytes: of UTF-8, that the targets stand for. A character counts where it begins.
+        share: of the targets of the split that were scored.
+    """
 
     loss: float
     loss_se: float
     n_targets: int
+    characters: int
+    bytes: int
+    share: float = 1.0
+
+    @property
+    def nats_per_char(self) -> float:
+        """The loss by which models with different tokenizers compare, on the same text."""
+        return self.loss * (self.n_targets / self.characters)
 
     @property
     def bits_per_char(self) -> float:
-        return self.loss / math.log(2)
+        return self.nats_per_char / math.log(2)
 
     @property
-    def bits_per_char_se(self) -> float:
-        return self.loss_se / math.log(2)
+    def bits_per_byte(self) -> float:
+        return self.loss * (self.n_targets / self.bytes) / math.log(2)
 
     @property
     def perplexity(self) -> float:
         return math.exp(self.loss) if self.loss < 700 else math.inf  # exp of more overflows
 
-    @property
-    def perplexity_se(self) -> float:
-        """By the delta method: d exp(x) = exp(x) dx."""
-        return self.perplexity * self.loss_se
-
     @classmethod
-    def of(cls, window_nll: Tensor, counts: Tensor) -> "Score":
+    def of(
+        cls,
+        window_nll: Tensor,
+        counts: Tensor,
+        characters: int | None = None,
+        n_bytes: int | None = None,
+        n_there: int | None = None,
+    ) -> "Score":
         """From the summed loss of each window, (n_windows,), and how many targets each counts, (n_windows,).
+
+        Args:
+            characters, n_bytes: that the targets stand for; None: one each.
+            n_there: targets of the split; None: no more than these.
 
         Neighbouring characters are not independent, so the error comes from the spread over blocks of about
         sqrt(N) consecutive targets (batch means: Flegal and Jones 2010, "Batch means and spectral variance
@@ -51,26 +71,32 @@ class Score:
         """
         nll, n = window_nll.cpu().double(), counts.cpu().double()
         n_targets = int(n.sum())
+        rest = n_targets, characters or n_targets, n_bytes or n_targets, n_targets / (n_there or n_targets)
         loss = float(nll.sum() / n_targets)
         per_block = max(1, round(math.sqrt(n_targets) / float(n[0])))  # windows in a block
         block = torch.arange(len(nll)) // per_block
         n_blocks = int(block[-1]) + 1
         if n_blocks < 2:
-            return cls(loss, math.nan, n_targets)
+            return cls(loss, math.nan, *rest)
         residual = torch.zeros(n_blocks, dtype=torch.float64).index_add_(0, block, nll - loss * n)
         variance = n_blocks / (n_blocks - 1) * float(residual.square().sum()) / n_targets**2
-        return cls(loss, math.sqrt(variance), n_targets)
+        return cls(loss, math.sqrt(variance), *rest)
 
     def figures(self, split: str) -> dict[str, float]:
         """The names that results files and dashboards use."""
+        relative = self.loss_se / self.loss if self.loss else math.nan
+        units = ("nats_per_char", "bits_per_char", "bits_per_byte")
         return {
             f"{split}/loss": self.loss,
             f"{split}/loss_se": self.loss_se,
-            f"{split}/bits_per_char": self.bits_per_char,
-            f"{split}/bits_per_char_se": self.bits_per_char_se,
+            **{f"{split}/{unit}": getattr(self, unit) for unit in units},
+            **{f"{split}/{unit}_se": getattr(self, unit) * relative for unit in units},
             f"{split}/perplexity": self.perplexity,
-            f"{split}/perplexity_se": self.perplexity_se,
+            f"{split}/perplexity_se": self.perplexity * self.loss_se,  # the delta method: d exp(x) = exp(x) dx
             f"{split}/targets": self.n_targets,
+            f"{split}/characters": self.characters,
+            f"{split}/bytes": self.bytes,
+            f"{split}/share": self.share,
         }
 
 
@@ -100,7 +126,7 @@ def in_single(logits: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(model: nn.Module, windows: Windows, report: Reporter | None = None) -> Score:
-    """The exact loss of `model` over the split behind `windows`, on the device where the model is.
+    """The loss of `model` on all targets of `windows`, on the device where the model is.
 
     The mode of the model, training or not, is restored.
     """
@@ -108,14 +134,17 @@ def evaluate(model: nn.Module, windows: Windows, report: Reporter | None = None)
     model.eval()
     device = next(model.parameters()).device
     window_nll = torch.zeros(windows.n_windows, device=device)
-    done = 0
+    done = characters = n_bytes = 0
     for j, (x, y) in enumerate(windows, start=1):
         window_nll[done : done + len(x)] = token_losses(model, x.to(device), y.to(device)).sum(1)
         done += len(x)
+        if windows.sizes is not None:
+            found = windows.sizes[y[y != IGNORE].cpu()].sum(0).tolist()
+            characters, n_bytes = characters + found[0], n_bytes + found[1]
         if report:
             report(j, len(windows))
     model.train(was_training)
-    return Score.of(window_nll, windows.counts())
+    return Score.of(window_nll, windows.counts(), characters, n_bytes, windows.n_targets)
 
 
 def baselines(train: Pairs, split: Pairs, vocab_size: int, smoothing: float) -> dict[str, float]:
@@ -142,6 +171,18 @@ def baselines(train: Pairs, split: Pairs, vocab_size: int, smoothing: float) -> 
     }
 
 
+def splits_to_evaluate(chosen: str | list[str], unseen: int = 0) -> list[str]:
+    """Return the splits that a setting `evaluate` means.
+
+    Args:
+        chosen: their names; "auto": val, and train if the run has been trained on as many tokens as it has.
+        unseen: how many tokens fewer that were.
+    """
+    if isinstance(chosen, list):
+        return chosen
+    return ["val"] if unseen > 0 else ["train", "val"]
+
+
 def figures(
     model: nn.Module,
     data: CharDataModule,
@@ -149,17 +190,20 @@ def figures(
     report: Reporter | None = None,
     stride: int | None = None,
 ) -> dict[str, Any]:
-    """Return the exact figures of a model over whole splits, and the count baselines.
+    """Return the figures of a model over splits, and the count baselines.
+
+    Of a split with more than `data.final_targets` targets, evenly spaced windows are scored.
 
     On train the counts are unsmoothed, which is the optimum: no bigram has a lower loss there. Elsewhere one is added
     to each count, so that a pair that train never showed is possible.
     """
     device = next(model.parameters()).device
     found: dict[str, Any] = {"baselines": {}}
-    windows = {split: data.windows(split, device, stride=stride) for split in splits}
+    windows = {split: data.windows(split, device, stride=stride, most=data.final_targets) for split in splits}
     for split in splits:
         found |= evaluate(model, windows[split], report).figures(split)
         smoothing = 0.0 if split == "train" else 1.0
-        pairs = data.pairs("train"), data.pairs(split)
-        found["baselines"][split] = baselines(*pairs, data.tokenizer.vocab_size, smoothing)
+        v, scored = data.tokenizer.vocab_size, windows[split]
+        pairs = Pairs.of_targets(scored, v) if scored.partial else data.pairs(split)
+        found["baselines"][split] = baselines(data.pairs("train"), pairs, v, smoothing)
     return found

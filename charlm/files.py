@@ -76,6 +76,12 @@ def is_regular(path: Path) -> bool:
         return False
 
 
+def stamp(file: Path) -> list[int]:
+    """Return what changes whenever the content of a file does: size, times and inode."""
+    found = os.stat(file)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
 WHY_REGULAR = "charlm opens only regular files in a run folder; put the file itself there, or remove it"
 
 

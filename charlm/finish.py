@@ -10,8 +10,8 @@ from charlm import terminal
 from charlm.budget import stopped_by
 from charlm.callbacks.clock import Clock
 from charlm.data import CharDataModule
-from charlm.evaluate import figures
-from charlm.generate import sample_text
+from charlm.evaluate import figures, splits_to_evaluate
+from charlm.generate import continuation
 from charlm.logger import FINISHED
 from charlm.module import VALIDATION
 from charlm.schema import name_of
@@ -22,8 +22,9 @@ def evaluate_run(
 ) -> tuple[dict[str, Any], str]:
     """Evaluate a trained model exactly. Returns the results, which go to the dashboard as well, and a sample."""
     model = model.to(trainer.strategy.root_device)
+    splits = splits_to_evaluate(config["evaluate"], len(data.splits["train"]) - 1 - clock.tokens)
     with terminal.tracked("evaluating") as progress:
-        found = figures(model, data, config["evaluate"], report=progress)
+        found = figures(model, data, splits, report=progress)
     # The curves reach the last step. HPARAMS shows the first names of the alphabet: among them should be the verdict.
     logged = {"final/val/loss": found["val/loss"]}
     module: Any = trainer.lightning_module
@@ -35,6 +36,7 @@ def evaluate_run(
     results = {
         "status": "finished",
         "corpus": data.corpus.name,
+        "tokenizer": data.tokenizer.name,
         "model": name_of(config["model"]),
         "parameters": sum(p.numel() for p in model.parameters()),
         "seed": config["seed"],
@@ -48,5 +50,5 @@ def evaluate_run(
         **found,
     }
     with torch.inference_mode():
-        sample = "".join(sample_text(model, data.tokenizer, config["sample_length"], seed=config["seed"]))
+        sample = continuation(model, data.tokenizer, config["sample_length"], seed=config["seed"])
     return results, sample

@@ -1,5 +1,6 @@
-"""Text from a model, one character at a time."""
+"""Text from a model, token by token."""
 
+import codecs
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -8,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from charlm.errors import InputError
-from charlm.tokenizer import CharTokenizer
+from charlm.tokenizer import Tokenizer
+
+BYTES_OF_CHARACTER = 4  # that UTF-8 has at most
 
 
 def generate(
@@ -98,7 +101,7 @@ def sample(
 
 def sample_text(
     model: nn.Module,
-    tokenizer: CharTokenizer,
+    tokenizer: Tokenizer,
     length: int,
     prompt: str | None = None,
     seed: int = 1337,
@@ -106,22 +109,55 @@ def sample_text(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-) -> Iterator[str]:
-    """Yield the next character of each sample, `length` times: strings of `num_samples` characters.
+) -> Iterator[list[str]]:
+    """Yield what follows in each of `num_samples` samples, until each has `length` characters.
+
+    Bytes that are not UTF-8, which a model of bytes may produce, appear as U+FFFD.
 
     Args:
-        prompt: what to continue; None starts as a new line does, or with the first character of the alphabet.
+        prompt: what to continue; None starts as a new line does, or with the first token of the vocabulary.
 
     Raises:
         InputError: if the prompt is empty or has a character that the model does not know.
     """
-    if prompt is None:
-        prompt = "\n" if "\n" in tokenizer.chars else tokenizer.chars[0]
-    if not prompt:
+    tokens = tokenizer.tokens
+    if prompt == "":
         raise InputError("the prompt is empty: give at least one character, or no prompt at all")
     device = next(model.parameters()).device
-    idx = tokenizer.encode(prompt).to(device).long().expand(num_samples, -1)  # (B, T)
+    first = [tokens.index(b"\n") if b"\n" in tokens else 0]
+    start = torch.tensor(first) if prompt is None else tokenizer.encode(prompt)
+    idx = start.to(device).long().expand(num_samples, -1)  # (B, T)
     generator = torch.Generator(device).manual_seed(seed)
-    chars = tokenizer.chars
-    for next_idx in generate(model, idx, length, generator, temperature, top_k, top_p):
-        yield "".join(chars[i] for i in next_idx.tolist())
+    texts = [text_of(token) for token in tokens]
+    decoders = [codecs.getincrementaldecoder("utf-8")("replace") for _ in range(num_samples)]
+    left = [length] * num_samples
+    partial = None in texts
+    most = length * BYTES_OF_CHARACTER if partial else length
+    for next_idx in generate(model, idx, most, generator, temperature, top_k, top_p):
+        found = []
+        for b, i in enumerate(next_idx.tolist()):
+            whole = decoders[b].decode(tokens[i]) if partial else str(texts[i])
+            found.append(whole[: left[b]])
+            left[b] -= len(found[-1])
+        yield found
+        if not any(left):
+            return
+
+
+def text_of(token: bytes) -> str | None:
+    """Return the text of a token; None if it is not of whole characters."""
+    try:
+        return token.decode("utf-8", "surrogatepass")
+    except UnicodeDecodeError:
+        return None
+
+
+def continuation(
+    model: nn.Module, tokenizer: Tokenizer, length: int, prompt: str | None = None, **settings: Any
+) -> str:
+    """Return what follows a prompt, `length` characters, as `sample_text` yields it.
+
+    Args:
+        settings: of `sample_text`, for one sample.
+    """
+    return "".join(new for [new] in sample_text(model, tokenizer, length, prompt, **settings))

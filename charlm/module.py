@@ -19,15 +19,16 @@ from torch.optim.lr_scheduler import LRScheduler
 from charlm.budget import Budget, budget_of
 from charlm.checkpoint import dtype_of, model_of, read, read_newest, record_of, tokenizer_of
 from charlm.data import CharDataModule
-from charlm.data.chunks import IGNORE
+from charlm.data.chunks import IGNORE, Windows
+from charlm.data.datamodule import sizes_of
 from charlm.errors import Diverged, InputError, one_line
 from charlm.evaluate import Score, evaluate, mean_loss, token_losses
-from charlm.generate import sample_text
+from charlm.generate import continuation
 from charlm.internals.torch import mps_generator
 from charlm.optimizer.adamw import adamw
 from charlm.scheduler import constant
 from charlm.seeds import derive_seed
-from charlm.tokenizer import CharTokenizer
+from charlm.tokenizer import Tokenizer
 
 # Figures that each validation logs.
 VALIDATION = ("val/loss", "val/bits_per_char", "val/perplexity")
@@ -70,12 +71,13 @@ class LanguageModel(L.LightningModule):
         self.lr: float | None = None
         self.mean_loss = mean_loss
         self.validated_at = -1
-        self.tokenizer: CharTokenizer | None = None  # set by `setup` from the data module
+        self.tokenizer: Tokenizer | None = None  # set by `setup` from the data module
+        self.sizes: Tensor | None = None  # characters and bytes of each token, if they are not one
 
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, CharDataModule):
-            self.tokenizer = data.tokenizer
+            self.tokenizer, self.sizes = data.tokenizer, sizes_of(data.tokenizer)
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx (B, T) int64 -> logits (B, T, V)."""
@@ -115,14 +117,17 @@ class LanguageModel(L.LightningModule):
         self.generator.manual_seed(derive_seed(self.seed, self.global_rank, k))
 
     def on_validation_epoch_start(self) -> None:
-        self.scored = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.scored = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.sizes = None if self.sizes is None else self.sizes.to(self.device)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Score a batch without mixed precision, as the final figures and `charlm evaluate` do."""
         x, y = batch
         with torch.autocast(self.device.type, enabled=False):
             losses = token_losses(self.model, x, y).sum(1)  # (B,)
-        self.scored += torch.stack((losses.double().sum(), (y != IGNORE).sum()))
+        counts = (y != IGNORE).sum()
+        characters = counts if self.sizes is None else (self.sizes[y.clamp_min(0), 0] * (y != IGNORE)).sum()
+        self.scored += torch.stack((losses.double().sum(), counts, characters))
 
     def on_validation_epoch_end(self) -> None:
         self.log_scored("val", self.trainer.num_val_batches, self.trainer.val_dataloaders)
@@ -139,14 +144,15 @@ class LanguageModel(L.LightningModule):
 
         If some batches were left out, as by `limit_val_batches`, the curves are named `val_partial/...`.
         """
-        total, n = self.trainer.strategy.reduce(self.scored, reduce_op="sum").tolist()
+        total, n, characters = self.trainer.strategy.reduce(self.scored, reduce_op="sum").tolist()
         loss = total / n if n else math.nan
         metrics = {
             f"{split}/loss": loss,
-            f"{split}/bits_per_char": loss / math.log(2),
+            f"{split}/bits_per_char": loss * (n / characters if n else 1) / math.log(2),
             f"{split}/perplexity": math.exp(min(loss, 700)),
         }
         whole = not hasattr(loader, "__len__") or batches == [len(loader)]
+        whole = whole and not (isinstance(loader, Windows) and loader.partial)
         self.log_dict(metrics, logger=None if whole else False, sync_dist=True)
         if not whole:
             partial = {f"{name.replace('/', '_partial/')}": value for name, value in metrics.items()}
@@ -156,7 +162,7 @@ class LanguageModel(L.LightningModule):
         """idx (B, T), or a batch of it and its targets -> logits (B, T, V)."""
         return self(batch if isinstance(batch, Tensor) else batch[0])
 
-    def generate(self, prompt: str, length: int, tokenizer: CharTokenizer | None = None, **settings: Any) -> str:
+    def generate(self, prompt: str, length: int, tokenizer: Tokenizer | None = None, **settings: Any) -> str:
         """Continue `prompt` by `length` characters.
 
         Args:
@@ -172,16 +178,16 @@ class LanguageModel(L.LightningModule):
                 "the module was not fitted to a CharDataModule, and has no tokenizer: give one, "
                 "generate(prompt, length, tokenizer=CharTokenizer.from_text(text))"
             )
-        return prompt + "".join(sample_text(self.model, tokenizer, length, prompt, **settings))
+        return prompt + continuation(self.model, tokenizer, length, prompt, **settings)
 
     def evaluate(self, data: CharDataModule, split: str = "val") -> Score:
-        """The exact loss over a whole split of `data`, in nats per character, with its standard error.
+        """The loss over a split of `data`, exact up to `data.final_targets` targets, with its standard error.
 
         Raises:
             InputError: if the split does not exist.
         """
         data.setup()
-        return evaluate(self.model, data.windows(split, self.device))
+        return evaluate(self.model, data.windows(split, self.device, most=data.final_targets))
 
     def configure_optimizers(self) -> Any:
         optimizer = make_optimizer(self.optimizer, self.model)

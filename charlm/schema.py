@@ -35,7 +35,7 @@ ROOT = {
     "compile": bool,
     "max_tokens": Positive | None,
     "stop_at": Positive | None,
-    "evaluate": list[str],
+    "evaluate": Literal["auto"] | list[str],
     "sample_length": Annotated[int, Ge(0), Le(1_000_000)],
     "run_dir": str,
 }
@@ -44,6 +44,7 @@ MAY_BE_EMPTY = {"speed", "callbacks", "logger"}
 # Parameters that train.py passes; the others are settings. The caller passes a partial's first parameter.
 PASSED = {
     "data": {"tokenizer"},
+    "tokenizer": {"train"},
     "model": {"vocab_size"},
     "scheduler": {"budget"},
     "trainer": {"default_root_dir", "logger", "callbacks", "plugins"},

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich import box
+from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.panel import Panel
@@ -30,6 +31,7 @@ from charlm.home import COMMAND
 from charlm.run.results import LOSSES
 from charlm.run.table import plus_minus, runs_table, short
 from charlm.schema import name_of
+from charlm.system import memory
 
 if TYPE_CHECKING:  # slow imports that only training needs
     import lightning as L
@@ -37,6 +39,7 @@ if TYPE_CHECKING:  # slow imports that only training needs
     from torch import nn
 
     from charlm.data import CharDataModule
+    from charlm.data.store import Kept
 
 
 class SafeConsole(Console):
@@ -58,6 +61,7 @@ log = logging.getLogger("charlm")
 
 early_warnings: list[str] = []
 started_in: str | None = None  # the folder in which the command was typed, if it is not the current one
+UNITS = {"char": "character", "byte": "byte"}  # that a token of a tokenizer is
 LEVELS = {"uniform": "uniform", "unigram": "counted unigram", "bigram": "counted bigram"}
 
 
@@ -118,7 +122,7 @@ def header(
     optimizer = config["optimizer"]
     lines = {
         "model": f"{name_of(config['model'])}, {parameters:,} parameters",
-        "corpus": f"{corpus.name}: {len(corpus.text):,} characters, {data.tokenizer.vocab_size} symbols; "
+        "corpus": f"{corpus.name}: {corpus.survey.characters:,} characters, {data.tokenizer.vocab_size} symbols; "
         + ", ".join(f"{name} {n:,}" for name, n in sizes.items()),
         "batches": f"{data.batch_size} chunks of {data.block_size} characters"
         + (f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""),
@@ -176,13 +180,15 @@ def notice_fallback(wanted: str, given: str, reason: Exception) -> None:
 def figures(found: dict[str, Any], name: str) -> Table:
     """Return the table of losses and baselines, one column per split."""
     splits = list(found["baselines"])
-    title = "loss, nats per character"
+    unit = UNITS.get(found.get("tokenizer", "char"), "token")
+    title = f"loss, nats per {unit}"
     if found.get("min_context", 1) > 1:
         title += f", each after {found['min_context']} or more"
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", title_style="bold")
     table.add_column("")
     for split in splits:
-        table.add_column(split, justify="right")
+        share = found[f"{split}/share"]
+        table.add_column(split if share == 1 else f"{split} ({100 * share:.2g}% of it)", justify="right")
     for level, title in LEVELS.items():
         table.add_row(title, *(f"{found['baselines'][split][level]:.4f}" for split in splits), style="dim")
     table.add_row(name, *(plus_minus(found, split, "loss", 4) for split in splits), style="bold")
@@ -190,6 +196,8 @@ def figures(found: dict[str, Any], name: str) -> Table:
     table.add_row("  against the counted bigram", *(f"{d:+.4f}" for d in above))
     table.add_section()
     table.add_row("bits per character", *(plus_minus(found, split, "bits_per_char", 4) for split in splits))
+    if unit != "character" or any(found[f"{split}/bytes"] != found[f"{split}/characters"] for split in splits):
+        table.add_row("bits per byte", *(plus_minus(found, split, "bits_per_byte", 4) for split in splits))
     table.add_row("perplexity", *(plus_minus(found, split, "perplexity", 3) for split in splits))
     return table
 
@@ -214,6 +222,56 @@ def checkpoint(found: dict[str, Any]) -> RenderableType:
     for name, tensor in found["tensors"].items():
         tensors.add_row(Text(name), " x ".join(map(str, tensor["shape"])), tensor["dtype"])
     return Group(grid, tensors)
+
+
+MOST_SYMBOLS = 60  # of an alphabet that are listed
+
+
+def corpus(found: dict[str, Any]) -> RenderableType:
+    """Return the description of a text: `charlm.data.describe`."""
+    splits = ", ".join(f"{name} {n:,}" for name, n in found["splits"].items())
+    entropy, alphabet = found["entropy"], found["alphabet"]
+    lines = {
+        "text": f"{found['name']}: {found['characters']:,} characters, {memory.size(found['bytes'])}, "
+        f"{found['documents']:,} document{'s' * (found['documents'] != 1)}",
+        "sha256": found["sha256"],
+        "splits": f"{splits} characters",
+        "alphabet": f"{found['symbols']:,} symbols",
+        "entropy": f"{entropy['uniform']:.4f} bits per character if all were equally frequent, "
+        f"{entropy['unigram']:.4f} by their frequencies, {entropy['bigram']:.4f} after the character before",
+    }
+    grid = Table.grid(padding=(0, 2))
+    for name, value in lines.items():
+        grid.add_row(Text(name, style="bold cyan"), Text(value, overflow="fold"))
+    shown = [f"{symbol(entry['character'])} {entry['count']:,}" for entry in alphabet[:MOST_SYMBOLS]]
+    rest = len(alphabet) - len(shown)
+    symbols = Columns([Text(cell) for cell in shown], padding=(0, 2), equal=True)
+    parts: list[RenderableType] = [grid, Text(), Text("characters, most frequent first", style="bold"), symbols]
+    parts += [Text(f"and {rest:,} more")] if rest else []
+    odd = [entry for entry in alphabet if entry["unusual"]]
+    parts += [Text("unusual characters", style="bold")] if odd else []
+    parts += [Text(f"  {entry['unusual']}: {entry['count']:,}") for entry in odd[:MOST_SYMBOLS]]
+    parts += [Text(), Text("what a model of characters learns: context -> target", style="bold")]
+    parts += [Text(f"  {context!r} -> {target!r}") for context, target in found["sample"]]
+    return Group(*parts)
+
+
+def symbol(character: str) -> str:
+    """Return a character as it is, or spelled out where it would not show."""
+    return character if character.isprintable() and not character.isspace() else repr(character)
+
+
+def cache(kept: "list[Kept]") -> RenderableType:
+    """Return the list of what is kept of large texts."""
+    if not kept:
+        return Text("Nothing is kept in the cache.")
+    table = Table("text", "tokenizer", "size", "folder", box=box.SIMPLE_HEAD)
+    for one in kept:
+        cells = one.source or one.corpus, one.tokenizer, memory.size(one.size), str(one.folder)
+        table.add_row(*(Text(printable(cell), overflow="fold") for cell in cells))
+    return Group(
+        table, Text(f"{memory.size(sum(one.size for one in kept))} in all; remove it with charlm data --prune")
+    )
 
 
 def comparison(found: dict[str, Any]) -> RenderableType:

@@ -185,7 +185,7 @@ Command = Callable[..., Ended]
 def no_corpus(tmp_path: Path) -> dict[str, str]:
     """Return the environment of a machine without corpora and GPUs."""
     cache = str(tmp_path / "cache")
-    return {"CHARLM_DATA": "", "XDG_CACHE_HOME": cache, "CUDA_VISIBLE_DEVICES": ""}
+    return {"CHARLM_DATA": "", "XDG_CACHE_HOME": cache, "CHARLM_CACHE": "", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture
@@ -332,6 +332,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, prose: str) -> Path:
     folder = tmp_path_factory.mktemp("trained")
     (folder / "prose.txt").write_text(prose, encoding="utf-8")
     settings = ["data=text", f"data.path={folder / 'prose.txt'}", "trainer.max_steps=20", "hydra.run.dir=run"]
+    settings.append("evaluate=[train,val]")
     ended = run_command([str(ROOT / "train.py"), *settings, "trainer=cpu"], folder, {}, timeout=120)
     assert ended.code == 0, ended.err
     return folder / "run"

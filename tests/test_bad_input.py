@@ -387,7 +387,7 @@ def test_a_folder_without_text_says_what_it_looked_for(refused, check, tmp_path)
     (tmp_path / "sources").mkdir()
     (tmp_path / "sources" / "main.py").write_text("print()")
     told = refused(check, "data=text", "data.path=sources")
-    assert ".txt .text .md .rst (also .gz)" in told
+    assert ".txt .text .md .rst .jsonl (also .gz and .zst)" in told
     assert "sources/**/*.py" in told
 
 
@@ -421,7 +421,7 @@ def test_a_broken_gz_is_named(refused, check, tmp_path, damage):
     whole = gzip.compress(os.urandom(5000).hex().encode())
     raw = {"cut": whole[: len(whole) // 2], "plain": b"no gzip at all", "tail": whole[:-8] + bytes(8)}[damage]
     (tmp_path / "text.txt.gz").write_bytes(raw)
-    assert "text.txt.gz cannot be gunzipped" in refused(check, "data=text", "data.path=text.txt.gz")
+    assert "text.txt.gz cannot be unpacked" in refused(check, "data=text", "data.path=text.txt.gz")
 
 
 @pytest.mark.parametrize(

@@ -106,9 +106,9 @@ def test_a_file_of_an_earlier_version_is_refused_with_what_to_do(tmp_path, hashe
 
 
 def test_a_file_of_a_later_version_is_refused(tmp_path):
-    raw = dumped(content_of()).replace(b'"charlm_format":"3"', b'"charlm_format":"4"', 1)
+    raw = dumped(content_of()).replace(b'"charlm_format":"4"', b'"charlm_format":"5"', 1)
     (tmp_path / "x.ckpt").write_bytes(sealed(raw))
-    with pytest.raises(InputError, match="has format 4, and this charlm reads format 3"):
+    with pytest.raises(InputError, match="has format 5, and this charlm reads format 4"):
         checkpoint.load(tmp_path / "x.ckpt")
 
 

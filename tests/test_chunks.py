@@ -1,12 +1,18 @@
 import itertools
+import math
+from collections import Counter
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
 
+from charlm.data import permutation
 from charlm.data.chunks import BATCHES_PER_DRAW, IGNORE, RandomChunks, Windows, gather_chunks
+from charlm.data.permutation import Permutation
 from charlm.errors import InputError
 
 SPLITS = st.integers(2, 300).flatmap(lambda n: st.tuples(st.just(n), st.integers(1, n - 1)))
@@ -124,3 +130,112 @@ def test_a_split_needs_one_character_more_than_a_block(make):
     make(torch.arange(9))
     with pytest.raises(InputError, match=r"has 8 characters, and block_size=8 needs at least 9"):
         make(torch.arange(8))
+
+
+# Order
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_an_epoch_shows_each_chunk_once_to_all_ranks_together(ranks):
+    for n, batch_size in [(40, 3), (1000, 7), (1003, 64), (5, 1)]:
+        ids = torch.arange(4 * n + 1)
+        loaders = [
+            RandomChunks(ids, 4, batch_size, seed=5, rank=rank, order="epoch", world_size=ranks)
+            for rank in range(ranks)
+        ]
+        batches = -(-3 * n // (batch_size * ranks))
+        shown = torch.stack([loader.starts(k) for k in range(batches) for loader in loaders]).flatten()[: 3 * n]
+        for epoch in shown.view(3, n):
+            assert sorted(epoch.tolist()) == [*range(0, 4 * n, 4)]
+        if n > 10:
+            assert len({tuple(epoch.tolist()) for epoch in shown.view(3, n)}) == 3
+
+
+@given(st.integers(0, 2**20), st.integers(0, 3))
+def test_a_batch_of_an_epoch_depends_on_its_number_alone(k, rank):
+    ids = torch.arange(1001)
+    asked = RandomChunks(ids, 4, 3, 9, rank, order="epoch", world_size=4)
+    asked.starts(k + 77)
+    assert torch.equal(asked.starts(k), RandomChunks(ids, 4, 3, 9, rank, order="epoch", world_size=4).starts(k))
+
+
+@pytest.mark.parametrize("table", [0, permutation.TABLE])
+def test_every_number_of_things_has_orders(monkeypatch, table):
+    monkeypatch.setattr(permutation, "TABLE", table)
+    for n in range(1, 301):
+        assert sorted(Permutation(n, (1, n))(np.arange(n)).tolist()) == [*range(n)]
+
+
+@given(st.integers(1, 10**7), st.integers(0, 2**32), st.integers(0, 10**6))
+@settings(max_examples=20)
+def test_a_large_order_repeats_nothing(n, seed, epoch):
+    found = Permutation(n, (seed, epoch))(np.arange(n))
+    assert found.dtype == np.int64
+    assert np.array_equal(np.sort(found), np.arange(n))
+
+
+def test_all_orders_come_equally_often():
+    for n, rounds in [(3, 3000), (4, 4800), (5, 12_000)]:
+        often = Counter(tuple(Permutation(n, (seed, 0))(np.arange(n)).tolist()) for seed in range(rounds))
+        assert len(often) == math.factorial(n)
+        assert chisquare([*often.values()]).pvalue > 1e-4
+
+
+def test_neighbours_are_not_neighbours_in_a_random_order():
+    assert permutation.TABLE < 100_000
+    found = Permutation(100_000, (0, 0))(np.arange(100_000))
+    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.02
+    assert abs(np.corrcoef(found, np.arange(100_000))[0, 1]) < 0.02
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 9), st.sampled_from(["random", "epoch"]))
+def test_no_chunk_holds_two_documents(lengths, block_size, order):
+    begins = np.cumsum([0, *lengths[:-1]])
+    of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))  # which document each id is in
+    documents = np.append(begins, len(of) + 5)  # one begins in another split
+    if len(of) < block_size + 1 or max(lengths) < block_size + 1:
+        with pytest.raises(InputError, match=r"characters, and block_size|no document of the train split is longer"):
+            RandomChunks(of, block_size, 4, seed=0, order=order, documents=documents)
+        return
+    chunks = RandomChunks(of, block_size, 4, seed=0, order=order, documents=documents)
+    for k in range(20):
+        x, y = chunks.batch(k)
+        assert (x == x[:, :1]).all()
+        assert (y == x[:, :1]).all()
+    possible = [
+        begin + place
+        for begin, length in zip(begins, lengths, strict=True)
+        for place in range(0, max(0, length - block_size), 1 if order == "random" else block_size)
+    ]
+    assert chunks.places.starts(np.arange(chunks.places.n)).tolist() == possible
+
+
+# A part of a large split
+
+
+@given(SPLITS, st.data())
+def test_a_part_of_a_split_is_evenly_spaced_windows_and_the_rest_of_the_code_sees_no_difference(split, data):
+    n, block_size = split
+    stride = data.draw(st.integers(1, block_size))
+    most = data.draw(st.integers(1, n + 3))
+    whole = Windows(torch.arange(n), block_size, stride, 50)
+    part = Windows(torch.arange(n), block_size, stride, 50, most=most)
+    assert part.partial == (int(part.counts().sum()) < n - 1)
+    if most >= n - 1:
+        assert not part.partial
+        return
+    assert int(part.counts().sum()) <= max(most, block_size)
+    of_whole = {int(t) for _, y in whole for t in y[y != IGNORE]}
+    targets = [int(t) for _, y in part for t in y[y != IGNORE]]
+    assert len(targets) == len({*targets}) == int(part.counts().sum())
+    assert {*targets} <= of_whole
+    gaps = part.numbers.diff()
+    assert len(gaps) == 0 or int(gaps.max() - gaps.min()) <= 1
+
+
+def test_ranks_share_a_part_of_a_split():
+    alone = [*Windows(torch.arange(1000), 10, 4, 30, most=200)]
+    shared = [[*Windows(torch.arange(1000), 10, 4, 30, rank, 2, most=200)] for rank in (0, 1)]
+    for j, (x, y) in enumerate(alone):
+        assert torch.equal(shared[j % 2][j // 2][0], x)
+        assert torch.equal(shared[j % 2][j // 2][1], y)

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import shutil
 import socket
@@ -18,9 +19,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charlm.data import corpus
+from charlm.data import corpus, download
 from charlm.data.corpus import load_corpus
-from charlm.data.encoding import decode
+from charlm.data.reader import blocks
 from charlm.errors import CorpusUnavailable, InputError
 
 ROOT = Path(__file__).parent.parent
@@ -34,6 +35,11 @@ def read_anew() -> Iterator[None]:
     load_corpus.cache_clear()
     yield
     load_corpus.cache_clear()
+
+
+def decode(file: Path, raw: bytes) -> str:
+    """The text of a file with this content."""
+    return b"".join(piece.raw for piece in blocks(file, io.BytesIO(raw))).decode()
 
 
 # Files
@@ -160,7 +166,7 @@ def test_nuls_and_windows_line_ends_are_text_but_pointed_out_once(train, tmp_pat
 
 
 def test_plain_text_is_not_pointed_out():
-    assert [*corpus.Corpus("a", "one\ntwo\rthree\t\n", "a").cautions()] == []
+    assert [*corpus.Corpus.of("a", "one\ntwo\rthree\t\n", "a").cautions()] == []
 
 
 def test_gz_is_unpacked(tmp_path):
@@ -213,7 +219,7 @@ def test_a_file_is_read_once_in_a_command(tmp_path):
 def test_pydoc_needs_no_download_and_is_always_the_same():
     found = load_corpus("pydoc")
     load_corpus.cache_clear()
-    assert found == load_corpus("pydoc")
+    assert found.text == load_corpus("pydoc").text
     assert found.name == "pydoc"
     assert len(found.text) > 300_000
     assert "The Python" in found.text
@@ -268,7 +274,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> P
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(corpus, "SHAKESPEARE_URL", server.url)
     monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
-    monkeypatch.setattr(corpus, "NETWORK_TIMEOUT", (0.5, 0.5))
+    monkeypatch.setattr(download, "NETWORK_TIMEOUT", (0.5, 0.5))
     return tmp_path / "cache" / "charlm" / "tinyshakespeare" / "input.txt"
 
 
@@ -350,7 +356,7 @@ def test_a_server_that_never_answers_is_given_up(cached, monkeypatch, tmp_path):
 
 
 def test_nobody_waits_long_for_a_network_that_is_not_there():
-    to_connect, to_answer = corpus.NETWORK_TIMEOUT
+    to_connect, to_answer = download.NETWORK_TIMEOUT
     assert to_connect <= 5
     assert to_answer <= 10
 
@@ -393,7 +399,7 @@ def test_tiny_shakespeare_is_the_one_of_the_lecture(shakespeare):
     assert found.text == shakespeare
     assert len(found.text) == 1_115_394
     assert len(set(found.text)) == 65
-    assert found.sha256 == corpus.SHAKESPEARE_SHA256
+    assert found.survey.sha256 == corpus.SHAKESPEARE_SHA256
 
 
 # Where it cannot be had
@@ -424,7 +430,7 @@ def test_without_network_a_run_trains_on_pydoc_and_all_of_it_says_so(train, tmp_
     assert json.loads((run / "results.json").read_text())["corpus"] == "pydoc"
     kept = checkpoint.load(run)
     assert kept.corpus["name"] == kept.config["data"]["corpus"] == "pydoc"
-    assert kept.corpus["sha256"] == load_corpus("pydoc").sha256
+    assert kept.corpus["sha256"] == load_corpus("pydoc").survey.sha256
     assert hparams(run)["data"] == "pydoc"
     for record in (run / ".hydra").iterdir():
         assert "corpus: tinyshakespeare" not in record.read_text()

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from charlm.data.chunks import Windows
 from charlm.data.corpus import Corpus
-from charlm.data.datamodule import CharDataModule, Pairs
+from charlm.data.datamodule import CharDataModule
+from charlm.data.pairs import Pairs
 from charlm.errors import InputError
 from charlm.evaluate import Score, baselines, evaluate, figures
 from charlm.model.bigram import Bigram
@@ -74,11 +75,16 @@ def test_evaluation_leaves_the_model_as_it_came():
 
 
 def test_the_units_belong_together():
-    score = Score(loss=math.log(8), loss_se=0.01, n_targets=100)
-    assert score.bits_per_char == pytest.approx(3)
+    score = Score(loss=math.log(8), loss_se=0.01, n_targets=100, characters=200, bytes=300)
+    assert score.nats_per_char == pytest.approx(math.log(8) / 2)
+    assert score.bits_per_char == pytest.approx(1.5)
+    assert score.bits_per_byte == pytest.approx(1)
     assert score.perplexity == pytest.approx(8)
-    assert score.bits_per_char_se == pytest.approx(0.01 / math.log(2))
-    assert score.perplexity_se == pytest.approx(0.08)
+    found = score.figures("val")
+    assert found["val/nats_per_char_se"] == pytest.approx(0.01 / 2)
+    assert found["val/bits_per_char_se"] == pytest.approx(0.01 / 2 / math.log(2))
+    assert found["val/bits_per_byte_se"] == pytest.approx(0.01 / 3 / math.log(2))
+    assert found["val/perplexity_se"] == pytest.approx(0.08)
 
 
 @pytest.mark.parametrize("correlation", [0.0, 0.9])
@@ -134,8 +140,8 @@ def test_no_table_beats_the_counts_on_train(ids):
 
 def test_figures_of_tiny_shakespeare_are_the_known_ones(shakespeare, monkeypatch):
     data = CharDataModule("tinyshakespeare", block_size=8, batch_size=1)
-    corpus = Corpus("tinyshakespeare", shakespeare, "here")
-    monkeypatch.setattr("charlm.data.datamodule.load_corpus", lambda name, path: corpus)
+    corpus = Corpus.of("tinyshakespeare", shakespeare, "here")
+    monkeypatch.setattr("charlm.data.datamodule.load_corpus", lambda name, path, field: corpus)
     data.setup()
     assert (len(data.splits["train"]), len(data.splits["val"])) == (1_003_854, 111_540)
     counted = Bigram(65)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from charlm.errors import InputError
-from charlm.generate import generate, sample, sample_text
+from charlm.generate import continuation, generate, sample, sample_text
 from charlm.model.bigram import Bigram
 from charlm.model.gpt import GPT
 from charlm.tokenizer import CharTokenizer
@@ -22,7 +22,7 @@ def model() -> Bigram:
 
 
 def text(**settings) -> str:
-    return "".join(sample_text(model(), TOKENIZER, 60, **settings))
+    return continuation(model(), TOKENIZER, 60, **settings)
 
 
 def test_the_same_seed_gives_the_same_text_and_another_one_another():
@@ -33,7 +33,7 @@ def test_the_same_seed_gives_the_same_text_and_another_one_another():
 def test_sampling_takes_nothing_from_the_global_generator():
     untrained = model()
     state = torch.get_rng_state()
-    "".join(sample_text(untrained, TOKENIZER, 20))
+    continuation(untrained, TOKENIZER, 20)
     assert torch.equal(state, torch.get_rng_state())
 
 

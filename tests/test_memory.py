@@ -38,7 +38,7 @@ def limited(tmp_path: Path) -> Callable[..., Ended]:
         out, err = tmp_path / "out", tmp_path / "err"
         for file in (out, err):
             file.unlink(missing_ok=True)
-        env = {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120"}
+        env = {"CUDA_VISIBLE_DEVICES": "", "COLUMNS": "120", "CHARLM_CACHE": str(tmp_path / "cache")}
         arguments = (HEADROOM, [*argv], str(tmp_path), env, str(out), str(err))
         process = context.Process(target=become_limited, args=arguments)
         process.start()
@@ -59,9 +59,9 @@ def one_line(ended: Ended) -> str:
 
 @pytest.fixture
 def huge(tmp_path: Path) -> Path:
-    """A text of 8 GiB, which takes no room on the disk."""
+    """A text of 2 GiB, which takes no room on the disk."""
     with (tmp_path / "huge.txt").open("wb") as file:
-        file.truncate(2**33)
+        file.truncate(2**31)
     return tmp_path / "huge.txt"
 
 
@@ -94,17 +94,9 @@ def test_a_model_with_more_weights_than_addresses_is_refused(train, text_file, s
     assert "requested" in one_line(train(*sweep[:1], *TINY, f"data.path={text_file}", *sweep[1:], *settings))
 
 
-def test_commands_without_enough_memory_end_with_one_line(limited, trained, tmp_path):
+def test_a_command_without_enough_memory_ends_with_one_line(limited, trained):
     line = one_line(limited("charlm", "generate", str(trained), "--num-samples", "1_000_000_000"))
     assert "ask for fewer samples" in line
-    text = Path(json.loads((trained / "run.json").read_text())["corpus"]["source"])
-    before = text.read_bytes()
-    try:
-        with text.open("r+b") as file:
-            file.truncate(2**33)
-        one_line(limited("charlm", "evaluate", str(trained)))
-    finally:
-        text.write_bytes(before)
 
 
 @pytest.mark.parametrize(

@@ -57,7 +57,8 @@ def make(trained: Path, tmp_path: Path) -> Make:
         text = json.dumps(told | changes).replace(json.dumps(old)[1:-1], json.dumps(str(folder))[1:-1])
         (folder / "run.json").write_text(text)
         if loss is not None:
-            figures |= {"val/loss": loss, "val/bits_per_char": loss / math.log(2), "val/perplexity": math.exp(loss)}
+            figures |= {"val/loss": loss, "val/nats_per_char": loss, "val/bits_per_char": loss / math.log(2)}
+            figures |= {"val/perplexity": math.exp(loss)}
             (folder / "results.json").write_text(json.dumps(figures | {"seed": seed} | results))
         return folder
 
@@ -500,7 +501,9 @@ def test_whatever_a_stranger_writes_makes_a_page_or_one_line(trained, tmp_path_f
         place.mkdir()
         found = json.loads((trained / "results.json").read_text())
         if number and isinstance(changes.get("results"), dict):
-            found |= dict.fromkeys(("val/loss", "baselines", "steps", "stopped_by"), changes["results"])
+            found |= dict.fromkeys(
+                ("val/loss", "val/nats_per_char", "baselines", "steps", "stopped_by"), changes["results"]
+            )
         record = json.loads((trained / "run.json").read_text())
         record |= {key: value for key, value in changes.items() if number and key != "results"}
         (place / "run.json").write_text(json.dumps(record))

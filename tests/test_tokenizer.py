@@ -1,13 +1,23 @@
+import base64
+import json
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from charlm.data import segments
+from charlm.data.corpus import Corpus
+from charlm.data.reader import Piece, pieces_of
+from charlm.data.store import write
 from charlm.errors import InputError
-from charlm.tokenizer import TOKENIZERS, CharTokenizer
+from charlm.tokenizer import TOKENIZERS, BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer
+from charlm.tokenizer.bpe import PATTERNS
 
 # Every code point there is, lone surrogates and NUL among them.
 ANY_TEXT = st.text(st.characters(codec=None), min_size=1)
@@ -78,3 +88,142 @@ def test_no_loop_over_characters_is_hidden_in_it(prose: str):
     listed = ids.tolist()
     assert seconds(lambda: [stoi[c] for c in text]) > 7 * seconds(lambda: tokenizer.encode(text))
     assert seconds(lambda: "".join([tokenizer.chars[i] for i in listed])) > 7 * seconds(lambda: tokenizer.decode(ids))
+
+
+# Every tokenizer
+
+ANY_UTF8 = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+WORDS = ["It", " was", " the", "\n\n", "  ", "é", "日本", "...", "123456", " x"]
+PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 5
+
+
+def byte_pairs(train: int, vocab_size: int) -> BPETokenizer:
+    return BPETokenizer.from_corpus(Corpus.of("a", PROSE, "here"), train, vocab_size)
+
+
+def rank_file(folder: Path) -> Path:
+    """A file of ranks in the format of tiktoken, of a few tokens."""
+    tokens = [bytes([i]) for i in range(256)] + [b"it", b" w", b" was", b" the", "é".encode(), b"\n\n"]
+    lines = [f"{base64.b64encode(token).decode()} {i}" for i, token in enumerate(tokens)]
+    (folder / "ranks.tiktoken").write_text("\n".join(lines) + "\n")
+    return folder / "ranks.tiktoken"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[Corpus], Tokenizer]]:
+    """Functions that make each kind of tokenizer for a corpus."""
+    ranks = str(rank_file(tmp_path_factory.mktemp("ranks")))
+    trained = byte_pairs(len(PROSE), 300)
+    return {
+        "char": lambda corpus: CharTokenizer.from_corpus(corpus, 1),
+        "byte": lambda corpus: ByteTokenizer.from_corpus(corpus, 1),
+        "bpe": lambda corpus: trained,
+        "tiktoken": lambda corpus: TiktokenTokenizer.from_corpus(corpus, 1, ranks, "cl100k_base"),
+    }
+
+
+@pytest.mark.parametrize("kind", [*TOKENIZERS])
+@given(text=ANY_UTF8)
+def test_every_tokenizer_gives_back_the_text(made, kind, text):
+    tokenizer = made[kind](Corpus.of("a", text, "here"))
+    assert tokenizer.name == kind
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert np.array_equal(tokenizer.encode_utf8(text.encode()), ids.numpy())
+    assert ids.numpy().dtype == tokenizer.dtype
+    assert b"".join(tokenizer.tokens[i] for i in ids.tolist()) == text.encode()  # and so their bytes add up
+    assert len(tokenizer.tokens) == tokenizer.vocab_size
+    again = TOKENIZERS[kind].from_state_dict(json.loads(json.dumps(tokenizer.state_dict())))
+    assert torch.equal(again.encode(text), ids)
+    with pytest.raises(IndexError, match="ids go from 0 to"):
+        tokenizer.decode(torch.tensor([tokenizer.vocab_size]))
+
+
+@pytest.mark.parametrize("kind", [*TOKENIZERS])
+@given(
+    words=st.lists(st.sampled_from(["It", " was", " the", "\n\n", "  ", "é", "日本", "...", "123456", " x"])),
+    data=st.data(),
+)
+@settings(max_examples=30)
+def test_ids_do_not_depend_on_how_a_text_is_read(made, kind, words, data):
+    text = "".join(words) or "x"
+    tokenizer, raw = made[kind](Corpus.of("a", text, "here")), text.encode()
+    before = segments.SHORTEST, segments.LONGEST
+    segments.SHORTEST, segments.LONGEST = 20, 40
+
+    def ids(sizes: Sequence[int]) -> list[int]:
+        pieces, at = [], 0
+        for size in [*sizes, len(text)]:
+            part = text[at : at + size].encode()
+            pieces += [Piece(part, at == 0)] if part else []
+            at += size
+        found: list[np.ndarray] = []
+        write(pieces, tokenizer, [len(text) // 2], found.append)
+        return [int(i) for part in found for i in part]
+
+    try:
+        sizes = data.draw(st.lists(st.integers(1, 60)))
+        assert ids(sizes) == ids([])
+        assert b"".join(tokenizer.tokens[i] for i in ids(sizes)) == raw
+    finally:
+        segments.SHORTEST, segments.LONGEST = before
+
+
+@pytest.mark.parametrize("pattern", [*PATTERNS])
+def test_a_long_text_has_the_ids_of_the_whole(pattern):
+    tokenizer = TiktokenTokenizer(
+        BPETokenizer.from_corpus(Corpus.of("a", PROSE, "here"), len(PROSE), 400).tokens, pattern
+    )
+    rng = random.Random(0)
+    words = [" times", " it", " wisdom.", "\n", "\n\n", "  ", " x", "'s", " 1234", " é", "!?", " worst", " of", " age"]
+    text = "".join(rng.choices(words, k=30_000))
+    parts: list[np.ndarray] = []
+    write(pieces_of(text.encode()), tokenizer, [], parts.append)
+    assert len(parts) > 3
+    assert np.array_equal(np.concatenate(parts), tokenizer.encode(text).numpy())
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("pattern", [*PATTERNS])
+def test_a_word_without_an_end_takes_no_time_without_an_end(pattern):
+    tokenizer = TiktokenTokenizer(
+        BPETokenizer.from_corpus(Corpus.of("a", PROSE, "here"), len(PROSE), 400).tokens, pattern
+    )
+    for text in ("a" * 300_000, " " * 300_000, "日" * 100_000, "!" * 300_000):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_pairs_are_joined_that_are_frequent_in_the_train_split():
+    tokenizer = BPETokenizer.from_corpus(Corpus.of("a", "abab " * 50 + "xyxy " * 5000, "here"), 250, 258)
+    assert tokenizer.vocab_size == 258
+    assert tokenizer.tokens[256] == b"ab"
+    assert not any(token in b"xyxy" for token in tokenizer.tokens[256:])
+    few = BPETokenizer.from_corpus(Corpus.of("a", "ab", "here"), 2, 5000)
+    assert few.vocab_size == 257  # there is no more to join
+
+
+@pytest.mark.parametrize("change", [{"tokens": ["YQ=="]}, {"tokens": ["?"]}, {"pattern": "(a+)+$"}, {"tokens": 3}])
+def test_a_state_of_a_stranger_is_refused(change):
+    state = byte_pairs(10, 260).state_dict()
+    with pytest.raises((InputError, ValueError, KeyError, TypeError)):
+        BPETokenizer.from_state_dict(state | change)
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [("YQ== 0\nYg== 2\n", "in order"), ("hello\n", "each line must be"), ("YQ== x\n", "each line must be")],
+)
+def test_a_file_that_holds_no_ranks_is_refused(tmp_path, content, why):
+    (tmp_path / "bad").write_text(content)
+    with pytest.raises(InputError, match=f"bad is no file of ranks: .*{why}"):
+        TiktokenTokenizer.from_corpus(Corpus.of("a", "b", "c"), 1, str(tmp_path / "bad"))
+    with pytest.raises(InputError, match=r"cannot be read \(No such file or directory\): give gpt2, gpt4, or a file"):
+        TiktokenTokenizer.from_corpus(Corpus.of("a", "b", "c"), 1, str(tmp_path / "none"))
+
+
+def test_bytes_hold_any_text_and_say_what_they_cannot_hold():
+    tokenizer = ByteTokenizer()
+    assert tokenizer.encode("é").tolist() == [0xC3, 0xA9]
+    assert tokenizer.decode(torch.tensor([0x41, 0xC3])) == "A\ufffd"
+    with pytest.raises(InputError, match=r"U\+DC80 at position 1 is half of a character"):
+        tokenizer.encode("a\udc80")

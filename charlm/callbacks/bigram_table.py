@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from charlm.callbacks.dashboard import DashboardCallback
-from charlm.data.datamodule import Pairs
+from charlm.data.pairs import Pairs
 from charlm.logger import TensorBoard
 
 Image.preinit()  # here, and not once more in each job of a sweep

@@ -7,7 +7,7 @@ from annotated_types import Ge, Le
 from torch import nn
 
 from charlm.callbacks.dashboard import DashboardCallback
-from charlm.generate import sample_text
+from charlm.generate import continuation
 from charlm.logger import TensorBoard
 
 COLUMNS = 100  # width of a line in the Text tab, which does not wrap
@@ -26,7 +26,7 @@ class Samples(DashboardCallback):
 
     def show(self, trainer: L.Trainer, model: nn.Module, board: TensorBoard) -> None:
         tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]
-        text = "".join(sample_text(model, tokenizer, self.length, seed=self.seed))
+        text = continuation(model, tokenizer, self.length, seed=self.seed)
         board.experiment.add_text("sample", as_markdown(text), trainer.global_step)
 
 

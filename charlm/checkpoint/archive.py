@@ -34,7 +34,7 @@ from torch import Tensor
 from charlm.errors import InputError, out_of_memory, printable
 from charlm.files import open_regular
 
-FORMAT = 3
+FORMAT = 4
 BEGIN = b'{"__metadata__":{"charlm_format":"'
 PREFIX = BEGIN + b'%d","sha256":"' % FORMAT
 HASH_AT, HASH_SIZE = 8 + len(PREFIX), 64  # bytes

@@ -2,7 +2,7 @@
 
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 from pydantic import TypeAdapter, ValidationError
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from charlm.checkpoint.archive import FORMAT
 from charlm.errors import InputError
 from charlm.schema import STRICT
-from charlm.tokenizer import CharTokenizer
+from charlm.tokenizer import Tokenizer
 
 if TYPE_CHECKING:  # generating text does not need Lightning, which is slow to import
     from charlm.data.datamodule import CharDataModule
@@ -34,8 +34,8 @@ MODEL: dict[str, Any] = {
 # Also required if a `CharDataModule` served the batches.
 TEXT: dict[str, Any] = {
     "charlm.config.data": dict[str, Any],
-    "charlm.config.evaluate": list[str],
-    "charlm.tokenizer": dict[str, str | list[Annotated[int, Ge(0), Le(0x10FFFF)]]],
+    "charlm.config.evaluate": Literal["auto"] | list[str],
+    "charlm.tokenizer": dict[str, str | list[Annotated[int, Ge(0), Le(0x10FFFF)]] | list[str]],
     "charlm.tokenizer.name": str,
     "charlm.corpus.name": str,
     "charlm.corpus.source": str,
@@ -57,7 +57,7 @@ TRAINING: dict[str, Any] = {
 AVERAGES: dict[str, Any] = {"ema.raw": dict[str, Tensor], "ema.updates": Count, "ema.updated_at": Count}
 
 
-def record(config: dict[str, Any], tokenizer: CharTokenizer, corpus: dict[str, Any]) -> dict[str, Any]:
+def record(config: dict[str, Any], tokenizer: Tokenizer, corpus: dict[str, Any]) -> dict[str, Any]:
     """Return the metadata that a checkpoint stores with weights and training state; plain types only."""
     return {"format": FORMAT, "config": config, "tokenizer": tokenizer.state_dict(), "corpus": corpus}
 

@@ -18,7 +18,7 @@ from charlm.checkpoint.file import BEST, LAST, PREVIOUS, read_newest
 from charlm.errors import InputError, out_of_memory, printable
 from charlm.files import write_atomically
 from charlm.schema import check_node
-from charlm.tokenizer import TOKENIZERS, CharTokenizer
+from charlm.tokenizer import TOKENIZERS, Tokenizer
 
 if TYPE_CHECKING:  # generating text does not need Lightning, which is slow to import
     pass
@@ -40,7 +40,7 @@ class Checkpoint:
     path: Path
     step: int
     model: nn.Module
-    tokenizer: CharTokenizer
+    tokenizer: Tokenizer
     config: dict[str, Any]
     corpus: dict[str, Any]
 
@@ -70,7 +70,7 @@ def dtype_of(content: dict[str, Any]) -> torch.dtype:
     return types.get(precision, torch.float32 if "mixed" in precision else (floating or [torch.float32])[0])
 
 
-def tokenizer_of(path: Path, content: dict[str, Any]) -> CharTokenizer | None:
+def tokenizer_of(path: Path, content: dict[str, Any]) -> Tokenizer | None:
     """Return the tokenizer of a checkpoint, if it has one.
 
     Raises:
@@ -82,7 +82,7 @@ def tokenizer_of(path: Path, content: dict[str, Any]) -> CharTokenizer | None:
 
 
 def model_of(
-    path: Path, content: dict[str, Any], tokenizer: CharTokenizer | None, trust: Collection[str] = ()
+    path: Path, content: dict[str, Any], tokenizer: Tokenizer | None, trust: Collection[str] = ()
 ) -> nn.Module:
     """Return the model of a checkpoint, with its weights, on the CPU.
 

@@ -4,11 +4,13 @@ Shape legend: B chunks in a batch, T = block_size.
 """
 
 from collections.abc import Callable, Iterator
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from charlm.data.permutation import Permutation
 from charlm.errors import InputError
 
 # Batches whose random starts are drawn together: one call of the generator serves this many steps.
@@ -28,18 +30,57 @@ def gather_chunks(ids: Tensor, starts: Tensor, block_size: int) -> tuple[Tensor,
     return chunks[..., :-1].contiguous(), chunks[..., 1:].contiguous()
 
 
+class Places:
+    """The places of a text where chunks may begin, numbered from 0.
+
+    Args:
+        n_ids: N, the length of the text.
+        documents: where documents begin, in ascending order, of which no chunk may hold two; None: any may.
+        every: distance between places. With block_size, chunks share no target.
+
+    Raises:
+        InputError: if there is no place.
+    """
+
+    def __init__(self, n_ids: int, block_size: int, documents: np.ndarray | None = None, every: int = 1):
+        begins = np.zeros(1, np.int64) if documents is None else documents[documents < n_ids]
+        lengths = np.diff(begins, append=n_ids)
+        self.begins, self.every = begins, every
+        numbers = np.maximum(0, (lengths - block_size - 1) // every + 1)
+        self.before = numbers.cumsum() - numbers  # places in earlier documents
+        self.n = int(numbers.sum())
+        if not self.n:
+            raise InputError(
+                f"no document of the train split is longer than block_size={block_size}: choose a smaller block_size, "
+                f"or let chunks hold parts of several documents, cross_documents=True"
+            )
+
+    def starts(self, places: np.ndarray) -> np.ndarray:
+        """Return where the chunks at the given places begin, of the same shape."""
+        if len(self.begins) == 1:
+            return self.begins[0] + places * self.every
+        document = np.searchsorted(self.before, places, side="right") - 1
+        return self.begins[document] + (places - self.before[document]) * self.every
+
+
 class RandomChunks:
-    """Training batches at random places of a text, in epochs; batch k is a pure function of (seed, rank, k).
+    """Training batches from random places of a text; batch k is a pure function of (seed, rank, k).
 
     There is no state to save: a run continues at any k, and no two ranks share a stream.
 
     Args:
         ids: the training split, (N,), any integer type, on the device where batches are wanted.
-        batches_per_epoch: in one iteration.
+        batches_per_epoch: in one iteration of Lightning's.
         first: returns the number of the first batch of an iteration; None: continue after the previous iteration.
+        order: "random": each chunk begins anywhere, as in the lecture, whatever was drawn before. "epoch": the text is
+            cut into chunks of block_size, and all ranks together visit each once before any comes again, in an order
+            that differs from epoch to epoch.
+        world_size: number of ranks.
+        documents: where documents begin, if no chunk may hold parts of two; a document of block_size or less is then
+            never seen.
 
     Raises:
-        InputError: if the split is shorter than block_size + 1.
+        InputError: if the split is shorter than block_size + 1, or so is each of its documents.
     """
 
     def __init__(
@@ -51,29 +92,47 @@ class RandomChunks:
         rank: int = 0,
         batches_per_epoch: int = 500,
         first: Callable[[], int] | None = None,
+        order: Literal["random", "epoch"] = "random",
+        world_size: int = 1,
+        documents: np.ndarray | None = None,
     ):
         check_length(ids, block_size, "train")
         self.ids, self.block_size, self.batch_size = ids, block_size, batch_size
-        self.seed, self.rank = seed, rank
+        self.seed, self.rank, self.order, self.world_size = seed, rank, order, world_size
+        self.places = Places(len(ids), block_size, documents, 1 if order == "random" else block_size)
         self.batches_per_epoch, self.first = batches_per_epoch, first
         self._epochs = 0
         self._draw = -1
         self._starts = torch.empty(0)
 
     def starts(self, k: int) -> Tensor:
-        """Return the starts of the chunks of batch k, (B,): uniform over all that leave room for a target."""
+        """Return the starts of the chunks of batch k, (B,)."""
         draw, row = divmod(k, BATCHES_PER_DRAW)
         return self.draw(draw)[row]
 
     def draw(self, draw: int) -> Tensor:
         """Return the starts of BATCHES_PER_DRAW batches, one batch per row."""
         if draw != self._draw:
-            generator = np.random.default_rng([self.seed, self.rank, draw])  # a stream of its own, as `derive_seed`
-            places = len(self.ids) - self.block_size
-            drawn = generator.integers(places, size=(BATCHES_PER_DRAW, self.batch_size))
-            self._starts = torch.from_numpy(drawn).to(self.ids.device)
+            places = self.anywhere(draw) if self.order == "random" else self.in_turn(draw)
+            self._starts = torch.from_numpy(self.places.starts(places)).to(self.ids.device)
             self._draw = draw
         return self._starts
+
+    def anywhere(self, draw: int) -> np.ndarray:
+        """Return independent places, uniform over all that leave room for a target, (BATCHES_PER_DRAW, B)."""
+        generator = np.random.default_rng([self.seed, self.rank, draw])  # a stream of its own, as `derive_seed`
+        return generator.integers(self.places.n, size=(BATCHES_PER_DRAW, self.batch_size))
+
+    def in_turn(self, draw: int) -> np.ndarray:
+        """Return the next places of the random order of an epoch, (BATCHES_PER_DRAW, B)."""
+        k = np.arange(draw * BATCHES_PER_DRAW, (draw + 1) * BATCHES_PER_DRAW)[:, None]
+        chunks = (k * self.world_size + self.rank) * self.batch_size + np.arange(self.batch_size)  # of all ranks
+        epochs, positions = np.divmod(chunks, self.places.n)
+        places = np.empty_like(positions)
+        for epoch in range(epochs[0, 0], epochs[-1, -1] + 1):
+            here = epochs == epoch
+            places[here] = Permutation(self.places.n, (self.seed, int(epoch)))(positions[here])
+        return places
 
     def batch(self, k: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of batch k, (B, T) each."""
@@ -110,7 +169,7 @@ class RandomChunks:
 
 
 class Windows:
-    """Windows of block_size over a whole split; each of its N - 1 targets is counted exactly once.
+    """Windows of block_size over a split; each of its N - 1 targets is counted exactly once.
 
     Windows begin every `stride` characters and count their last `stride` targets (the first window counts
     all), so a stride below block_size gives every target at least block_size - stride characters of context.
@@ -119,6 +178,10 @@ class Windows:
     With several ranks, batch j goes to rank j modulo `world_size`; its content does not depend on how many there
     are, so neither do the losses. Each rank yields equally many batches, the last perhaps with nothing to count,
     because sharded models must step together.
+
+    Args:
+        most: number of targets to count at most, in windows that are evenly spaced; None: all.
+        sizes: characters and bytes that each token stands for, (V, 2) int64; None: one of each.
 
     Raises:
         InputError: if the split is shorter than block_size + 1.
@@ -133,6 +196,8 @@ class Windows:
         rank: int = 0,
         world_size: int = 1,
         split: str = "val",
+        most: int | None = None,
+        sizes: Tensor | None = None,
     ):
         check_length(ids, block_size, split)
         self.ids, self.block_size, self.stride = ids, block_size, stride or block_size
@@ -141,12 +206,24 @@ class Windows:
         self.batch_size = max(1, tokens_per_batch // block_size)
         self.rank, self.world_size = rank, world_size
         self.n_targets = len(ids) - 1
-        self.n_windows = 1 + -(-(self.n_targets - block_size) // self.stride)
+        self.sizes = sizes
+        there = 1 + -(-(self.n_targets - block_size) // self.stride)  # windows over the whole split
+        if most is None or most >= self.n_targets:
+            self.numbers = torch.arange(there)
+        else:
+            n = max(1, 1 + (most - block_size) // self.stride)
+            self.numbers = torch.arange(n) * there // n
+        self.n_windows = len(self.numbers)
         self.n_batches = -(-self.n_windows // self.batch_size)
 
     def counts(self) -> Tensor:
-        """Return the number of targets that each window counts, (n_windows,); their sum is N - 1."""
-        return self.counted(torch.arange(self.n_windows))
+        """Return the number of targets that each window counts, (n_windows,)."""
+        return self.counted(self.numbers)
+
+    @property
+    def partial(self) -> bool:
+        """Whether some targets of the split are left out."""
+        return int(self.counts().sum()) < self.n_targets
 
     def counted(self, windows: Tensor) -> Tensor:
         """Return the number of targets that the given windows count."""
@@ -160,7 +237,7 @@ class Windows:
         Beyond the last batch, the last one again without counted targets.
         """
         first = min(j, self.n_batches - 1) * self.batch_size
-        windows = torch.arange(first, min(first + self.batch_size, self.n_windows), device=self.ids.device)
+        windows = self.numbers[first : first + self.batch_size].to(self.ids.device)
         starts = (windows * self.stride).clamp_max(self.n_targets - self.block_size)
         x, y = gather_chunks(self.ids, starts, self.block_size)
         if self.stride == self.block_size and j < self.n_batches - 1:

@@ -1,53 +1,102 @@
-"""Corpora: a named text, or any file, folder or glob, with its hash."""
+"""Corpora: a named text, or any file, folder or glob."""
 
-import gzip
 import hashlib
+import json
 import os
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, cached_property
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property, partial
 from glob import glob, has_magic
 from pathlib import Path
+from typing import IO
 
-from charlm.data.encoding import decode
-from charlm.errors import CorpusUnavailable, InputError
+from charlm.data.download import fetch
+from charlm.data.reader import BLOCK, PACKED, Piece, at_work, pieces_of, plain_name, read
+from charlm.data.survey import Survey, survey
+from charlm.errors import CorpusUnavailable, DiskError, InputError
+from charlm.files import PARTIAL, read_json, stamp, write_json
+from charlm.home import cache as cache_folder
 
-TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst")
+TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")
+SMALL = 2**24  # bytes; a text of this size is read and tokenized in a fraction of a second, and kept in memory
+SURVEY = 1  # version of what `Survey` holds
+RACY = 2 * 10**9  # nanoseconds: the coarsest clock of a file system
+LARGEST_SURVEY = 2**25  # bytes of a file that describes a text: an alphabet can be large
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
-# Seconds for the server to accept the connection, and then between two packets.
-NETWORK_TIMEOUT = (4.0, 8.0)
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A text, the name it goes by in logs and dashboards, and where it was read."""
+    """A text, which is read in pieces, and the name it goes by in logs and dashboards.
+
+    Args:
+        source: where it was found.
+        read: returns the text from its beginning.
+        small: whether it is held in memory. Ids of any other text are kept in a store.
+        files: those that a large text is read from.
+        field: as `charlm.data.reader.read` takes it.
+    """
 
     name: str
-    text: str
     source: str
+    read: Callable[[], Iterator[Piece]]
+    small: bool = True
+    files: Sequence[Path] = ()
+    field: str = ""
+
+    @classmethod
+    def of(cls, name: str, text: str, source: str) -> "Corpus":
+        """A corpus of a text that is at hand."""
+        return cls(name, source, partial(pieces_of, text.encode()))
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return b"".join(piece.raw for piece in self.read()).decode()
 
     @cached_property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
+    def survey(self) -> Survey:
+        """Length, hash and alphabet: found in one pass, and remembered as long as the files of a large text stay."""
+        if self.small:
+            return survey(self.read())
+        stamps = self.surveyed
+        name = hashlib.sha256(json.dumps([SURVEY, self.field, stamps]).encode()).hexdigest()[:32]
+        remembered = cache_folder() / "surveys" / f"{name}.json"
+        try:
+            return Survey(**read_json(remembered, dict, LARGEST_SURVEY))
+        except (OSError, TypeError, InputError):
+            packed = any(file.suffix in PACKED for file in self.files)
+            total = None if packed else sum(size for _, (size, *_) in stamps)
+            found = survey(at_work(self.read(), f"reading {self.name}", total))
+        write_survey(
+            remembered, found, [moment for _, (_, changed, status, _) in stamps for moment in (changed, status)]
+        )
+        return found
+
+    @cached_property
+    def surveyed(self) -> list[tuple[str, list[int]]]:
+        """The stamps of the files when they were surveyed."""
+        return self.stamps()
+
+    def stamps(self) -> list[tuple[str, list[int]]]:
+        """Return what changes when the content of the files does."""
+        return [(os.path.abspath(file), stamp(file)) for file in self.files]
 
     def card(self) -> dict[str, str | int]:
         """Return the description of the corpus for checkpoints and results.json; plain types."""
-        return {"name": self.name, "source": self.source, "sha256": self.sha256, "characters": len(self.text)}
+        found = self.survey
+        return {
+            "name": self.name, "source": self.source, "sha256": found.sha256, "characters": found.characters,
+            "bytes": found.bytes
+        }  # fmt: skip
 
     def cautions(self) -> Iterator[str]:
-        """Warn of characters that the model learns but that are seldom meant as text, in a line for each kind."""
-        if nuls := self.text.count("\0"):
-            yield (
-                f"{self.name} contains {nuls:,} NUL characters, which the model learns as text: if the file is not "
-                f"meant to have them, remove them with tr -d '\\000' < FILE > NEW"
-            )
-        if ends := self.text.count("\r\n"):
-            yield (
-                f"{self.name} has {ends:,} line ends of Windows (\\r\\n), and the model learns \\r as a character: "
-                f"remove it with dos2unix FILE, or tr -d '\\r' < FILE > NEW"
-            )
+        """Warn of characters that are seldom meant as text, in a line for each kind."""
+        return self.survey.cautions(self.name)
 
 
 def tinyshakespeare(path: str | None = None) -> Corpus:
@@ -67,54 +116,15 @@ def tinyshakespeare(path: str | None = None) -> Corpus:
                 f"{local} is not Tiny Shakespeare: its sha256 begins {found[:12]} and not {SHAKESPEARE_SHA256[:12]}; "
                 f"replace it, or read it under its own name with corpus=text path={local}"
             )
-        return Corpus("tinyshakespeare", raw.decode(), str(local))
-    fetched = download_shakespeare()
-    return Corpus("tinyshakespeare", fetched.read_bytes().decode(), str(fetched))
-
-
-def download_shakespeare() -> Path:
-    """Return the path of the cached file; download it first if necessary.
-
-    Raises:
-        CorpusUnavailable: if the network does not give the file, or gives another one.
-    """
-    import pooch
-
-    cache_dir = Path(pooch.os_cache("charlm")) / "tinyshakespeare"
-    pooch.get_logger().setLevel("ERROR")  # an error is reported below, in one line
+        return Corpus.of("tinyshakespeare", raw.decode(), str(local))
     try:
-        return Path(
-            pooch.retrieve(
-                SHAKESPEARE_URL,
-                known_hash=f"sha256:{SHAKESPEARE_SHA256}",
-                fname="input.txt",
-                path=cache_dir,
-                downloader=pooch.HTTPDownloader(progressbar=True, timeout=NETWORK_TIMEOUT),
-            )
-        )
-    except (OSError, ValueError) as error:  # those of requests are OSErrors; ValueError is pooch's for a wrong hash
-        reason = describe(error) if isinstance(error, OSError) else "the file there has another sha256"
+        fetched = fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256, Path("tinyshakespeare", "input.txt"))
+    except CorpusUnavailable as error:
         raise CorpusUnavailable(
-            f"Tiny Shakespeare could not be had ({reason}): connect to the internet, or put the file at "
+            f"Tiny Shakespeare could not be had ({error}): connect to the internet, or put the file at "
             f"$CHARLM_DATA/tinyshakespeare/input.txt, or train on the text that Python carries with data=pydoc"
         ) from error
-
-
-def describe(error: OSError) -> str:
-    """Return a network or file error in a few words; the messages of requests are long and nested."""
-    import requests
-
-    if error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    if isinstance(error, requests.HTTPError):
-        return str(error)
-    words = {
-        requests.Timeout: "no answer",
-        requests.exceptions.ProxyError: "no connection to the proxy",
-        requests.ConnectionError: "no connection",
-        requests.exceptions.ChunkedEncodingError: "the connection was cut",
-    }
-    return next((said for kind, said in words.items() if isinstance(error, kind)), type(error).__name__)
+    return Corpus.of("tinyshakespeare", fetched.read_bytes().decode(), str(fetched))
 
 
 def pydoc(path: str | None = None) -> Corpus:
@@ -124,22 +134,87 @@ def pydoc(path: str | None = None) -> Corpus:
     from pydoc_data import topics
 
     text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    return Corpus("pydoc", text, "pydoc_data.topics")
+    return Corpus.of("pydoc", text, "pydoc_data.topics")
 
 
-def text(path: str | None = None) -> Corpus:
-    """Any UTF-8 text: a file, a folder (its .txt, .text, .md and .rst files) or a glob; each also as .gz.
+def text(path: str | None = None, field: str = "text") -> Corpus:
+    """Any UTF-8 text: a file, a folder (its .txt, .text, .md, .rst and .jsonl files) or a glob; each also packed.
 
     Several files are read in the order of their names, each ending in a newline.
+
+    Args:
+        field: of a line of JSON that holds a document.
     """
     if not path:
         raise InputError("corpus=text needs a path: say path=FILE, path=FOLDER or path='GLOB'")
     files = find_text(path)
-    parts = [read_text(file) for file in files]
-    if not any(parts):
+    name, source = Path(path).name or str(path), os.path.abspath(path)
+    corpus = Corpus(name, source, partial(read_all, files, field), False, files, field)
+    if is_large(files):
+        return corpus
+    held: list[Piece] = []
+    size = 0
+    for piece in corpus.read():
+        held.append(piece)
+        size += len(piece.raw)
+        if size > SMALL:  # packed files
+            return corpus
+    if not held:
         raise InputError(f"{path} is empty: a corpus needs text in it")
-    joined = parts[0] if len(parts) == 1 else "".join(p if p.endswith("\n") else p + "\n" for p in parts if p)
-    return Corpus(Path(path).name or str(path), joined, os.path.abspath(path))
+    return Corpus(name, source, lambda: iter(held))
+
+
+def spool(stream: IO[bytes]) -> Path:
+    """Keep what standard input holds as a file in the user's cache, named by its hash, so that it can be read again.
+
+    Raises:
+        InputError: if the cache cannot be written.
+    """
+    folder = cache_folder() / "texts"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=PARTIAL, delete=False) as file:
+            digest = hashlib.sha256()
+            while block := stream.read(BLOCK):
+                digest.update(block)
+                file.write(block)
+        target = folder / f"stdin-{digest.hexdigest()[:16]}.txt"
+        os.replace(file.name, target)
+    except OSError as error:
+        raise DiskError(f"standard input cannot be kept in {folder}: {error.strerror}") from error
+    return target
+
+
+def is_large(files: Sequence[Path]) -> bool:
+    """Return whether files hold a large text, as far as their sizes tell."""
+    try:
+        return sum(os.path.getsize(file) for file in files) > SMALL
+    except OSError:  # `read` reports it
+        return False
+
+
+def read_all(files: Sequence[Path], field: str) -> Iterator[Piece]:
+    """Yield the text of several files, each ending in a newline."""
+    for file in files:
+        ends_line = True
+        for piece in read(file, field):
+            yield piece
+            ends_line = piece.raw.endswith(b"\n")
+        if len(files) > 1 and not ends_line:
+            yield Piece(b"\n", False)
+
+
+def write_survey(file: Path, found: Survey, changed: Sequence[int]) -> None:
+    """Remember a survey, unless the text changed so lately that its times may not tell another change.
+
+    Args:
+        changed: when its files changed, in nanoseconds.
+    """
+    if time.time_ns() - max(changed) < RACY:
+        return
+    with suppress(OSError):  # of use only to the next start
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, asdict(found))
 
 
 def find_text(path: str) -> list[Path]:
@@ -149,11 +224,11 @@ def find_text(path: str) -> list[Path]:
     if os.path.isfile(place):
         return [place]
     if os.path.isdir(place):
-        files = [f for f in place.rglob("*") if f.is_file() and f.name.removesuffix(".gz").endswith(TEXT_SUFFIXES)]
+        files = [f for f in place.rglob("*") if f.is_file() and plain_name(f).endswith(TEXT_SUFFIXES)]
         if not files:
             kinds = " ".join(TEXT_SUFFIXES)
             raise InputError(
-                f"no text in the folder {path}: looked for {kinds} (also .gz), in it and below; "
+                f"no text in the folder {path}: looked for {kinds} (also .gz and .zst), in it and below; "
                 f"name other files by a glob, such as path='{place / '**' / '*.py'}'"
             )
     elif has_magic(str(path)):
@@ -165,28 +240,15 @@ def find_text(path: str) -> list[Path]:
     return sorted(files)
 
 
-def read_text(file: Path) -> str:
-    """One file, UTF-8 with or without a byte order mark, gunzipped if its name ends in .gz."""
-    try:
-        raw = file.read_bytes()
-        if file.suffix == ".gz":
-            raw = gzip.decompress(raw)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise InputError(f"{file} cannot be gunzipped ({error}): unpack it by hand, or give another file") from error
-    except OSError as error:
-        raise InputError(f"{file} cannot be read: {error.strerror}") from error
-    try:
-        return decode(file, raw)
-    except UnicodeError as error:
-        raise InputError(str(error)) from error
-
-
-CORPORA: dict[str, Callable[[str | None], Corpus]] = {f.__name__: f for f in (tinyshakespeare, pydoc, text)}
+CORPORA: dict[str, Callable[..., Corpus]] = {f.__name__: f for f in (tinyshakespeare, pydoc, text)}
 
 
 @cache  # a command checks its corpus before it writes anything, and then uses it: read once
-def load_corpus(name: str, path: str | None = None) -> Corpus:
+def load_corpus(name: str, path: str | None = None, field: str = "text") -> Corpus:
     """The corpus called `name`.
+
+    Args:
+        path, field: of `text`.
 
     Raises:
         InputError: if the name is unknown or the text cannot be read.
@@ -194,4 +256,4 @@ def load_corpus(name: str, path: str | None = None) -> Corpus:
     """
     if name not in CORPORA:
         raise InputError(f"corpus={name} is unknown: choose one of {', '.join(CORPORA)}")
-    return CORPORA[name](path)
+    return text(path, field) if name == "text" else CORPORA[name](path)

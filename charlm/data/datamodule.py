@@ -1,7 +1,6 @@
 """The LightningDataModule: corpus -> tokenizer -> ids -> chunks."""
 
-from collections.abc import Callable
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
@@ -10,27 +9,26 @@ from torch import Tensor
 
 from charlm.data.chunks import RandomChunks, Windows, check_length
 from charlm.data.corpus import CORPORA, Corpus, load_corpus
+from charlm.data.pairs import Pairs
+from charlm.data.store import Encoded, encode
 from charlm.errors import InputError
-from charlm.tokenizer import CharTokenizer
+from charlm.tokenizer import CharTokenizer, MakeTokenizer, Tokenizer
 
-
-class Pairs(NamedTuple):
-    """The pairs of neighbours that occur in a text, in order, and how often: (n,) int64 each."""
-
-    codes: Tensor  # first * V + second
-    counts: Tensor
-
-    @classmethod
-    def of(cls, ids: Tensor, vocab_size: int) -> "Pairs":
-        """Of ids (N,), any integer type."""
-        ids = ids.to(torch.int32 if vocab_size**2 < 2**31 else torch.int64)  # the smaller is twice as fast
-        codes = ids[:-1] * vocab_size + ids[1:]
-        if vocab_size**2 > len(codes):  # memory is bounded by the text, and not by V squared
-            found, counts = codes.unique(return_counts=True)
-            return cls(found.long(), counts)
-        counts = torch.bincount(codes, minlength=vocab_size**2)
-        found = counts.nonzero().flatten()
-        return cls(found, counts[found])
+# What decides splits and batches, besides the corpus and the tokenizer.
+ARGUMENTS = (
+    "field",
+    "block_size",
+    "batch_size",
+    "fallback",
+    "val_fraction",
+    "test_fraction",
+    "min_context",
+    "val_targets",
+    "final_targets",
+    "order",
+    "cross_documents",
+    "seed",
+)
 
 
 class CharDataModule(L.LightningDataModule):
@@ -38,7 +36,9 @@ class CharDataModule(L.LightningDataModule):
 
     Args:
         corpus: name of a corpus (see `charlm.data.corpus`); None: the one that `path` names, or text.
-        path: your text for data=text: a file, a folder or a 'glob/**/*.txt', also .gz.
+        path: your text for data=text: a file, a folder or a 'glob/**/*.txt', also .gz, .zst and .jsonl; on
+            the command line also -, for standard input.
+        field: the field of each line of a .jsonl file that holds its text.
         fallback: corpus to train on, loudly, if this one cannot be downloaded; null: report an error instead.
         block_size: T, characters in a chunk: the context that a model sees.
         batch_size: B, chunks in a batch of one process.
@@ -46,10 +46,16 @@ class CharDataModule(L.LightningDataModule):
         test_fraction: fraction of the text, after the val split, for the test split.
         min_context: characters of context that evaluation gives each target at least; losses of different block sizes
             compare only if it is the same. At most block_size. With 1, windows do not overlap.
+        val_targets: targets that a validation during training scores at most, in evenly spaced windows; null: all.
+        final_targets: targets that an evaluation scores at most in a split, likewise; null: all.
         batches_per_epoch: length of an epoch for Lightning, since random chunks have no natural end. Rounded up to
             whole optimizer steps where the trainer accumulates gradients.
+        order: "random": training chunks begin anywhere, as in the lecture. "epoch": every chunk of the text comes once
+            per epoch, in random order.
+        cross_documents: whether a training chunk may hold parts of several documents: of the files of a folder, or of
+            the lines of a .jsonl file.
         seed: seed of the random chunks.
-        tokenizer: makes a tokenizer from the whole text.
+        tokenizer: makes a tokenizer from the corpus.
 
     Raises (from `setup`):
         InputError: if the text cannot be read, a split is shorter than block_size + 1, or min_context exceeds it.
@@ -61,27 +67,35 @@ class CharDataModule(L.LightningDataModule):
         block_size: Annotated[int, Ge(1)] = 8,
         batch_size: Annotated[int, Ge(1)] = 32,
         path: str | None = None,
+        field: str = "text",
         fallback: Literal["pydoc"] | None = None,
         val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1,
         test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0,
         min_context: Annotated[int, Ge(1)] = 1,
+        val_targets: Annotated[int, Ge(1)] | None = 131_072,
+        final_targets: Annotated[int, Ge(1)] | None = 4_000_000,
         batches_per_epoch: Annotated[int, Ge(1)] = 500,
+        order: Literal["random", "epoch"] = "random",
+        cross_documents: bool = True,
         seed: Annotated[int, Ge(0)] = 0,
-        tokenizer: Callable[[str], CharTokenizer] = CharTokenizer.from_text,
+        tokenizer: MakeTokenizer = CharTokenizer.from_corpus,
     ):
         super().__init__()
         if corpus is None:
             corpus, path = (path, None) if path in CORPORA else ("text", path)
-        self.corpus_name, self.path, self.fallback = corpus, path, fallback
+        self.corpus_name, self.path, self.field, self.fallback = corpus, path, field, fallback
         self.block_size, self.batch_size = block_size, batch_size
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.min_context, self.batches_per_epoch, self.seed = min_context, batches_per_epoch, seed
+        self.order, self.cross_documents = order, cross_documents
+        self.val_targets, self.final_targets = val_targets, final_targets
         self.make_tokenizer = tokenizer
         self.tokens_at_once = 8_192  # in a batch of an evaluation
         self.splits: dict[str, Tensor] = {}
         self.counted: dict[str, Pairs] = {}
         self.corpus: Corpus
-        self.tokenizer: CharTokenizer
+        self.tokenizer: Tokenizer
+        self.encoded: Encoded
 
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenize and split the text; a second call does nothing."""
@@ -92,15 +106,16 @@ class CharDataModule(L.LightningDataModule):
                 f"min_context={self.min_context} is more than block_size={self.block_size} characters can "
                 f"show: make it {self.block_size} at most"
             )
-        self.corpus = load_corpus(self.corpus_name, self.path)
-        self.tokenizer = self.make_tokenizer(self.corpus.text)
-        self.splits = self.split(self.tokenizer.encode(self.corpus.text))
+        self.corpus = load_corpus(self.corpus_name, self.path, self.field)
+        cuts = self.cuts(self.corpus.survey.characters)
+        self.tokenizer = self.make_tokenizer(self.corpus, cuts[0])
+        self.encoded = encode(self.corpus, self.tokenizer, cuts)
+        self.splits = self.split(self.encoded.ids)
 
     def settings(self) -> dict[str, Any]:
         """Return the arguments that make the same splits again, as plain types."""
-        names = ("block_size", "batch_size", "fallback", "val_fraction", "test_fraction", "min_context", "seed")
         path = self.corpus.source if self.corpus_name == "text" else self.path  # absolute
-        return {"corpus": self.corpus_name, "path": path} | {name: getattr(self, name) for name in names}
+        return {"corpus": self.corpus_name, "path": path} | {name: getattr(self, name) for name in ARGUMENTS}
 
     @property
     def vocab_size(self) -> int:
@@ -108,17 +123,20 @@ class CharDataModule(L.LightningDataModule):
         self.setup()
         return self.tokenizer.vocab_size
 
-    def split(self, ids: Tensor) -> dict[str, Tensor]:
-        """Contiguous views, in the order of the text: train, val and, if asked for, test."""
+    def cuts(self, n: int) -> list[int]:
+        """Return after how many of n characters train and val end."""
         if self.val_fraction + self.test_fraction >= 1:
             raise InputError(
                 f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} leave nothing to "
                 f"train on: their sum must be below 1"
             )
-        n = len(ids)
         # As in the lecture: int(0.9 * n). One rounding keeps 0.1 + 0.1 from moving a boundary by a character.
         train_end = int(round(1 - self.val_fraction - self.test_fraction, 12) * n)
-        val_end = int(round(1 - self.test_fraction, 12) * n) if self.test_fraction else n
+        return [train_end, int(round(1 - self.test_fraction, 12) * n) if self.test_fraction else n]
+
+    def split(self, ids: Tensor) -> dict[str, Tensor]:
+        """Contiguous views, in the order of the text: train, val and, if asked for, test."""
+        train_end, val_end = self.encoded.bounds
         splits = {"train": ids[:train_end], "val": ids[train_end:val_end]}
         if self.test_fraction:
             splits["test"] = ids[val_end:]
@@ -129,8 +147,12 @@ class CharDataModule(L.LightningDataModule):
     def pairs(self, split: str) -> Pairs:
         """Return the baselines of a split, counted once."""
         if split not in self.counted:
-            self.counted[split] = Pairs.of(self.splits[split], self.tokenizer.vocab_size)
+            self.counted[split] = self.count(self.splits[split])
         return self.counted[split]
+
+    def count(self, ids: Tensor) -> Pairs:
+        """Return the pairs of neighbours in ids (N,)."""
+        return Pairs.of(ids, self.vocab_size)
 
     def home(self, device: torch.device) -> torch.device:
         """Where batches for `device` are made: on it, unless the ids take over a quarter of a GPU's free memory."""
@@ -141,8 +163,8 @@ class CharDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> RandomChunks:
         """Batches (x, y), (B, T) int64 each, in epochs; others on each rank. A resumed run goes on where it was."""
-        device, rank, _ = self.place()
-        ids = self.splits["train"].to(self.home(device))
+        device, rank, world_size = self.place()
+        ids = self.encoded.scattered[: len(self.splits["train"])].to(self.home(device))
         trainer: Any = self.trainer
         per_step = trainer.accumulate_grad_batches if trainer else 1
         n = -(-self.batches_per_epoch // per_step) * per_step
@@ -151,15 +173,26 @@ class CharDataModule(L.LightningDataModule):
             made: int = trainer.fit_loop.epoch_loop.batch_progress.total.ready  # in all, also before a resumption
             return 0 if trainer.overfit_batches else made
 
-        return RandomChunks(ids, self.block_size, self.batch_size, self.seed, rank, n, first if trainer else None)
+        return RandomChunks(
+            ids,
+            self.block_size,
+            self.batch_size,
+            self.seed,
+            rank,
+            n,
+            first if trainer else None,
+            self.order,
+            world_size,
+            None if self.cross_documents else self.encoded.documents,
+        )
 
     def val_dataloader(self) -> Windows:
-        """The whole val split once, shared among the ranks."""
-        return self.windows("val", *self.place())
+        """The val split once, shared among the ranks: at most val_targets of its targets."""
+        return self.windows("val", *self.place(), most=self.val_targets)
 
     def test_dataloader(self) -> Windows:
-        """The whole test split once, shared among the ranks, if the configuration keeps one."""
-        return self.windows("test", *self.place())
+        """The test split once, shared among the ranks, if the configuration keeps one."""
+        return self.windows("test", *self.place(), most=self.final_targets)
 
     def place(self) -> tuple[torch.device, int, int]:
         """Device, rank and number of ranks: the trainer's, if there is one."""
@@ -174,8 +207,12 @@ class CharDataModule(L.LightningDataModule):
         rank: int = 0,
         world_size: int = 1,
         stride: int | None = None,
+        most: int | None = None,
     ) -> Windows:
         """Every target of `split` exactly once, with min_context unless there is another `stride` between windows.
+
+        Args:
+            most: targets to score at most; None: all.
 
         Raises:
             InputError: if the split does not exist.
@@ -184,10 +221,17 @@ class CharDataModule(L.LightningDataModule):
             raise InputError(f"there is no split {split!r} in this run: choose one of {', '.join(self.splits)}")
         ids = self.splits[split].to(self.home(torch.device(device)))
         stride = stride or self.block_size - self.min_context + 1
-        return Windows(ids, self.block_size, stride, self.tokens_at_once, rank, world_size, split)
+        sizes = sizes_of(self.tokenizer)
+        return Windows(ids, self.block_size, stride, self.tokens_at_once, rank, world_size, split, most, sizes)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Batches are made on the device; only those of a corpus that did not fit travel."""
         if batch[0].device == device:
             return batch
         return tuple(part.to(device, non_blocking=True) for part in batch)
+
+
+def sizes_of(tokenizer: Tokenizer) -> Tensor | None:
+    """Return how many characters begin in each token, and its bytes, (V, 2) int64; None where both are always 1."""
+    sizes = torch.tensor([(sum(byte & 0xC0 != 0x80 for byte in token), len(token)) for token in tokenizer.tokens])
+    return None if bool((sizes == 1).all()) else sizes

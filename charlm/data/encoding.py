@@ -15,24 +15,37 @@ CONTROLS = bytes({*range(32), 127} - {*b"\t\n\v\f\r"})  # which no text of ASCII
 HIGH = bytes(range(128, 256))
 
 
-def decode(file: Path, raw: bytes) -> str:
-    """Decode a UTF-8 file, with or without a byte order mark.
+def check(file: Path, raw: bytes, offset: int, beginning: bytes) -> None:
+    """Check that a part of a file is UTF-8.
+
+    Args:
+        raw: whole characters, if it is.
+        offset: of this part in the file.
+        beginning: the first bytes of the file, which show other encodings.
 
     Raises:
         UnicodeError: if it is something else; the message names what it seems to be and how to convert it.
     """
-    if b"\0" in raw[:SAMPLE] and (name := wide(raw[:SAMPLE])):  # such text may be valid UTF-8, full of NULs
+    sample = beginning[:SAMPLE]
+    if offset == 0 and b"\0" in sample and (name := wide(sample)):  # such text may be valid UTF-8, full of NULs
         raise UnicodeError(f"{file} is {name} and not UTF-8: convert it with {conversion(file, name)}")
+    if raw.isascii():
+        return
     try:
-        return raw.decode("utf-8").removeprefix("\ufeff")
+        raw.decode()
     except UnicodeDecodeError as error:
-        where = f"byte 0x{raw[error.start]:02x} at offset {error.start}"
-        raise UnicodeError(f"{file} is not UTF-8: {where}; {remedy(file, raw)}") from error
+        where = f"byte 0x{raw[error.start]:02x} at offset {offset + error.start}"
+        known = sample + raw if offset else raw
+        raise UnicodeError(f"{file} is not UTF-8: {where}; {remedy(file, sample, known)}") from error
 
 
-def remedy(file: Path, raw: bytes) -> str:
-    """Suggest what to do with a file that is not UTF-8."""
-    sample = raw[:SAMPLE]
+def remedy(file: Path, sample: bytes, raw: bytes) -> str:
+    """Suggest what to do with a file that is not UTF-8.
+
+    Args:
+        sample: its first bytes.
+        raw: its beginning, and the part that is not UTF-8.
+    """
     if name := wide(sample):
         return f"it is {name}, convert it with {conversion(file, name)}"
     if count(sample, CONTROLS) > len(sample) / 100:
@@ -81,6 +94,6 @@ def count(raw: bytes, among: bytes) -> int:
 def conversion(file: Path, name: str) -> str:
     """Return the command that converts a file to UTF-8; a file in UTF-8 only loses its invalid bytes."""
     options = f"{'-c ' * (name == 'UTF-8')}-f {name} -t UTF-8"
-    if file.suffix == ".gz":
-        return f"gunzip -c {shlex.quote(str(file))} | iconv {options} > NEW"
+    if unpack := {".gz": "gunzip", ".zst": "zstd -d"}.get(file.suffix):
+        return f"{unpack} -c {shlex.quote(str(file))} | iconv {options} > NEW"
     return f"iconv {options} {shlex.quote(str(file))} > NEW"

@@ -15,7 +15,7 @@ from charlm import schema, terminal
 from charlm.errors import InputError, printable
 from charlm.files import check_tree
 from charlm.home import COMMAND
-from charlm.preflight.command_line import conf_dirs, options, parse, shows_only
+from charlm.preflight.command_line import conf_dirs, options, parse, shows_only, with_standard_input
 from charlm.preflight.configs import composer, fallback_corpus, resolved, without_hydra
 from charlm.preflight.messages import choices, known_settings, one_line_hydra_errors
 from charlm.run.folder import check_folder, held, is_first, own_folder
@@ -41,6 +41,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     from charlm.preflight.settings import check_settings, check_text
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would shorten tracebacks; charlm prints mistakes as one line itself
+    argv = with_standard_input(argv)
     args = parse(argv[1:])
     overrides: list[str] = list(args.overrides)
     for name in ("resume", "rerun"):

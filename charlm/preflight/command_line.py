@@ -1,13 +1,18 @@
 """The command line of train.py: Hydra's options, parsed."""
 
+import sys
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from charlm.data.corpus import spool
 from charlm.errors import InputError
 from charlm.home import COMMAND
 from charlm.internals.hydra import argument_parser
+from charlm.run.overrides import quoted
+
+STANDARD_INPUT = "data.path=-"
 
 
 def conf_dirs(config_dir: Path, args: Namespace) -> list[Path]:
@@ -37,6 +42,17 @@ def options(argv: Sequence[str]) -> list[str]:
     args = parse(argv[1:])
     places = {"--config-dir": args.config_dir, "--config-path": args.config_path, "--config-name": args.config_name}
     return [f"{name}={place}" for name, place in places.items() if place]
+
+
+def with_standard_input(argv: Sequence[str]) -> list[str]:
+    """Return a command line whose data.path=- is replaced by a file with what standard input holds.
+
+    Other processes of the run and a run that is resumed read the same file.
+    """
+    if STANDARD_INPUT not in argv or shows_only(parse(argv[1:])):
+        return list(argv)
+    path = f"data.path={quoted(spool(sys.stdin.buffer))}"
+    return [path if argument == STANDARD_INPUT else argument for argument in argv]
 
 
 def shows_only(args: Namespace) -> bool:

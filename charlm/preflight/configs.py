@@ -62,7 +62,7 @@ def fallback_corpus(cfgs: Sequence[DictConfig]) -> tuple[str, CorpusUnavailable]
     if fallback is None or len({str(cfg.data.corpus) for cfg in cfgs}) > 1:  # a sweep over corpora needs each of them
         return None
     try:
-        load_corpus(str(data.corpus), data.path)
+        load_corpus(str(data.corpus), data.path, data.field)
     except CorpusUnavailable as error:
         return fallback, error
     except InputError:  # a later check reports it

@@ -26,6 +26,7 @@ from charlm.budget import budget_of, limit_tokens, steps_of
 from charlm.data.chunks import BATCHES_PER_DRAW
 from charlm.devices import accelerator_of, cuda_problem, triton_problem
 from charlm.errors import InputError, one_line, out_of_memory
+from charlm.evaluate import splits_to_evaluate
 from charlm.internals.torch import has_cpp_compiler
 from charlm.model import multiplications
 from charlm.preflight.flags import check_flags
@@ -59,7 +60,7 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> int | None
     schema.check(plain)
     trainer = {**plain["trainer"]}
     trainer["max_steps"] = steps_of(trainer["max_steps"], plain["max_tokens"], trainer["max_time"])
-    if "val" not in plain["evaluate"]:
+    if plain["evaluate"] != "auto" and "val" not in plain["evaluate"]:
         raise InputError(f"evaluate={plain['evaluate']} leaves out val, the split that compares runs: add it")
     if trainer["max_steps"] == -1 and not any((trainer["max_time"], plain["max_tokens"], plain["stop_at"])):
         raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
@@ -196,7 +197,7 @@ def check_text(plain: dict[str, Any]) -> list[str]:
     data = instantiate(plain["data"], tokenizer=instantiate(plain["tokenizer"]))
     with schema.arguments_as_settings("data", plain["data"]):
         data.setup()
-        for split in plain["evaluate"]:
+        for split in splits_to_evaluate(plain["evaluate"]):
             data.windows(split)
     return [*data.corpus.cautions()]
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:  # Lightning and torch are slow to import, and only training n
     import lightning as L
 
 RUN_JSON = "run.json"
-FORMAT = 2
+FORMAT = 3
 SECONDS_BETWEEN_BEATS = 10.0
 ROOM = 1000  # bytes of blanks at the end of run.json
 LARGEST_RECORD = 2**24  # bytes of a run.json that is read
@@ -270,16 +270,24 @@ def session(record: Record) -> dict[str, Any]:
     return session | ({"status": "killed"} if session["status"] == "running" else {})
 
 
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None if it is not installed: this Python does without it."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
 @cache  # the code that a process has loaded stays as it was
 def environment() -> dict[str, Any]:
     """Versions, hardware and git commit that a run depends on."""
     import torch
 
-    required = (re.match(r"[\w-]+", line) for line in metadata.requires("charlm") or [] if "extra ==" not in line)
+    required = (re.match(r"[\w.-]+", line) for line in metadata.requires("charlm") or [] if "extra ==" not in line)
     names = sorted({"charlm", *(found[0] for found in required if found)})
     return {
         "python": platform.python_version(),
-        "packages": {name: metadata.version(name) for name in names},
+        "packages": {name: version for name in names if (version := version_of(name))},
         "git": git(),
         "platform": platform.platform(),
         "cpu": f"{processor()}, {torch.backends.cpu.get_cpu_capability()}",

@@ -30,6 +30,8 @@ Results = TypedDict(
         "train/seconds": float | None,
         "val/loss": float | None,
         "val/loss_se": float | None,
+        "val/nats_per_char": float | None,
+        "val/nats_per_char_se": float | None,
         "val/bits_per_char": float | None,
         "val/perplexity": float | None,
     },
@@ -54,6 +56,11 @@ def read_results(run_dir: Path) -> Results | None:
         if not figure and name != "baselines":
             raise InputError(f"{run_dir / RESULTS} is damaged: {printable(name, 100)} is not a figure")
     return found
+
+
+def in_characters(results: Results) -> dict[str, float | None]:
+    """Return val/loss and its error in nats per character, in which runs with different tokenizers compare."""
+    return {"val/loss": results["val/nats_per_char"], "val/loss_se": results["val/nats_per_char_se"]}
 
 
 def whole_results(run_dir: Path) -> Results | None:

@@ -79,8 +79,9 @@ def resumed(run_dir: Path, content: Mapping[str, Any], changes: Mapping[str, Any
             )
         if key in ("trainer.max_steps", "stop_at") and value is not None and 0 < value < step:
             raise InputError(f"{key}={value} is already past: {run_dir} has made {step:,} steps")
-    corpus, wanted = load_corpus(config["data"]["corpus"], config["data"]["path"]), content["charlm"]["corpus"]
-    if corpus.sha256 != wanted["sha256"]:
+    data, wanted = config["data"], content["charlm"]["corpus"]
+    corpus = load_corpus(data["corpus"], data["path"], data["field"])
+    if corpus.survey.sha256 != wanted["sha256"]:
         raise InputError(
             f"{corpus.source} is no longer the text that {run_dir} was trained on: put that back, or start a new run, "
             f"rerun={run_dir}"

@@ -19,7 +19,7 @@ from charlm.errors import InputError, printable
 from charlm.files import is_regular
 from charlm.run.overrides import typed
 from charlm.run.record import RUN_JSON, Record, flat, read_record
-from charlm.run.results import RESULTS, read_results, read_validations
+from charlm.run.results import RESULTS, in_characters, read_results, read_validations
 from charlm.sweep import ledger
 
 Value = str | int | float | bool | None
@@ -149,7 +149,8 @@ def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
         InputError, OSError, ValueError, ArithmeticError, RecursionError: if it is damaged.
     """
     record = read_record(folder)
-    results: Any = read_results(folder) or {}
+    found = read_results(folder)
+    results: Any = found | in_characters(found) if found else {}
     state, reason = state_of(record, entry, bool(results))
     given = given_in(entry["overrides"] if entry else shlex.split(record["command"])[2:])
     validations = read_validations(folder)

@@ -27,7 +27,7 @@ from charlm.internals.hydra import job_callbacks
 from charlm.preflight.command_line import options
 from charlm.run.overrides import quoted
 from charlm.run.record import previous
-from charlm.run.results import whole_results
+from charlm.run.results import in_characters, whole_results
 from charlm.sweep.processes import Child, launch
 from charlm.system import streams
 
@@ -110,7 +110,8 @@ class Job:
         results = whole_results(self.folder) if status == "finished" else None
         if results is None:
             return {"status": status, "val/loss": None}
-        return {key: value for key, value in results.items() if not isinstance(value, dict)}
+        found = {key: value for key, value in results.items() if not isinstance(value, dict)}
+        return found | in_characters(results)
 
 
 @dataclass

@@ -24,7 +24,7 @@ from charlm import schema, terminal
 from charlm.errors import InputError, printable
 from charlm.files import check_tree, unshare
 from charlm.preflight.command import LAUNCHERS, check_overrides, check_processes, named_folder, with_folder
-from charlm.preflight.command_line import conf_dirs, options, parse, shows_only
+from charlm.preflight.command_line import conf_dirs, options, parse, shows_only, with_standard_input
 from charlm.preflight.configs import composer, fallback_corpus, resolved, without_hydra
 from charlm.preflight.messages import one_line_hydra_errors
 from charlm.run.folder import check_folder, claim, own_folder
@@ -62,6 +62,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
         InputError: if something cannot work; reports the first problem.
     """
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would shorten tracebacks; charlm prints mistakes as one line itself
+    argv = with_standard_input(argv)
     args = parse(argv[1:])
     continued = continued_overrides(args)
     if continued:

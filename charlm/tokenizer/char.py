@@ -1,12 +1,14 @@
-"""Text <-> ids. A tokenizer is built from a corpus once and travels with every checkpoint."""
+"""One id per character of the corpus, as in the lecture."""
 
+from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from charlm.data.corpus import Corpus
 from charlm.errors import InputError
 
 
@@ -35,7 +37,9 @@ class CharTokenizer:
         InputError: if there is no character at all.
     """
 
-    name = "char"
+    name: ClassVar[str] = "char"
+    by_character: ClassVar[bool] = True
+    context_free: ClassVar[bool] = True
 
     def __init__(self, chars: str):
         points = np.flatnonzero(np.bincount(code_points(chars))).astype("<u4")  # without sorting the text
@@ -45,7 +49,7 @@ class CharTokenizer:
         self.vocab_size = len(points)
         # One entry per code point and a last one for all larger ones, so that a lookup is a single gather. Both tables
         # are narrow, because moving memory takes the time.
-        dtype = smallest_dtype(self.vocab_size)
+        self.dtype = dtype = smallest_dtype(self.vocab_size)
         self._unknown = np.iinfo(dtype).max
         self._ids = np.full(int(points[-1]) + 2, self._unknown, dtype=dtype)
         self._ids[points] = np.arange(self.vocab_size)
@@ -56,9 +60,19 @@ class CharTokenizer:
         self._point_bytes = self._points.tobytes().ljust(256)[:256]
 
     @classmethod
-    def from_text(cls, text: str) -> Self:
+    def from_corpus(cls, corpus: Corpus, train: int) -> Self:
         """The tokenizer of a corpus: its sorted set of characters."""
+        return cls(corpus.survey.alphabet)
+
+    @classmethod
+    def from_text(cls, text: str) -> Self:
+        """The tokenizer of a text: its sorted set of characters."""
         return cls(text)
+
+    @property
+    def tokens(self) -> list[bytes]:
+        """The UTF-8 of each id, (V,)."""
+        return [character.encode("utf-8", "surrogatepass") for character in self.chars]
 
     def encode(self, text: str) -> Tensor:
         """Text of N characters -> ids, (N,), of the smallest integer type that holds the vocabulary.
@@ -66,14 +80,26 @@ class CharTokenizer:
         Raises:
             InputError: if a character is outside the vocabulary; names it and its place.
         """
-        ids = self._lookup(text)
+        return torch.from_numpy(self._known(self._lookup(text), lambda where: text[where]))
+
+    def encode_utf8(self, raw: bytes) -> np.ndarray:
+        """UTF-8 of N characters -> ids, (N,), as `encode`."""
+        if self._of_bytes and raw.isascii():
+            ids = np.frombuffer(raw.translate(self._id_bytes), dtype=np.uint8)
+            return self._known(ids, lambda where: chr(raw[where]))
+        text = raw.decode()
+        return self._known(self._lookup(text), lambda where: text[where])
+
+    def _known(self, ids: np.ndarray, character: Callable[[int], str]) -> np.ndarray:
+        """Return ids after a check that each character is in the vocabulary; `character` returns the one at a place."""
         if len(ids) and ids.max() == self._unknown:
             where = int(np.argmax(ids == self._unknown))
+            unknown = character(where)
             raise InputError(
-                f"the character {text[where]!r} (U+{ord(text[where]):04X}) at position {where} is not among the "
+                f"the character {unknown!r} (U+{ord(unknown):04X}) at position {where} is not among the "
                 f"{self.vocab_size} characters that this model knows: {self._sketch()}"
             )
-        return torch.from_numpy(ids)
+        return ids
 
     def decode(self, ids: Tensor) -> str:
         """Ids (N,), any integer type, on any device -> text of N characters.
