@@ -8,6 +8,8 @@ For each text, in a process of its own and in this order:
 - second: the same with the store of the first, until the first batch;
 - batches: batches of 64 chunks of 256 characters from the store, once warm.
 
+Figures are medians of three such starts.
+
 Memory is what the process holds by itself (RssAnon) above what it held after its imports, at its highest. Mapped
 files are shared, and belong to the system.
 """
@@ -16,6 +18,7 @@ import argparse
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -29,6 +32,7 @@ ALPHABETS = {
     "ascii": ("the quick brown fox ", "Was it? ", "\nIt is. "),
     "mixed": ("жизнь и ", "日本語 か", "hello 😀 ", "\n"),
 }
+ROUNDS = 3
 PIECES = 4096  # of words, that a text repeats in random order
 
 
@@ -61,14 +65,14 @@ def measure(path: str, pairs: bool) -> dict[str, float]:
     before, most, done = anonymous(), [0], threading.Event()
     watcher = threading.Thread(target=watched, args=(most, done))
     watcher.start()
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), time.thread_time()  # without the watcher's
     data = CharDataModule(path=path, block_size=256, batch_size=64)
     data.setup()
     if pairs:
         data.pairs("train"), data.pairs("val")
     loader = data.train_dataloader()
     loader.batch(0)
-    found = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+    found = {"cpu": time.thread_time() - cpu, "wall": time.perf_counter() - wall}
     done.set()
     watcher.join()
     found["memory"] = max(0, max(most[0], anonymous()) - before)
@@ -105,7 +109,11 @@ def main() -> None:
                 write_text(file, kind, size * MEGABYTE)
                 os.utime(file, ns=(0, 0))
                 time.sleep(2.1)  # a file that was written just now is surveyed again
-                first, second = starts(file, Path(folder, "cache"))
+                rounds = [[*starts(file, Path(folder, f"cache{number}"))] for number in range(ROUNDS)]
+            first, second = (
+                {name: statistics.median(found[name] for found in column) for name in column[0]}
+                for column in zip(*rounds, strict=True)
+            )
             print(
                 f"{kind:<8}{size:>7,}  {size / first['cpu']:>19,.0f}  {first['memory'] / MEGABYTE:>9,.0f}  "
                 f"{second['wall']:>9.3f}  {second['memory'] / MEGABYTE:>9,.0f}  {second['batches']:>9,.0f}",
