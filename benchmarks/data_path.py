@@ -33,7 +33,7 @@ ALPHABETS = {
     "mixed": ("жизнь и ", "日本語 か", "hello 😀 ", "\n"),
 }
 ROUNDS = 3
-PIECES = 4096  # of words, that a text repeats in random order
+PIECES = 4096  # different groups of words; a text repeats them in random order
 
 
 def write_text(file: Path, kind: str, size: int) -> None:

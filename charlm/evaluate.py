@@ -22,8 +22,8 @@ class Score:
     """A loss over a split, in nats per token, with its standard error.
 
     Args:
-        characters, bytes: of UTF-8, that the targets stand for. A character counts where it begins.
-        share: of the targets of the split that were scored.
+        characters, bytes: length of the text of the targets. A character counts in the token where it begins.
+        share: the part of the split's targets that was scored.
     """
 
     loss: float
@@ -35,7 +35,7 @@ class Score:
 
     @property
     def nats_per_char(self) -> float:
-        """The loss by which models with different tokenizers compare, on the same text."""
+        """The loss per character: use it to compare models with different tokenizers on the same text."""
         return self.loss * (self.n_targets / self.characters)
 
     @property
@@ -63,7 +63,7 @@ class Score:
 
         Args:
             characters, n_bytes: that the targets stand for; None: one each.
-            n_there: targets of the split; None: no more than these.
+            n_there: number of targets of the split; None: all of them were scored.
 
         Neighbouring characters are not independent, so the error comes from the spread over blocks of about
         sqrt(N) consecutive targets (batch means: Flegal and Jones 2010, "Batch means and spectral variance

@@ -158,6 +158,6 @@ def continuation(
     """Return what follows a prompt, `length` characters, as `sample_text` yields it.
 
     Args:
-        settings: of `sample_text`, for one sample.
+        settings: other arguments of `sample_text`, for one sample.
     """
     return "".join(new for [new] in sample_text(model, tokenizer, length, prompt, **settings))

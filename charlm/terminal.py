@@ -224,7 +224,7 @@ def checkpoint(found: dict[str, Any]) -> RenderableType:
     return Group(grid, tensors)
 
 
-MOST_SYMBOLS = 60  # of an alphabet that are listed
+MOST_SYMBOLS = 60  # number of characters that are listed
 
 
 def corpus(found: dict[str, Any]) -> RenderableType:

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -223,3 +225,22 @@ def test_a_running_trial_of_optuna_is_continued():
     again.report(1.0, step=3)
     study.tell(again, 1.0)
     assert study.trials[0].intermediate_values == {3: 1.0}
+
+
+def test_lightning_is_imported_without_scipy_signal_and_scipy_signal_works_afterwards():
+    code = """
+import sys
+{}
+print("scipy.signal" in sys.modules)
+import scipy
+print(scipy.signal.windows.hann(3)[1])
+import lightning
+"""
+    for importing, there in (("import lightning", "True"), (LEAN, "False")):  # the first: why this is worth a file
+        ended = subprocess.run(
+            [sys.executable, "-c", code.format(importing)], capture_output=True, text=True, check=True
+        )
+        assert ended.stdout.split() == [there, "1.0"]
+
+
+LEAN = "from charlm.internals.torchmetrics import import_lightning\nimport_lightning()"

@@ -100,7 +100,7 @@ def test_the_second_start_reads_no_text(place, monkeypatch):
         raise AssertionError("the text was read")
 
     monkeypatch.setattr(corpus, "read", read)
-    again = prepared(place, val_fraction=0.5)  # of characters, one store serves all splits
+    again = prepared(place, val_fraction=0.5)  # one store of characters serves all splits
     assert again.encoded.folder == first.encoded.folder
     assert torch.equal(again.encoded.ids, first.encoded.ids)
 

@@ -35,7 +35,7 @@ class Places:
 
     Args:
         n_ids: N, the length of the text.
-        documents: where documents begin, in ascending order, of which no chunk may hold two; None: any may.
+        documents: starts of the documents, in ascending order; a chunk then stays within one. None: chunks may cross.
         every: distance between places. With block_size, chunks share no target.
 
     Raises:
@@ -76,8 +76,8 @@ class RandomChunks:
             cut into chunks of block_size, and all ranks together visit each once before any comes again, in an order
             that differs from epoch to epoch.
         world_size: number of ranks.
-        documents: where documents begin, if no chunk may hold parts of two; a document of block_size or less is then
-            never seen.
+        documents: starts of the documents; a chunk then stays within one, and a document of block_size characters or
+            less is never seen. None: chunks may cross.
 
     Raises:
         InputError: if the split is shorter than block_size + 1, or so is each of its documents.

@@ -34,7 +34,7 @@ class Corpus:
     """A text, which is read in pieces, and the name it goes by in logs and dashboards.
 
     Args:
-        source: where it was found.
+        source: its place: a path, or the name of a module.
         read: returns the text from its beginning.
         small: whether it is held in memory. Ids of any other text are kept in a store.
         files: those that a large text is read from.
@@ -143,7 +143,7 @@ def text(path: str | None = None, field: str = "text") -> Corpus:
     Several files are read in the order of their names, each ending in a newline.
 
     Args:
-        field: of a line of JSON that holds a document.
+        field: the field of a line of JSON that holds a document.
     """
     if not path:
         raise InputError("corpus=text needs a path: say path=FILE, path=FOLDER or path='GLOB'")
@@ -212,7 +212,7 @@ def write_survey(file: Path, found: Survey, changed: Sequence[int]) -> None:
     """
     if time.time_ns() - max(changed) < RACY:
         return
-    with suppress(OSError):  # of use only to the next start
+    with suppress(OSError):  # only the next start would use it
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, asdict(found))
 

@@ -14,7 +14,7 @@ from charlm.data.store import Encoded, encode
 from charlm.errors import InputError
 from charlm.tokenizer import CharTokenizer, MakeTokenizer, Tokenizer
 
-# What decides splits and batches, besides the corpus and the tokenizer.
+# Arguments that decide splits and batches, together with the corpus and the tokenizer.
 ARGUMENTS = (
     "field",
     "block_size",
@@ -47,13 +47,13 @@ class CharDataModule(L.LightningDataModule):
         min_context: characters of context that evaluation gives each target at least; losses of different block sizes
             compare only if it is the same. At most block_size. With 1, windows do not overlap.
         val_targets: targets that a validation during training scores at most, in evenly spaced windows; null: all.
-        final_targets: targets that an evaluation scores at most in a split, likewise; null: all.
+        final_targets: targets that an evaluation scores at most in each split, in evenly spaced windows; null: all.
         batches_per_epoch: length of an epoch for Lightning, since random chunks have no natural end. Rounded up to
             whole optimizer steps where the trainer accumulates gradients.
         order: "random": training chunks begin anywhere, as in the lecture. "epoch": every chunk of the text comes once
             per epoch, in random order.
-        cross_documents: whether a training chunk may hold parts of several documents: of the files of a folder, or of
-            the lines of a .jsonl file.
+        cross_documents: whether a training chunk may hold parts of several documents. A document is a file of a folder,
+            or a line of a .jsonl file.
         seed: seed of the random chunks.
         tokenizer: makes a tokenizer from the corpus.
 

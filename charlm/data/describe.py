@@ -16,8 +16,8 @@ SAMPLE_SEED = 1337  # the lecture's
 def describe(data: CharDataModule) -> dict[str, Any]:
     """Return what `charlm data` prints, in plain types. The tokenizer must be that of characters.
 
-    The entropies are those of the text's own frequencies, in bits per character: of a character alone, and of one
-    after the character before it. No model of that order does better on the same text.
+    The entropies come from the text's own frequencies, in bits per character. The first treats each character alone,
+    the second uses the character before it. No model of that order does better on the same text.
     """
     data.setup()
     survey, ids, v = data.corpus.survey, data.encoded.ids, data.vocab_size

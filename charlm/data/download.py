@@ -13,7 +13,7 @@ def fetch(url: str, sha256: str, place: Path) -> Path:
     """Return the path of a file in the user's cache; download it first if it is not there.
 
     Args:
-        place: of the file in the cache.
+        place: the file's path in the cache.
 
     Raises:
         CorpusUnavailable: with a few words, if the network does not give the file, or gives another one.

@@ -20,7 +20,7 @@ def check(file: Path, raw: bytes, offset: int, beginning: bytes) -> None:
 
     Args:
         raw: whole characters, if it is.
-        offset: of this part in the file.
+        offset: bytes of the file before this part.
         beginning: the first bytes of the file, which show other encodings.
 
     Raises:

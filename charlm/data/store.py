@@ -2,7 +2,7 @@
 
 A store is a folder in the user's cache, named by the hash of the text and by the tokenizer. It holds
 - ids.bin: the ids of the whole text, of the smallest integer type;
-- documents.npy: where documents begin, in ids;
+- documents.npy: the starts of the documents, in ids;
 - store.json: what else there is to know, written last. It records size, times and inode of the others: if any of
   them has changed since, the store is made anew.
 """
@@ -60,8 +60,8 @@ class Encoded:
 
     Args:
         ids: (N,), of the smallest integer type.
-        scattered: the same, to be read at random places. Of a mapped file the system then reads no more than asked for.
-        documents: where documents begin, in ids, (n,) int64.
+        scattered: the same, to be read at random places. The system then reads only the pages that are needed.
+        documents: starts of the documents, in ids, (n,) int64.
         bounds: number of ids before each cut.
         folder: of the store; None: they are in memory.
     """

@@ -1,4 +1,4 @@
-"""What one pass over a text finds: its length, hash and alphabet, and characters that are seldom meant as text."""
+"""A description of a text from one pass over it: length, hash, alphabet, and characters that are rarely intended."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -15,7 +15,7 @@ class Survey:
         sha256: of its UTF-8.
         alphabet: its characters, sorted.
         documents: how many it consists of: files, or lines of JSON.
-        layout: sha256 of where they begin.
+        layout: sha256 of their starts.
         nuls, crlfs: how many NUL characters, and line ends of Windows, it has.
     """
 

@@ -15,6 +15,7 @@ from charlm import schema, terminal
 from charlm.errors import InputError, printable
 from charlm.files import check_tree
 from charlm.home import COMMAND
+from charlm.internals.torchmetrics import import_lightning
 from charlm.preflight.command_line import conf_dirs, options, parse, shows_only, with_standard_input
 from charlm.preflight.configs import composer, fallback_corpus, resolved, without_hydra
 from charlm.preflight.messages import choices, known_settings, one_line_hydra_errors
@@ -38,6 +39,7 @@ def check_command(argv: Sequence[str], config_dir: Path) -> list[str]:
     Raises:
         InputError: if something cannot work; reports the first problem.
     """
+    import_lightning()  # before anything else does
     from charlm.preflight.settings import check_settings, check_text
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would shorten tracebacks; charlm prints mistakes as one line itself

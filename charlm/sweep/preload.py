@@ -5,10 +5,10 @@ import os
 import threading
 from importlib import import_module
 
+from charlm.internals.torchmetrics import import_lightning
 from charlm.sweep.processes import SWEEP
 
 NAMES = [
-    "lightning",
     "charlm.callbacks",
     "charlm.data.datamodule",
     "charlm.evaluate",
@@ -32,6 +32,7 @@ def watch(sweep: int) -> None:
 watcher = threading.Thread(target=watch, args=(int(os.environ.pop(SWEEP, os.getppid())),), daemon=True)
 watcher.start()
 gc.disable()  # imports make a million objects and no garbage
+import_lightning()
 for name in NAMES:
     import_module(name)
 import_module("charlm.run.record").environment()  # the same for all jobs, as they run the code that is loaded here

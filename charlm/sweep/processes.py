@@ -31,7 +31,7 @@ from charlm.home import PACKAGE
 from charlm.system import posix
 
 PRELOAD = "charlm.sweep.preload"  # the module that the server imports
-SWEEP = "CHARLM_SWEEP"  # the variable that tells the server the process ID of its sweep
+SWEEP = "CHARLM_SWEEP"  # variable with the process ID of the server's sweep
 ROOT = PACKAGE.parent  # what a job puts on its path
 SECONDS_BETWEEN_LOOKS = 0.5  # a job checks this often that its sweep and its server are alive
 SECONDS_FOR_A_CODE = 2.0  # in which the server reports how a process ended

@@ -14,7 +14,7 @@ from charlm.tokenizer.tiktoken import TiktokenTokenizer
 
 
 class Tokenizer(Protocol):
-    """What every tokenizer offers."""
+    """The methods of every tokenizer."""
 
     name: ClassVar[str]
     vocab_size: int  # V
