@@ -207,6 +207,7 @@ def builder(folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 def test_two_that_make_a_store_at_once_make_one(place):
     (place / "text.txt").write_text(TEXT * 20, encoding="utf-8")
     both = [builder(place), builder(place)]

@@ -272,6 +272,7 @@ def test_train_is_evaluated_if_the_run_has_seen_as_much_of_it(train, tmp_path, t
     assert {*results(tmp_path / "run")["baselines"]} == splits
 
 
+@pytest.mark.slow
 def test_standard_input_is_a_text(tmp_path, prose):
     environment = os.environ | {"CHARLM_CACHE": str(tmp_path / "cache")}
 
