@@ -20,7 +20,6 @@ from charlm.budget import Budget, budget_of
 from charlm.checkpoint import dtype_of, model_of, read, read_newest, record_of, tokenizer_of
 from charlm.data import CharDataModule
 from charlm.data.chunks import IGNORE, Windows
-from charlm.data.datamodule import sizes_of
 from charlm.errors import Diverged, InputError, one_line
 from charlm.evaluate import Score, evaluate, mean_loss, token_losses
 from charlm.generate import continuation
@@ -77,7 +76,7 @@ class LanguageModel(L.LightningModule):
     def setup(self, stage: str) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if isinstance(data, CharDataModule):
-            self.tokenizer, self.sizes = data.tokenizer, sizes_of(data.tokenizer)
+            self.tokenizer, self.sizes = data.tokenizer, data.sizes
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx (B, T) int64 -> logits (B, T, V)."""

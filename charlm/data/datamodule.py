@@ -96,6 +96,7 @@ class CharDataModule(L.LightningDataModule):
         self.corpus: Corpus
         self.tokenizer: Tokenizer
         self.encoded: Encoded
+        self.sizes: Tensor | None = None  # characters and bytes of each token, (V, 2); None: one of each
 
     def setup(self, stage: str | None = None) -> None:
         """Read, tokenize and split the text; a second call does nothing."""
@@ -109,6 +110,7 @@ class CharDataModule(L.LightningDataModule):
         self.corpus = load_corpus(self.corpus_name, self.path, self.field)
         cuts = self.cuts(self.corpus.survey.characters)
         self.tokenizer = self.make_tokenizer(self.corpus, cuts[0])
+        self.sizes = sizes_of(self.tokenizer)
         self.encoded = encode(self.corpus, self.tokenizer, cuts)
         self.splits = self.split(self.encoded.ids)
 
@@ -221,8 +223,7 @@ class CharDataModule(L.LightningDataModule):
             raise InputError(f"there is no split {split!r} in this run: choose one of {', '.join(self.splits)}")
         ids = self.splits[split].to(self.home(torch.device(device)))
         stride = stride or self.block_size - self.min_context + 1
-        sizes = sizes_of(self.tokenizer)
-        return Windows(ids, self.block_size, stride, self.tokens_at_once, rank, world_size, split, most, sizes)
+        return Windows(ids, self.block_size, stride, self.tokens_at_once, rank, world_size, split, most, self.sizes)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Batches are made on the device; only those of a corpus that did not fit travel."""

@@ -263,7 +263,6 @@ def fill(folder: Path, corpus: "Corpus", tokenizer: "Tokenizer", cuts: Sequence[
         finally:  # also where it has other characters by now
             if corpus.stamps() != corpus.surveyed:
                 raise InputError(f"{corpus.source} changed while it was read: run the command again once it is at rest")
-        file.truncate()
         os.fsync(file.fileno())
     with (folder / DOCUMENTS).open("wb") as other:
         np.save(other, documents)
