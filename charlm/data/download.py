@@ -51,4 +51,4 @@ def describe(error: OSError) -> str:
         requests.ConnectionError: "no connection",
         requests.exceptions.ChunkedEncodingError: "the connection was cut",
     }
-    return next((said for kind, said in words.items() if isinstance(error, kind)), type(error).__name__)
+    return next((few for kind, few in words.items() if isinstance(error, kind)), type(error).__name__)

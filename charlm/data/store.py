@@ -112,10 +112,10 @@ def kept() -> list[Kept]:
         size = sum(file.stat().st_size for file in folder.iterdir())
         try:
             manifest = read_json(folder / MANIFEST, Manifest, LARGEST_MANIFEST, FORMAT)
-            told = manifest["corpus"], manifest["source"], manifest["tokenizer"]
+            names = manifest["corpus"], manifest["source"], manifest["tokenizer"]
         except (OSError, InputError):
-            told = "unfinished", "", ""
-        found.append(Kept(folder, *told, size))
+            names = "unfinished", "", ""
+        found.append(Kept(folder, *names, size))
     return sorted(found, key=lambda one: -one.size)
 
 
