@@ -16,7 +16,15 @@ from charlm.data.corpus import Corpus
 from charlm.data.reader import Piece, pieces_of
 from charlm.data.store import write
 from charlm.errors import InputError
-from charlm.tokenizer import TOKENIZERS, BPETokenizer, ByteTokenizer, CharTokenizer, TiktokenTokenizer, Tokenizer
+from charlm.tokenizer import (
+    TOKENIZERS,
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    SentencePieceTokenizer,
+    TiktokenTokenizer,
+    Tokenizer,
+)
 from charlm.tokenizer.bpe import PATTERNS
 
 # Every code point there is, lone surrogates and NUL among them.
@@ -92,7 +100,10 @@ def test_no_loop_over_characters_is_hidden_in_it(prose: str):
 
 # Every tokenizer
 
-ANY_UTF8 = st.text(st.characters(exclude_categories=["Cs"]), min_size=1)
+ANY_UTF8 = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    st.lists(st.sampled_from(["\u2581", " ", "\n", "<0x41>", "<unk>", "it was", "\0", "\r\n"]), min_size=1).map("".join),
+)
 WORDS = ["It", " was", " the", "\n\n", "  ", "é", "日本", "...", "123456", " x"]
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 5
 
@@ -114,11 +125,13 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[Corpus
     """Functions that make each kind of tokenizer for a corpus."""
     ranks = str(rank_file(tmp_path_factory.mktemp("ranks")))
     trained = byte_pairs(len(PROSE), 300)
+    pieces = SentencePieceTokenizer.from_corpus(Corpus.of("a", PROSE, "here"), len(PROSE), 300)
     return {
         "char": lambda corpus: CharTokenizer.from_corpus(corpus, 1),
         "byte": lambda corpus: ByteTokenizer.from_corpus(corpus, 1),
         "bpe": lambda corpus: trained,
         "tiktoken": lambda corpus: TiktokenTokenizer.from_corpus(corpus, 1, ranks, "cl100k_base"),
+        "sentencepiece": lambda corpus: pieces,
     }
 
 
@@ -227,3 +240,58 @@ def test_bytes_hold_any_text_and_say_what_they_cannot_hold():
     assert tokenizer.decode(torch.tensor([0x41, 0xC3])) == "A\ufffd"
     with pytest.raises(InputError, match=r"U\+DC80 at position 1 is half of a character"):
         tokenizer.encode("a\udc80")
+
+
+def pieces_model(folder: Path, **settings: object) -> Path:
+    """A model file as a user of SentencePiece trains it."""
+    from sentencepiece import SentencePieceTrainer
+
+    file = folder / "some.model"
+    with file.open("wb") as writer:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(PROSE.split(". ")),
+            model_writer=writer,
+            minloglevel=2,
+            hard_vocab_limit=False,
+            **({"vocab_size": 320, "byte_fallback": True} | settings),
+        )
+    return file
+
+
+LOSSLESS = {"normalization_rule_name": "identity", "add_dummy_prefix": False, "remove_extra_whitespaces": False}
+
+
+def test_a_model_of_sentencepiece_is_used_as_it_is(tmp_path):
+    file = pieces_model(tmp_path, **LOSSLESS, model_type="bpe", vocab_size=400)
+    corpus = Corpus.of("a", "any text", "here")
+    tokenizer = SentencePieceTokenizer.from_corpus(corpus, 8, model=str(file))
+    assert b" times" in tokenizer.tokens
+    assert tokenizer.decode(tokenizer.encode("worst\u2581 of\n\ntimes")) == "worst\u2581 of\n\ntimes"
+    with pytest.raises(InputError, match=r"tokenizer\.model=none cannot be read: No such file"):
+        SentencePieceTokenizer.from_corpus(corpus, 8, model="none")
+    file.write_bytes(b"hello")
+    with pytest.raises(InputError, match=r"some\.model is not used: this is no model of SentencePiece"):
+        SentencePieceTokenizer.from_corpus(corpus, 8, model=str(file))
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({}, "changes the text"),
+        (LOSSLESS | {"normalization_rule_name": "nfkc"}, "changes the text"),
+        (LOSSLESS | {"add_dummy_prefix": True}, "changes the text"),
+        (LOSSLESS | {"vocab_size": 60, "byte_fallback": False}, "no byte_fallback"),
+    ],
+)
+def test_a_model_that_changes_the_text_is_refused(tmp_path, settings, why):
+    file = pieces_model(tmp_path, **settings)
+    with pytest.raises(InputError, match=f"some.model is not used: .*{why}"):
+        SentencePieceTokenizer.from_corpus(Corpus.of("a", "b", "c"), 1, model=str(file))
+
+
+def test_sentencepiece_says_what_it_cannot_learn_from():
+    many = "".join(map(chr, range(0x4E00, 0x4E00 + 500)))
+    with pytest.raises(InputError, match=r"vocab_size=300 is too small for the characters of a: give at least \d+"):
+        SentencePieceTokenizer.from_corpus(Corpus.of("a", many, "here"), len(many), 300)
+    with pytest.raises(InputError, match="cannot learn from a .*give a longer text"):
+        SentencePieceTokenizer.from_corpus(Corpus.of("a", "\n\n\n\n", "here"), 4, 300)

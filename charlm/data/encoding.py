@@ -1,8 +1,10 @@
-"""Encodings of text files: charlm reads UTF-8, and suggests how to convert what is something else."""
+"""UTF-8: what is something else gets a line that says what it seems to be, and how to convert it."""
 
 import codecs
 import shlex
 from pathlib import Path
+
+from charlm.errors import InputError
 
 SAMPLE = 2**16  # leading bytes of a file that decide its encoding
 MARKS = {  # UTF-32 first, as its little-endian mark begins with that of UTF-16
@@ -13,6 +15,19 @@ MARKS = {  # UTF-32 first, as its little-endian mark begins with that of UTF-16
 }
 CONTROLS = bytes({*range(32), 127} - {*b"\t\n\v\f\r"})  # which no text of ASCII, Latin-1 or UTF-8 needs
 HIGH = bytes(range(128, 256))
+
+
+def utf8(text: str) -> bytes:
+    """Return a text in UTF-8.
+
+    Raises:
+        InputError: if it has a lone surrogate, which UTF-8 cannot hold.
+    """
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        half = f"U+{ord(text[error.start]):04X} at position {error.start}"
+        raise InputError(f"{half} is half of a character, which UTF-8 cannot hold: remove it") from None
 
 
 def check(file: Path, raw: bytes, offset: int, beginning: bytes) -> None:

@@ -10,6 +10,7 @@ from charlm.data.corpus import Corpus
 from charlm.tokenizer.bpe import BPETokenizer
 from charlm.tokenizer.byte import ByteTokenizer
 from charlm.tokenizer.char import CharTokenizer
+from charlm.tokenizer.sentencepiece import SentencePieceTokenizer
 from charlm.tokenizer.tiktoken import TiktokenTokenizer
 
 
@@ -59,7 +60,13 @@ class Tokenizer(Protocol):
 
 
 MakeTokenizer = Callable[[Corpus, int], Tokenizer]
-CLASSES: tuple[type[Tokenizer], ...] = (CharTokenizer, ByteTokenizer, BPETokenizer, TiktokenTokenizer)
+CLASSES: tuple[type[Tokenizer], ...] = (
+    CharTokenizer,
+    ByteTokenizer,
+    BPETokenizer,
+    TiktokenTokenizer,
+    SentencePieceTokenizer,
+)
 TOKENIZERS = {one.name: one for one in CLASSES}
 
 __all__ = [
@@ -68,6 +75,7 @@ __all__ = [
     "ByteTokenizer",
     "CharTokenizer",
     "MakeTokenizer",
+    "SentencePieceTokenizer",
     "TiktokenTokenizer",
     "Tokenizer",
 ]

@@ -4,6 +4,7 @@ import base64
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Annotated, Any, ClassVar, Self
 
 import numpy as np
@@ -12,6 +13,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 
 from charlm.data.corpus import Corpus
+from charlm.data.encoding import utf8
 from charlm.data.segments import segments
 from charlm.errors import InputError
 
@@ -26,7 +28,7 @@ PATTERNS = {
     ),
 }
 LONG = re.compile(r"\S{1000}|\s{1000}")  # what is cut, for patterns without an end
-TRAINED_ON = 2**26  # bytes from the beginning of the train split that a tokenizer is trained on at most
+TRAINED_ON = 2**26  # characters from the beginning of the train split that a tokenizer is trained on at most
 
 
 class BytePairs:
@@ -63,11 +65,7 @@ class BytePairs:
         Raises:
             InputError: if it has a lone surrogate, which UTF-8 cannot hold.
         """
-        try:
-            return torch.from_numpy(self.encode_utf8(text.encode()))
-        except UnicodeEncodeError as error:
-            half = f"U+{ord(text[error.start]):04X} at position {error.start}"
-            raise InputError(f"{half} is half of a character, which UTF-8 cannot hold: remove it") from None
+        return torch.from_numpy(self.encode_utf8(utf8(text)))
 
     def encode_utf8(self, raw: bytes) -> np.ndarray:
         """UTF-8 -> ids, (N,)."""
@@ -109,13 +107,19 @@ class BPETokenizer(BytePairs):
             train: number of characters at the beginning of the corpus to learn from.
             vocab_size: V. A short text may give fewer.
         """
-        import rustbpe
+        return cls(trained(corpus, train, vocab_size))
 
-        trainer = rustbpe.Tokenizer()
-        with panics():
-            trainer.train_from_iterator(beginning(corpus, train), vocab_size, pattern=PATTERNS["charlm"])
-        ranks: Mapping[bytes, int] = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
-        return cls(sorted(ranks, key=ranks.__getitem__))
+
+@cache  # a command checks a run before it starts one
+def trained(corpus: Corpus, train: int, vocab_size: int) -> list[bytes]:
+    """Return the tokens that are learned from the beginning of a corpus, in the order of their ids."""
+    import rustbpe
+
+    trainer = rustbpe.Tokenizer()
+    with panics():
+        trainer.train_from_iterator(beginning(corpus, train, TRAINED_ON), vocab_size, pattern=PATTERNS["charlm"])
+    ranks: Mapping[bytes, int] = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
+    return sorted(ranks, key=ranks.__getitem__)
 
 
 @contextmanager
@@ -129,9 +133,9 @@ def panics() -> Iterator[None]:
         raise
 
 
-def beginning(corpus: Corpus, characters: int) -> Iterator[str]:
-    """Yield the first characters of a corpus in parts, at most TRAINED_ON bytes."""
-    left = TRAINED_ON
+def beginning(corpus: Corpus, characters: int, most: int) -> Iterator[str]:
+    """Yield the first characters of a corpus in parts: about `most` characters at most."""
+    left = most
     for text, _, is_cut in segments(corpus.read(), [characters]):
         yield text
         left -= len(text)

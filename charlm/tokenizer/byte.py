@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from charlm.errors import InputError
+from charlm.data.encoding import utf8
 
 
 class ByteTokenizer:
@@ -34,11 +34,7 @@ class ByteTokenizer:
         Raises:
             InputError: if it has a lone surrogate, which UTF-8 cannot hold.
         """
-        try:
-            return torch.from_numpy(self.encode_utf8(text.encode()).copy())
-        except UnicodeEncodeError as error:
-            half = f"U+{ord(text[error.start]):04X} at position {error.start}"
-            raise InputError(f"{half} is half of a character, which UTF-8 cannot hold: remove it") from None
+        return torch.from_numpy(self.encode_utf8(utf8(text)).copy())
 
     def encode_utf8(self, raw: bytes) -> np.ndarray:
         """UTF-8 -> ids, (N,) uint8, without a copy."""
