@@ -42,8 +42,13 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     from charlm.trainer import choose
 
     L.seed_everything(cfg.seed, workers=True, verbose=False)
-    data = instantiate(cfg.data, tokenizer=instantiate(cfg.tokenizer))
+    begun = state is not None and state.content["global_step"] > 0
+    initial = checkpoint.initial(cfg.init_from) if cfg.init_from and not begun else None
+    known = checkpoint.tokenizer_of(state.path, state.content) if state else initial and initial.tokenizer
+    data = instantiate(cfg.data, tokenizer=(lambda *_: known) if known else instantiate(cfg.tokenizer))
     model = instantiate(cfg.model, vocab_size=data.vocab_size)
+    if initial:
+        initial.load(model, data.tokenizer)
     if hasattr(model, "count"):
         model.count(data.splits["train"])
     choose(cfg, model, data)
@@ -63,15 +68,14 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     )
     limit_tokens(trainer, cfg.max_tokens, data.batch_size * data.block_size)
     steps = speed.describe(trainer, module, data.batch_size * data.block_size) if speed else "1 at a time: speed=off"
-    run.tell(config, corpus, trainer, steps)
+    run.tell(config, corpus, trainer, steps, initial and initial.sha256)
     if trainer.is_global_zero:
         if state:
             tidy(Path(cfg.run_dir))
         terminal.header(config, data, model, trainer, steps)
     begin_logs(trainer.loggers, config, data, state)
     # A checkpoint from before the first step holds nothing that the run does not create again.
-    path = state.path if state and state.content["global_step"] > 0 else None
-    trainer.fit(module, data, ckpt_path=path, weights_only=True)
+    trainer.fit(module, data, ckpt_path=state.path if begun else None, weights_only=True)
     model = module.unsharded_model()
     if not trainer.is_global_zero:
         return None
@@ -94,6 +98,8 @@ def main(cfg: DictConfig) -> None:
         terminal.started_in = get_original_cwd()
         if cfg.data.path:  # counts from where the command was typed, also with hydra.job.chdir=true
             cfg.data.path = os.path.join(terminal.started_in, os.path.expanduser(cfg.data.path))
+        if cfg.init_from:
+            cfg.init_from = os.path.join(terminal.started_in, os.path.expanduser(cfg.init_from))
         with Run(plain(cfg), follows(plain(cfg, resolve=False))) as run:
             raise_received()
             finished = train(cfg, state, run)

@@ -212,11 +212,19 @@ def evaluate(
 
 @charlm.command()
 @RUN
-@click.option("--export", type=click.Path(path_type=Path), help="Write the weights to a FILE.safetensors.")
-@click.option("--force", is_flag=True, help="Let --export replace a file.")
+@click.option("--export", type=click.Path(path_type=Path), help="Write the weights to a FILE.safetensors, or a FOLDER.")
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["safetensors", "huggingface"]),
+    default="safetensors",
+    show_default=True,
+    help="huggingface writes a GPT-2 that transformers reads.",
+)
+@click.option("--force", is_flag=True, help="Let --export replace what is there.")
 @TRUST
 @AS_JSON
-def checkpoint(run: Path, export: Path | None, force: bool, trust: tuple[str, ...], as_json: bool) -> None:
+def checkpoint(run: Path, export: Path | None, kind: str, force: bool, trust: tuple[str, ...], as_json: bool) -> None:
     """Show what is in a checkpoint, without loading its weights."""
     from charlm import checkpoint, terminal
     from charlm.files import plain
@@ -226,7 +234,8 @@ def checkpoint(run: Path, export: Path | None, force: bool, trust: tuple[str, ..
     if export:
         if export.exists() and not force:
             raise InputError(f"--export {export} is there already: choose another name, or say --force")
-        checkpoint.export(checkpoint.load(path, trust=trust), export)
+        write = checkpoint.export if kind == "safetensors" else checkpoint.huggingface.write
+        write(checkpoint.load(path, trust=trust), export)
         found["exported"] = str(export)
     if as_json:
         print_json(plain(found))

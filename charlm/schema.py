@@ -29,6 +29,7 @@ Seed = Annotated[int, Ge(0), Le(2**32 - 1)]
 ROOT = {
     "resume": str | None,
     "rerun": str | None,
+    "init_from": str | None,
     "trust": str | list[str] | None,
     "seed": Seed,
     "threads": Annotated[int, Ge(1), Le(1024)] | Literal["auto"],

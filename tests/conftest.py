@@ -216,6 +216,7 @@ def in_process(
     import torch
     from hydra.core.hydra_config import HydraConfig
 
+    from charlm.checkpoint import initial
     from charlm.data.corpus import load_corpus
     from charlm.errors import one_line_errors
     from charlm.run import folder
@@ -233,6 +234,7 @@ def in_process(
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", argv)
         load_corpus.cache_clear()  # its key is a path, and each test has other files
+        initial.cache_clear()
         capfd.readouterr()
         code: int | str | None = 0
         try:

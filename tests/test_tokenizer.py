@@ -102,7 +102,9 @@ def test_no_loop_over_characters_is_hidden_in_it(prose: str):
 
 ANY_UTF8 = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
-    st.lists(st.sampled_from(["\u2581", " ", "\n", "<0x41>", "<unk>", "it was", "\0", "\r\n"]), min_size=1).map("".join),
+    st.lists(st.sampled_from(["\u2581", " ", "\n", "<0x41>", "<unk>", "it was", "\0", "\r\n"]), min_size=1).map(
+        "".join
+    ),
 )
 WORDS = ["It", " was", " the", "\n\n", "  ", "é", "日本", "...", "123456", " x"]
 PROSE = "It was the best of times, it was the worst of times, it was the age of wisdom. " * 5
@@ -293,5 +295,5 @@ def test_sentencepiece_says_what_it_cannot_learn_from():
     many = "".join(map(chr, range(0x4E00, 0x4E00 + 500)))
     with pytest.raises(InputError, match=r"vocab_size=300 is too small for the characters of a: give at least \d+"):
         SentencePieceTokenizer.from_corpus(Corpus.of("a", many, "here"), len(many), 300)
-    with pytest.raises(InputError, match="cannot learn from a .*give a longer text"):
+    with pytest.raises(InputError, match=r"cannot learn from a .*give a longer text"):
         SentencePieceTokenizer.from_corpus(Corpus.of("a", "\n\n\n\n", "here"), 4, 300)

@@ -6,7 +6,7 @@ parameters as nanoGPT (Karpathy, 2023).
 """
 
 import math
-from typing import Annotated, NamedTuple, cast
+from typing import Annotated, Literal, NamedTuple, cast
 
 import torch
 from annotated_types import Ge, Lt
@@ -47,26 +47,26 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """Each position by itself: four times wider, and back."""
 
-    def __init__(self, n_embd: int, dropout: float, bias: bool):
+    def __init__(self, n_embd: int, dropout: float, bias: bool, approximate: str):
         super().__init__()
-        self.dropout = dropout
+        self.dropout, self.approximate = dropout, approximate  # of GELU, as F.gelu takes it
         self.fc = nn.Linear(n_embd, 4 * n_embd, bias=bias)
         self.proj = nn.Linear(4 * n_embd, n_embd, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = F.gelu(self.fc(x))  # (B, T, 4C)
+        x = F.gelu(self.fc(x), approximate=self.approximate)  # (B, T, 4C)
         return F.dropout(self.proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
     """Attention, then MLP, each added to the residual stream."""
 
-    def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool):
+    def __init__(self, n_embd: int, n_head: int, dropout: float, bias: bool, approximate: str):
         super().__init__()
         self.norm1 = nn.LayerNorm(n_embd, bias=bias)
         self.attention = Attention(n_embd, n_head, dropout, bias)
         self.norm2 = nn.LayerNorm(n_embd, bias=bias)
-        self.mlp = FeedForward(n_embd, dropout, bias)
+        self.mlp = FeedForward(n_embd, dropout, bias, approximate)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(self.norm1(x))
@@ -78,9 +78,9 @@ class Block(nn.Module):
         return [(module.weight, module.bias) for module in modules]
 
 
-def gelu_of_few(x: Tensor) -> Tensor:
+def gelu_of_few(x: Tensor, approximate: str) -> Tensor:
     """F.gelu, on a transposed view: on CPUs, what is contiguous goes to oneDNN, which starts slower than this ends."""
-    return F.gelu(x.view(2, -1).t()).t().reshape(x.shape)
+    return F.gelu(x.view(2, -1).t(), approximate=approximate).t().reshape(x.shape)
 
 
 def add_linear(x: Tensor, y: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -98,6 +98,7 @@ class GPT(nn.Module):
         n_head: attention heads per block.
         n_embd: C, width of the embedding: a multiple of n_head.
         dropout: probability of dropout in the embedding, attention and residual branches.
+        activation: gelu (Hendrycks and Gimpel 2016), or gelu_tanh, their approximation of it, which GPT-2 has.
         bias: whether linear layers and LayerNorms have biases; without, as in nanoGPT, it is faster and no worse.
         checkpointing: recompute each block in the backward pass: less memory, a third more time, the same bits.
 
@@ -115,6 +116,7 @@ class GPT(nn.Module):
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
         bias: bool = False,
         checkpointing: bool = False,
+        activation: Literal["gelu", "gelu_tanh"] = "gelu",
     ):
         super().__init__()
         if n_embd % n_head:
@@ -123,10 +125,10 @@ class GPT(nn.Module):
                 f"choose a multiple of {n_head} as n_embd, or another n_head"
             )
         self.block_size, self.dropout, self.heads = block_size, dropout, (n_head, n_embd // n_head)
-        self.checkpointing = checkpointing
+        self.checkpointing, self.approximate = checkpointing, "tanh" if activation == "gelu_tanh" else "none"
         self.token_embedding = nn.Embedding(vocab_size, n_embd)  # also scores, as the last step
         self.position_embedding = nn.Embedding(block_size, n_embd)
-        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, bias) for _ in range(n_layer))
+        self.blocks = nn.ModuleList(Block(n_embd, n_head, dropout, bias, self.approximate) for _ in range(n_layer))
         self.norm = nn.LayerNorm(n_embd, bias=bias)
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
@@ -164,7 +166,7 @@ class GPT(nn.Module):
             y = F.scaled_dot_product_attention(y[0], k, v, mask, is_causal=T > 1 and not start)
             x = add_linear(x, y.transpose(1, 2).reshape(x.shape), *proj)
             y = F.layer_norm(x, (nh * hs,), *norm2)
-            x = add_linear(x, gelu_of_few(F.linear(y, *fc)), *out)
+            x = add_linear(x, gelu_of_few(F.linear(y, *fc), self.approximate), *out)
         logits = F.linear(self.norm(x[T - 1 :: T]), self.token_embedding.weight)  # (B, V)
         return logits, Cache(kv, end, state.parts)
 

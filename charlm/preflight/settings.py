@@ -23,6 +23,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from charlm import schema
 from charlm.budget import budget_of, limit_tokens, steps_of
+from charlm.checkpoint import initial
 from charlm.data.chunks import BATCHES_PER_DRAW
 from charlm.devices import accelerator_of, cuda_problem, triton_problem
 from charlm.errors import InputError, one_line, out_of_memory
@@ -194,11 +195,18 @@ def check_text(plain: dict[str, Any]) -> list[str]:
     Raises:
         InputError: if the text is unavailable or too short, or a split does not exist.
     """
-    data = instantiate(plain["data"], tokenizer=instantiate(plain["tokenizer"]))
+    begin = initial(plain["init_from"]) if plain["init_from"] else None
+    if begin:
+        begin.check(plain)
+    make = (lambda *_: begin.tokenizer) if begin and begin.tokenizer else instantiate(plain["tokenizer"])
+    data = instantiate(plain["data"], tokenizer=make)
     with schema.arguments_as_settings("data", plain["data"]):
         data.setup()
         for split in splits_to_evaluate(plain["evaluate"]):
             data.windows(split)
+    if begin:
+        with torch.device("meta"):
+            begin.load(instantiate(plain["model"], vocab_size=data.vocab_size), data.tokenizer, assign=True)
     return [*data.corpus.cautions()]
 
 

@@ -105,8 +105,20 @@ class Run:
             self.pulse.start()
         return self
 
-    def tell(self, config: dict[str, Any], corpus: dict[str, str | int], trainer: "L.Trainer", steps: str) -> None:
-        """Add what is known once the trainer exists: resolved config, corpus, device."""
+    def tell(
+        self,
+        config: dict[str, Any],
+        corpus: dict[str, str | int],
+        trainer: "L.Trainer",
+        steps: str,
+        initial: str | None = None,
+    ) -> None:
+        """Add what is known once the trainer exists: resolved config, corpus, device.
+
+        Args:
+            steps: how they are made.
+            initial: sha256 of the weights of another run that this one begins from; None also for a resumed run.
+        """
         import torch
 
         self.record["config"], self.record["corpus"] = config, corpus
@@ -117,6 +129,8 @@ class Run:
             "threads": torch.get_num_threads(),
             "steps": steps,
         }
+        if initial or (self.before and (initial := self.before["environment"].get("initial_weights"))):
+            self.record["environment"]["initial_weights"] = initial
         self.step = lambda: trainer.global_step
         self.write()
         if self.before and self.before["step"] and (other := differences(self.before, self.record)):

@@ -41,8 +41,14 @@ def check_runs(runs: Sequence[dict[str, Any]], elsewhere: bool, texts: bool = Tr
         named = isinstance(devices, list) or "," in str(devices)
         if named and gpus and run["trainer"]["accelerator"] != "cpu" and not elsewhere:
             raise InputError(f"trainer.devices={devices} names GPUs, and a sweep gives them out itself: say how many")
-    different = {str([run["tokenizer"], run["evaluate"], {**run["data"], "batch_size": 0}]): run for run in runs}
+    different = {text_of(run): run for run in runs}
     lines = [line for run in different.values() for line in check_text(run)] if texts else []
     if not elsewhere and "auto" in accelerators and (problem := broken_gpu()):
         lines.append(f"the GPU is not used, and jobs train on the CPU: {problem}")
     return Checked(gpus, list(dict.fromkeys(lines)), all(size is not None and size < SMALL for size in sizes))
+
+
+def text_of(run: dict[str, Any]) -> str:
+    """Return the settings that decide whether the text of a run can be used."""
+    begin = [run["init_from"], run["model"]] if run["init_from"] else []
+    return str([run["tokenizer"], run["evaluate"], {**run["data"], "batch_size": 0}, *begin])
