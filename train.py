@@ -68,7 +68,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     )
     limit_tokens(trainer, cfg.max_tokens, data.batch_size * data.block_size)
     steps = speed.describe(trainer, module, data.batch_size * data.block_size) if speed else "1 at a time: speed=off"
-    run.tell(config, corpus, trainer, steps, initial and initial.sha256)
+    run.tell(config, corpus, trainer, steps, initial.sha256 if initial else None)
     if trainer.is_global_zero:
         if state:
             tidy(Path(cfg.run_dir))

@@ -16,7 +16,7 @@ from charlm.model.gpt import GPT
 from charlm.run.record import read_record
 from charlm.tokenizer import ByteTokenizer, CharTokenizer
 
-GPT_SETTINGS = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 12}
+GPT_SETTINGS: dict[str, Any] = {"block_size": 16, "n_layer": 2, "n_head": 2, "n_embd": 12}
 OTHER_TEXT = "the law of the land is that of the language\n" * 40
 
 

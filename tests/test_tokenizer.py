@@ -4,6 +4,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,7 +245,7 @@ def test_bytes_hold_any_text_and_say_what_they_cannot_hold():
         tokenizer.encode("a\udc80")
 
 
-def pieces_model(folder: Path, **settings: object) -> Path:
+def pieces_model(folder: Path, **settings: Any) -> Path:
     """A model file as a user of SentencePiece trains it."""
     from sentencepiece import SentencePieceTrainer
 
@@ -255,7 +256,7 @@ def pieces_model(folder: Path, **settings: object) -> Path:
             model_writer=writer,
             minloglevel=2,
             hard_vocab_limit=False,
-            **({"vocab_size": 320, "byte_fallback": True} | settings),
+            **{"vocab_size": 320, "byte_fallback": True, **settings},
         )
     return file
 

@@ -139,9 +139,6 @@ def write(loaded: Checkpoint, folder: Path) -> None:
             weights[f"transformer.{theirs}"] = torch.zeros(len(own[name.replace("bias", "weight")]))
     origin = {"step": loaded.step, "corpus": loaded.corpus, "tokenizer": loaded.tokenizer.state_dict()}
     folder.mkdir(parents=True, exist_ok=True)
-    for name, content in (
-        (WEIGHTS, save(weights, {"format": "pt"})),
-        (ORIGIN, json.dumps(origin).encode()),
-        (CONFIG, (json.dumps(settings, indent=2) + "\n").encode()),
-    ):
-        write_atomically(folder / name, lambda file, content=content: file.write(content))
+    write_atomically(folder / WEIGHTS, lambda file: file.write(save(weights, {"format": "pt"})))
+    write_atomically(folder / ORIGIN, lambda file: file.write(json.dumps(origin).encode()))
+    write_atomically(folder / CONFIG, lambda file: file.write(json.dumps(settings, indent=2).encode()))

@@ -19,11 +19,9 @@ from charlm.errors import InputError, printable
 from charlm.tokenizer.bpe import beginning
 
 SPACE = "\u2581"  # how SentencePiece writes a space; where a text has this character itself, it is encoded as bytes
-TRAINED_ON = (
-    2**24
-)  # characters from the beginning of the train split that are learned from at most; memory grows with them
+TRAINED_ON = 2**24  # characters of the train split that are learned from at most, since memory grows with them
 LINE = 1000  # characters of the longest line to learn from; the trainer leaves out those above 4,192 bytes
-SETTINGS = {  # nothing of the text is changed (SentencePiece issues 650 and 804)
+SETTINGS: dict[str, Any] = {  # nothing of the text is changed (SentencePiece issues 650 and 804)
     "normalization_rule_name": "identity",
     "remove_extra_whitespaces": False,
     "add_dummy_prefix": False,
