@@ -32,7 +32,7 @@ from torch import Tensor
 
 from charlm import checkpoint
 from charlm.callbacks import AtSteps
-from charlm.data.corpus import load_corpus
+from charlm.data.corpora import load_corpus
 from charlm.devices import cuda_problem
 
 ROOT = Path(__file__).parent.parent

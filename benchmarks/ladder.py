@@ -33,7 +33,7 @@ from torch import nn
 from charlm import checkpoint
 from charlm.data import CharDataModule
 from charlm.data.chunks import Windows
-from charlm.data.corpus import load_corpus
+from charlm.data.corpora import load_corpus
 from charlm.evaluate import evaluate
 from charlm.model.gpt import GPT
 from charlm.model.mixture import Mixture

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from charlm.data.corpus import load_corpus
+from charlm.data.corpora import load_corpus
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 IMPORTS = "import os, torch, lightning, hydra; os._exit(0)"

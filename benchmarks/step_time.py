@@ -37,7 +37,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from charlm.callbacks import AtSteps
 from charlm.data import CharDataModule
-from charlm.data.corpus import load_corpus
+from charlm.data.corpora import load_corpus
 from charlm.model.bigram import Bigram
 from charlm.model.gpt import GPT
 from charlm.module import LanguageModel

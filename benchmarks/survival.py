@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from charlm.data.corpus import load_corpus
+from charlm.data.corpora import load_corpus
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 # train.py as it is, with clocks; what they say comes last.

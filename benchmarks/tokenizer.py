@@ -14,7 +14,7 @@ from collections.abc import Callable
 from rich.console import Console
 from rich.table import Table
 
-from charlm.data.corpus import load_corpus
+from charlm.data.corpora import load_corpus
 from charlm.tokenizer import CharTokenizer
 
 

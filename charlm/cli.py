@@ -179,7 +179,7 @@ def evaluate(
     """
     from charlm import checkpoint, terminal
     from charlm.data import CharDataModule
-    from charlm.data.corpus import load_corpus
+    from charlm.data.corpora import load_corpus
     from charlm.evaluate import figures, splits_to_evaluate
     from charlm.files import plain
     from charlm.schema import check_node

@@ -217,7 +217,7 @@ def in_process(
     from hydra.core.hydra_config import HydraConfig
 
     from charlm.checkpoint import initial
-    from charlm.data.corpus import load_corpus
+    from charlm.data.corpora import load_corpus
     from charlm.errors import one_line_errors
     from charlm.run import folder
 
@@ -316,7 +316,7 @@ def call(in_process: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.M
 @pytest.fixture(scope="session")
 def prose() -> str:
     """Twenty thousand characters of English, from the text that Python carries."""
-    from charlm.data.corpus import load_corpus
+    from charlm.data.corpora import load_corpus
 
     return load_corpus("pydoc").text[:20_000]
 

@@ -332,7 +332,7 @@ def wrong(case: Case, run: Callable[[Case], tuple[int, list[str]]]) -> str | Non
 
 def make_bases(folder: Path) -> None:
     """A run and a sweep, to be damaged."""
-    from charlm.data.corpus import load_corpus
+    from charlm.data.corpora import load_corpus
 
     (folder / "prose.txt").write_text(load_corpus("pydoc").text[:20_000])
     common = ["data=text", f"data.path={folder / 'prose.txt'}", f"trainer.max_steps={STEPS}", "trainer=cpu"]

@@ -375,7 +375,7 @@ def test_a_named_corpus_takes_no_path(refused, check):
 
 
 def test_an_unknown_corpus_lists_the_known(refused, check):
-    assert "choose one of tinyshakespeare, pydoc, text" in refused(check, "data.corpus=nosuch")
+    assert "choose one of tinyshakespeare, enwik8, text8, ptb_char, pydoc, text" in refused(check, "data.corpus=nosuch")
 
 
 @pytest.mark.parametrize("path", ["missing.txt", "missing/*.txt", "nowhere", "a" * 400])

@@ -7,10 +7,12 @@ import json
 import shutil
 import socket
 import subprocess
+import tarfile
 import time
+import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -19,10 +21,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from charlm.data import corpus, download
-from charlm.data.corpus import load_corpus
+from charlm.data import CharDataModule, corpora, corpus, download
+from charlm.data.corpora import load_corpus
 from charlm.data.reader import blocks
 from charlm.errors import CorpusUnavailable, InputError
+from charlm.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer
 
 ROOT = Path(__file__).parent.parent
 # A proxy that refuses every connection at once, as a machine without internet does.
@@ -232,13 +235,18 @@ PLAY = b"First Citizen:\nBefore we proceed any further, hear me speak.\n" * 200
 
 @dataclass
 class Server:
-    """Answers every request with `body`, perhaps of fewer bytes than promised, and counts them."""
+    """Answers every request with `body` or the part that is asked for, and perhaps cuts it off."""
 
     url: str = ""
     body: bytes = PLAY
     status: int = 200
-    promised: int = 0
-    requests: int = 0
+    cut_after: int | None = None
+    gives_parts: bool = True
+    asked: list[str | None] = field(default_factory=list)
+
+    @property
+    def requests(self) -> int:
+        return len(self.asked)
 
 
 @pytest.fixture
@@ -247,11 +255,14 @@ def server() -> Iterator[Server]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            state.requests += 1
-            self.send_response(state.status)
-            self.send_header("Content-Length", str(state.promised or len(state.body)))
+            wanted = self.headers.get("Range")
+            state.asked.append(wanted)
+            start = int(wanted.removeprefix("bytes=").removesuffix("-")) if wanted and state.gives_parts else 0
+            status = state.status if state.status != 200 else 206 if start else 200
+            self.send_response(416 if start >= len(state.body) else status)
+            self.send_header("Content-Length", str(len(state.body) - start))
             self.end_headers()
-            self.wfile.write(state.body)
+            self.wfile.write(state.body[start : state.cut_after])
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -272,9 +283,10 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, server: Server) -> P
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for name in ("CHARLM_DATA", "http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(corpus, "SHAKESPEARE_URL", server.url)
-    monkeypatch.setattr(corpus, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
+    monkeypatch.setattr(corpora, "SHAKESPEARE_URL", server.url)
+    monkeypatch.setattr(corpora, "SHAKESPEARE_SHA256", hashlib.sha256(PLAY).hexdigest())
     monkeypatch.setattr(download, "NETWORK_TIMEOUT", (0.5, 0.5))
+    monkeypatch.setattr(download, "BLOCK", 1024)
     return tmp_path / "cache" / "charlm" / "tinyshakespeare" / "input.txt"
 
 
@@ -320,11 +332,29 @@ def test_a_download_of_another_hash_is_refused_and_leaves_no_file(cached, server
     assert files(tmp_path) == []
 
 
-def test_a_connection_cut_in_the_middle_leaves_no_file(cached, server, tmp_path):
-    server.promised = 2 * len(PLAY)
+def test_a_download_goes_on_where_it_was_cut_off(cached, server, tmp_path):
+    server.cut_after = 4096
     with pytest.raises(CorpusUnavailable, match="connection"):
         load_corpus("tinyshakespeare")
-    assert files(tmp_path) == []
+    assert not cached.exists()
+    server.cut_after = None
+    assert load_corpus("tinyshakespeare").text == PLAY.decode()
+    assert server.asked == [None, "bytes=4096-"]
+
+
+def test_a_server_that_gives_no_parts_is_asked_for_the_whole(cached, server, tmp_path):
+    server.cut_after, server.gives_parts = 4096, False
+    with pytest.raises(CorpusUnavailable, match="connection"):
+        load_corpus("tinyshakespeare")
+    server.cut_after = None
+    assert load_corpus("tinyshakespeare").text == PLAY.decode()
+
+
+def test_a_file_that_was_whole_when_the_command_ended_is_taken(cached, server):
+    cached.parent.mkdir(parents=True)
+    cached.with_name("input.txt.part").write_bytes(PLAY)
+    assert load_corpus("tinyshakespeare").text == PLAY.decode()
+    assert server.asked == [f"bytes={len(PLAY)}-"]
 
 
 def test_an_error_of_the_server_is_told(cached, server, tmp_path):
@@ -337,7 +367,7 @@ def test_an_error_of_the_server_is_told(cached, server, tmp_path):
 def test_a_refused_connection_is_told(cached, monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as free:
         closed = free.getsockname()[1]
-    monkeypatch.setattr(corpus, "SHAKESPEARE_URL", f"http://127.0.0.1:{closed}/input.txt")
+    monkeypatch.setattr(corpora, "SHAKESPEARE_URL", f"http://127.0.0.1:{closed}/input.txt")
     with pytest.raises(CorpusUnavailable, match="no connection") as told:
         load_corpus("tinyshakespeare")
     assert "\n" not in str(told.value)
@@ -347,7 +377,7 @@ def test_a_refused_connection_is_told(cached, monkeypatch, tmp_path):
 
 def test_a_server_that_never_answers_is_given_up(cached, monkeypatch, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        monkeypatch.setattr(corpus, "SHAKESPEARE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/input.txt")
+        monkeypatch.setattr(corpora, "SHAKESPEARE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}/input.txt")
         start = time.monotonic()
         with pytest.raises(CorpusUnavailable, match="no answer"):
             load_corpus("tinyshakespeare")
@@ -399,7 +429,126 @@ def test_tiny_shakespeare_is_the_one_of_the_lecture(shakespeare):
     assert found.text == shakespeare
     assert len(found.text) == 1_115_394
     assert len(set(found.text)) == 65
-    assert found.survey.sha256 == corpus.SHAKESPEARE_SHA256
+    assert found.survey.sha256 == corpora.SHAKESPEARE_SHA256
+
+
+# Corpora of the field
+
+
+WIKI = ("[[Zoë]] is a town in Ænglish text.\n" * 3000).encode()
+
+
+def archive(kind: str) -> bytes:
+    """A zip file or a tar file in the shape of the real ones."""
+    packed = io.BytesIO()
+    if kind == "zip":
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as members:
+            members.writestr("enwik8", WIKI[:-2])  # ends within no character; cut off as the real one is
+        return packed.getvalue()
+    with tarfile.open(fileobj=packed, mode="w:gz") as members:
+        for part, text in {"train": b"a b _ c \n" * 100, "valid": b"b _ a \n" * 40, "test": b"c _ c \n" * 50}.items():
+            entry = tarfile.TarInfo(f"./simple-examples/data/ptb.char.{part}.txt")
+            entry.size = len(text)
+            members.addfile(entry, io.BytesIO(text))
+    return packed.getvalue()
+
+
+@pytest.fixture
+def wiki(cached, server, monkeypatch) -> Path:
+    """Where a stand-in for enwik8 belongs, on a machine where it is not yet; the split falls into a character."""
+    server.body = archive("zip")
+    split = (WIKI.index("ë".encode(), 60_000) + 1, WIKI.index(b"text", 80_000))
+    known = corpora.Archive(server.url, f"sha256:{hashlib.sha256(WIKI[:-2]).hexdigest()}", split)
+    monkeypatch.setitem(corpora.ARCHIVES, "enwik8", known)
+    return cached.parent.parent / "enwik8" / "enwik8"
+
+
+def test_enwik8_is_downloaded_once_and_cut_at_its_published_bytes(wiki, server):
+    for _ in range(2):
+        load_corpus.cache_clear()
+        data = CharDataModule("enwik8", val_fraction=None, tokenizer=ByteTokenizer.from_corpus)
+        data.setup()
+        split = corpora.ARCHIVES["enwik8"].split
+        sizes = [len(data.splits[name]) for name in ("train", "val", "test")]
+        assert sizes == [split[0] - 1, split[1] - split[0] + 1, len(WIKI) - 2 - split[1]]  # between two characters
+        assert bytes(data.splits["test"]) == WIKI[split[1] : -2]
+    assert server.requests == 1
+    assert wiki.read_bytes() == WIKI[:-2]
+
+
+def test_each_tokenizer_cuts_enwik8_at_the_same_character(wiki):
+    texts = []
+    for tokenizer in (ByteTokenizer, CharTokenizer, BPETokenizer):
+        data = CharDataModule("enwik8", val_fraction=None, tokenizer=tokenizer.from_corpus)
+        data.setup()
+        texts.append([data.tokenizer.decode(part) for part in data.splits.values()])
+    assert texts[0] == texts[1] == texts[2]
+    assert "".join(texts[0]).encode() == WIKI[:-2]
+
+
+def test_enwik8_may_be_cut_at_any_other_place(wiki):
+    data = CharDataModule("enwik8", val_fraction=0.1, tokenizer=ByteTokenizer.from_corpus)
+    data.setup()
+    assert [*data.splits] == ["train", "val"]
+
+
+def test_another_file_is_not_taken_for_enwik8(wiki, tmp_path, monkeypatch):
+    load_corpus("enwik8")
+    wiki.write_bytes(WIKI[:-3])
+    load_corpus.cache_clear()
+    assert b"".join(piece.raw for piece in load_corpus("enwik8").read()) == WIKI[:-2]  # unpacked again
+    other = tmp_path / "data" / "enwik8" / "enwik8"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(WIKI)
+    monkeypatch.setenv("CHARLM_DATA", str(tmp_path / "data"))
+    load_corpus.cache_clear()
+    with pytest.raises(CorpusUnavailable, match="this is not enwik8: its sha256 begins"):
+        load_corpus("enwik8")
+
+
+def test_a_damaged_archive_is_told(wiki, server):
+    server.body = b"<html>Please log in to this network</html>"
+    with pytest.raises(CorpusUnavailable, match="the archive of enwik8 is damaged"):
+        load_corpus("enwik8")
+    assert not wiki.exists()
+
+
+def test_offline_one_is_told_where_to_put_the_file(wiki, server):
+    server.status = 404
+    with pytest.raises(
+        CorpusUnavailable, match=r"could not be had \(404.*put http.* at .*/enwik8/input.txt or \$CHARLM"
+    ):
+        load_corpus("enwik8")
+
+
+def test_penn_treebank_is_not_downloaded_and_read_where_it_is(cached, monkeypatch):
+    content = archive("tar")
+    known = corpora.Archive("http://x/simple.tgz", f"md5:{hashlib.md5(content).hexdigest()}", (0, 0), download=False)
+    monkeypatch.setitem(corpora.ARCHIVES, "ptb_char", known)
+    with pytest.raises(
+        CorpusUnavailable, match=r"licence does not allow that: if you have it, put http://x/simple.tgz"
+    ):
+        load_corpus("ptb_char")
+    place = cached.parent.parent / "ptb_char" / "simple.tgz"
+    place.parent.mkdir(parents=True)
+    place.write_bytes(content[:-1])
+    with pytest.raises(CorpusUnavailable, match="this is not ptb_char: its md5 begins"):
+        load_corpus("ptb_char")
+    place.write_bytes(content)
+    for _ in range(2):
+        load_corpus.cache_clear()
+        data = CharDataModule("ptb_char", val_fraction=None)
+        data.setup()
+        assert data.tokenizer.decode(data.splits["train"]) == "ab c\n" * 100
+        assert data.tokenizer.decode(data.splits["val"]) == "b a\n" * 40
+        assert data.tokenizer.decode(data.splits["test"]) == "c c\n" * 50
+        place.unlink(missing_ok=True)  # it is unpacked by now
+
+
+def test_a_text_without_a_published_split_needs_a_fraction(text_file):
+    data = CharDataModule(path=str(text_file), val_fraction=None)
+    with pytest.raises(InputError, match=r"published split, and prose\.txt has none: give a number"):
+        data.setup()
 
 
 # Where it cannot be had

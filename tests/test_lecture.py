@@ -52,7 +52,8 @@ def tokenizer(shakespeare: str) -> CharTokenizer:
 @pytest.fixture(scope="module")
 def train_ids(shakespeare: str, tokenizer: CharTokenizer) -> torch.Tensor:
     data = CharDataModule("tinyshakespeare", block_size=8, batch_size=4)
-    return tokenizer.encode(shakespeare)[: data.cuts(len(shakespeare))[0]]
+    data.setup()
+    return tokenizer.encode(shakespeare)[: data.cuts()[0]]
 
 
 def get_batch(ids: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

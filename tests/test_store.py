@@ -20,7 +20,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from charlm.data import CharDataModule, corpus, reader, store
-from charlm.data.corpus import Corpus, load_corpus
+from charlm.data.corpora import load_corpus
+from charlm.data.corpus import Corpus
 from charlm.data.pairs import Pairs
 from charlm.data.reader import Piece, blocks, pieces_of
 from charlm.data.survey import survey

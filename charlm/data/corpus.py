@@ -1,4 +1,4 @@
-"""Corpora: a named text, or any file, folder or glob."""
+"""A corpus: a text that is read in pieces, of any size; and how a file, a folder or a glob becomes one."""
 
 import hashlib
 import json
@@ -8,25 +8,22 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from glob import glob, has_magic
 from pathlib import Path
 from typing import IO
 
-from charlm.data.download import fetch
 from charlm.data.reader import BLOCK, PACKED, Piece, at_work, pieces_of, plain_name, read
 from charlm.data.survey import Survey, survey
-from charlm.errors import CorpusUnavailable, DiskError, InputError
+from charlm.errors import DiskError, InputError
 from charlm.files import PARTIAL, read_json, stamp, write_json
 from charlm.home import cache as cache_folder
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".jsonl")
 SMALL = 2**24  # bytes; a text of this size is read and tokenized in a fraction of a second, and kept in memory
-SURVEY = 1  # version of what `Survey` holds
+SURVEY = 2  # version of what `Survey` holds
 RACY = 2 * 10**9  # nanoseconds: the coarsest clock of a file system
 LARGEST_SURVEY = 2**25  # bytes of a file that describes a text: an alphabet can be large
-SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +36,7 @@ class Corpus:
         small: whether it is held in memory. Ids of any other text are kept in a store.
         files: those that a large text is read from.
         field: as `charlm.data.reader.read` takes it.
+        split: after how many bytes train and val end in its published split, if there is one; test is the rest.
     """
 
     name: str
@@ -47,6 +45,7 @@ class Corpus:
     small: bool = True
     files: Sequence[Path] = ()
     field: str = ""
+    split: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, name: str, text: str, source: str) -> "Corpus":
@@ -62,16 +61,16 @@ class Corpus:
     def survey(self) -> Survey:
         """Length, hash and alphabet: found in one pass, and remembered as long as the files of a large text stay."""
         if self.small:
-            return survey(self.read())
+            return survey(self.read(), self.split)
         stamps = self.surveyed
-        name = hashlib.sha256(json.dumps([SURVEY, self.field, stamps]).encode()).hexdigest()[:32]
+        name = hashlib.sha256(json.dumps([SURVEY, self.field, self.split, stamps]).encode()).hexdigest()[:32]
         remembered = cache_folder() / "surveys" / f"{name}.json"
         try:
             return Survey(**read_json(remembered, dict, LARGEST_SURVEY))
         except (OSError, TypeError, InputError):
             packed = any(file.suffix in PACKED for file in self.files)
             total = None if packed else sum(size for _, (size, *_) in stamps)
-            found = survey(at_work(self.read(), f"reading {self.name}", total))
+            found = survey(at_work(self.read(), f"reading {self.name}", total), self.split)
         write_survey(
             remembered, found, [moment for _, (_, changed, status, _) in stamps for moment in (changed, status)]
         )
@@ -97,44 +96,6 @@ class Corpus:
     def cautions(self) -> Iterator[str]:
         """Warn of characters that are seldom meant as text, in a line for each kind."""
         return self.survey.cautions(self.name)
-
-
-def tinyshakespeare(path: str | None = None) -> Corpus:
-    """Tiny Shakespeare (Karpathy, char-rnn, 2015): 1,115,394 characters, 65 symbols.
-
-    Looked for in `$CHARLM_DATA/tinyshakespeare/input.txt`, then in the user's cache folder, then downloaded.
-    A file with another hash is refused; a download is cached only when complete.
-    """
-    if path is not None:
-        raise InputError(f"path={path}: Tiny Shakespeare needs no path; for your own text give corpus=text")
-    folder = os.environ.get("CHARLM_DATA")
-    local = Path(folder, "tinyshakespeare", "input.txt") if folder else None
-    if local is not None and local.is_file():
-        raw = local.read_bytes()
-        if (found := hashlib.sha256(raw).hexdigest()) != SHAKESPEARE_SHA256:
-            raise InputError(
-                f"{local} is not Tiny Shakespeare: its sha256 begins {found[:12]} and not {SHAKESPEARE_SHA256[:12]}; "
-                f"replace it, or read it under its own name with corpus=text path={local}"
-            )
-        return Corpus.of("tinyshakespeare", raw.decode(), str(local))
-    try:
-        fetched = fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256, Path("tinyshakespeare", "input.txt"))
-    except CorpusUnavailable as error:
-        raise CorpusUnavailable(
-            f"Tiny Shakespeare could not be had ({error}): connect to the internet, or put the file at "
-            f"$CHARLM_DATA/tinyshakespeare/input.txt, or train on the text that Python carries with data=pydoc"
-        ) from error
-    return Corpus.of("tinyshakespeare", fetched.read_bytes().decode(), str(fetched))
-
-
-def pydoc(path: str | None = None) -> Corpus:
-    """The language reference that every CPython carries for `help()`: English prose, with no download."""
-    if path is not None:
-        raise InputError(f"path={path}: the pydoc corpus needs no path; for your own text give corpus=text")
-    from pydoc_data import topics
-
-    text = "\n\n".join(topics.topics[name] for name in sorted(topics.topics))
-    return Corpus.of("pydoc", text, "pydoc_data.topics")
 
 
 def text(path: str | None = None, field: str = "text") -> Corpus:
@@ -193,11 +154,11 @@ def is_large(files: Sequence[Path]) -> bool:
         return False
 
 
-def read_all(files: Sequence[Path], field: str) -> Iterator[Piece]:
-    """Yield the text of several files, each ending in a newline."""
+def read_all(files: Sequence[Path], field: str, cut: bool = False) -> Iterator[Piece]:
+    """Yield the text of several files, each ending in a newline; see `charlm.data.reader.read`."""
     for file in files:
         ends_line = True
-        for piece in read(file, field):
+        for piece in read(file, field, cut):
             yield piece
             ends_line = piece.raw.endswith(b"\n")
         if len(files) > 1 and not ends_line:
@@ -238,22 +199,3 @@ def find_text(path: str) -> list[Path]:
     else:
         raise InputError(f"path={path} does not exist: give a file, a folder or a glob (looked in {os.getcwd()})")
     return sorted(files)
-
-
-CORPORA: dict[str, Callable[..., Corpus]] = {f.__name__: f for f in (tinyshakespeare, pydoc, text)}
-
-
-@cache  # a command checks its corpus before it writes anything, and then uses it: read once
-def load_corpus(name: str, path: str | None = None, field: str = "text") -> Corpus:
-    """The corpus called `name`.
-
-    Args:
-        path, field: of `text`.
-
-    Raises:
-        InputError: if the name is unknown or the text cannot be read.
-        CorpusUnavailable: if it cannot be downloaded.
-    """
-    if name not in CORPORA:
-        raise InputError(f"corpus={name} is unknown: choose one of {', '.join(CORPORA)}")
-    return text(path, field) if name == "text" else CORPORA[name](path)

@@ -8,7 +8,8 @@ from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
 from charlm.data.chunks import RandomChunks, Windows, check_length
-from charlm.data.corpus import CORPORA, Corpus, load_corpus
+from charlm.data.corpora import CORPORA, load_corpus
+from charlm.data.corpus import Corpus
 from charlm.data.pairs import Pairs
 from charlm.data.store import Encoded, encode
 from charlm.errors import InputError
@@ -42,7 +43,8 @@ class CharDataModule(L.LightningDataModule):
         fallback: corpus to train on, loudly, if this one cannot be downloaded; null: report an error instead.
         block_size: T, characters in a chunk: the context that a model sees.
         batch_size: B, chunks in a batch of one process.
-        val_fraction: fraction of the text, at its end, for the val split.
+        val_fraction: fraction of the text, at its end, for the val split; None: as the split of this corpus was
+            published.
         test_fraction: fraction of the text, after the val split, for the test split.
         min_context: characters of context that evaluation gives each target at least; losses of different block sizes
             compare only if it is the same. At most block_size. With 1, windows do not overlap.
@@ -69,7 +71,7 @@ class CharDataModule(L.LightningDataModule):
         path: str | None = None,
         field: str = "text",
         fallback: Literal["pydoc"] | None = None,
-        val_fraction: Annotated[float, Gt(0), Lt(1)] = 0.1,
+        val_fraction: Annotated[float, Gt(0), Lt(1)] | None = 0.1,
         test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0,
         min_context: Annotated[int, Ge(1)] = 1,
         val_targets: Annotated[int, Ge(1)] | None = 131_072,
@@ -108,7 +110,7 @@ class CharDataModule(L.LightningDataModule):
                 f"show: make it {self.block_size} at most"
             )
         self.corpus = load_corpus(self.corpus_name, self.path, self.field)
-        cuts = self.cuts(self.corpus.survey.characters)
+        cuts = self.cuts()
         self.tokenizer = self.make_tokenizer(self.corpus, cuts[0])
         self.sizes = sizes_of(self.tokenizer)
         self.encoded = encode(self.corpus, self.tokenizer, cuts)
@@ -125,8 +127,15 @@ class CharDataModule(L.LightningDataModule):
         self.setup()
         return self.tokenizer.vocab_size
 
-    def cuts(self, n: int) -> list[int]:
-        """Return after how many of n characters train and val end."""
+    def cuts(self) -> list[int]:
+        """Return after how many characters train and val end."""
+        n = self.corpus.survey.characters
+        if self.val_fraction is None:
+            if not self.corpus.split:
+                raise InputError(
+                    f"val_fraction={None} means the published split, and {self.corpus.name} has none: give a number"
+                )
+            return self.corpus.survey.cuts
         if self.val_fraction + self.test_fraction >= 1:
             raise InputError(
                 f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} leave nothing to "
@@ -140,7 +149,7 @@ class CharDataModule(L.LightningDataModule):
         """Contiguous views, in the order of the text: train, val and, if asked for, test."""
         train_end, val_end = self.encoded.bounds
         splits = {"train": ids[:train_end], "val": ids[train_end:val_end]}
-        if self.test_fraction:
+        if self.test_fraction or self.val_fraction is None:
             splits["test"] = ids[val_end:]
         for name, part in splits.items():
             check_length(part, self.block_size, name)

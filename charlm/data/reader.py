@@ -36,11 +36,12 @@ def plain_name(file: Path) -> str:
     return file.stem if file.suffix in PACKED else file.name
 
 
-def read(file: Path, field: str) -> Iterator[Piece]:
+def read(file: Path, field: str, cut: bool = False) -> Iterator[Piece]:
     """Yield the text of a file: UTF-8, with or without a byte order mark, perhaps packed (.gz, .zst).
 
     Args:
         field: the field of each line of a .jsonl file that holds a document.
+        cut: whether the file may end within a character, which is then left out.
 
     Raises:
         InputError: if it cannot be read or unpacked, is not UTF-8, or has a line that is no such document.
@@ -50,7 +51,7 @@ def read(file: Path, field: str) -> Iterator[Piece]:
             if plain_name(file).endswith(".jsonl"):
                 yield from documents(file, stream, field)
             else:
-                yield from blocks(file, stream)
+                yield from blocks(file, stream, cut)
     except (gzip.BadGzipFile, EOFError, zlib.error, zstd.ZstdError) as error:
         raise InputError(f"{file} cannot be unpacked ({error}): unpack it by hand, or give another file") from error
     except OSError as error:
@@ -68,7 +69,7 @@ def unpacked(file: Path) -> Iterator[IO[bytes]]:
             yield stream
 
 
-def blocks(file: Path, stream: IO[bytes]) -> Iterator[Piece]:
+def blocks(file: Path, stream: IO[bytes], cut: bool = False) -> Iterator[Piece]:
     """Yield a file as one document.
 
     Raises:
@@ -86,7 +87,7 @@ def blocks(file: Path, stream: IO[bytes]) -> Iterator[Piece]:
             yield Piece(text, begins)
             begins = False
         offset += whole
-    if rest:  # the file ends within a character
+    if rest and not cut:  # the file ends within a character
         check(file, rest, offset, beginning)
 
 

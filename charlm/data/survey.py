@@ -1,7 +1,7 @@
 """A description of a text from one pass over it: length, hash, alphabet, and characters that are rarely intended."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from charlm.data.reader import Piece
@@ -16,6 +16,7 @@ class Survey:
         alphabet: its characters, sorted.
         documents: how many it consists of: files, or lines of JSON.
         layout: sha256 of their starts.
+        cuts: number of characters before each of some numbers of bytes; a character that one falls into comes after.
         nuls, crlfs: how many NUL characters, and line ends of Windows, it has.
     """
 
@@ -25,6 +26,7 @@ class Survey:
     alphabet: str
     documents: int
     layout: str
+    cuts: list[int]
     nuls: int
     crlfs: int
 
@@ -42,19 +44,25 @@ class Survey:
             )
 
 
-def survey(pieces: Iterable[Piece]) -> Survey:
-    """Read a text once, in constant memory."""
+def survey(pieces: Iterable[Piece], cuts: Sequence[int] = ()) -> Survey:
+    """Read a text once, in constant memory.
+
+    Args:
+        cuts: numbers of bytes, in ascending order.
+    """
     import numpy as np  # which the process of a sweep does without
 
     digest, layout = hashlib.sha256(), hashlib.sha256()
     ascii, seen = b"", np.zeros(0x110000, bool)  # characters that were met: ASCII, and all others by code point
     n_characters = n_bytes = documents = nuls = crlfs = 0
-    ends_in_cr = False
+    ends_in_cr, left_cuts, found = False, [*cuts], []
     for raw, begins in pieces:
         digest.update(raw)
         if begins:
             documents += 1
             layout.update(b"%d " % n_bytes)
+        while left_cuts and left_cuts[0] < n_bytes + len(raw):
+            found.append(n_characters + characters(raw[: left_cuts.pop(0) - n_bytes]))
         n_bytes += len(raw)
         # To delete what is known is faster than to count: nearly all pieces have nothing left.
         if left := raw.translate(None, delete=ascii):
@@ -72,4 +80,12 @@ def survey(pieces: Iterable[Piece]) -> Survey:
             ends_in_cr = raw.endswith(b"\r")
     seen[[*ascii]] = True
     alphabet = "".join(map(chr, seen.nonzero()[0]))
-    return Survey(digest.hexdigest(), n_characters, n_bytes, alphabet, documents, layout.hexdigest(), nuls, crlfs)
+    found += [n_characters] * len(left_cuts)
+    return Survey(
+        digest.hexdigest(), n_characters, n_bytes, alphabet, documents, layout.hexdigest(), found, nuls, crlfs
+    )
+
+
+def characters(raw: bytes) -> int:
+    """Return the number of whole characters in UTF-8 that may end within one."""
+    return len(raw.decode(errors="ignore"))

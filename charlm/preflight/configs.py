@@ -10,7 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from charlm.data.corpus import load_corpus
+from charlm.data.corpora import load_corpus
 from charlm.errors import CorpusUnavailable, InputError
 from charlm.preflight.command_line import conf_dirs
 from charlm.preflight.messages import one_line_hydra_errors

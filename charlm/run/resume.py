@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from charlm.data.corpus import load_corpus
+from charlm.data.corpora import load_corpus
 from charlm.errors import InputError
 from charlm.files import PARTIAL, contents, is_regular
 from charlm.run.overrides import changes
