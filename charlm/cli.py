@@ -179,7 +179,7 @@ def evaluate(
     """
     from charlm import checkpoint, terminal
     from charlm.data import CharDataModule
-    from charlm.data.corpora import load_corpus
+    from charlm.data.corpora import PUBLISHED, load_corpus
     from charlm.evaluate import figures, splits_to_evaluate
     from charlm.files import plain
     from charlm.schema import check_node
@@ -203,11 +203,15 @@ def evaluate(
     context = data.min_context if stride is None else max(1, data.block_size - stride + 1)
     header = {"checkpoint": str(loaded.path), "step": loaded.step, "corpus": data.corpus.name, "min_context": context}
     header["tokenizer"] = data.tokenizer.name
+    header["published"] = [one._asdict() for one in PUBLISHED.get(data.corpus.name, ())]
     found = header | found
     if as_json:
         print_json(plain(found))
     else:
-        terminal.console.print(terminal.figures(found, f"{name_of(loaded.config['model'])} at {loaded.step:,}"))
+        name = f"{name_of(loaded.config['model'])} at {loaded.step:,}"
+        terminal.console.print(terminal.figures(found, name))
+        if found["published"]:
+            terminal.console.print(terminal.published(found, name))
 
 
 @charlm.command()
@@ -246,20 +250,24 @@ def checkpoint(run: Path, export: Path | None, kind: str, force: bool, trust: tu
 @charlm.command()
 @click.argument("path", required=False)
 @click.option("--field", default="text", show_default=True, help="The field of a line of .jsonl that holds its text.")
+@click.option("--compress", is_flag=True, help="Also compress val, alone and given train: baselines without a model.")
 @click.option("--cache", is_flag=True, help="List what is kept of large texts in the user's cache.")
 @click.option("--prune", is_flag=True, help="Remove all that is kept there; it is made again when it is needed.")
 @AS_JSON
-def data(path: str | None, field: str, cache: bool, prune: bool, as_json: bool) -> None:
+def data(path: str | None, field: str, compress: bool, cache: bool, prune: bool, as_json: bool) -> None:
     """Show a text before you train on it: size, alphabet, documents, entropies, a sample.
 
     PATH is a file, a folder or a 'glob/**/*.txt', also packed; - for standard input; or the name
-    of a corpus: tinyshakespeare, pydoc.
+    of a corpus: tinyshakespeare, enwik8, text8, ptb_char, pydoc.
     """
     from charlm import terminal
     from charlm.data import CharDataModule, store
+    from charlm.data.compressors import compressed
+    from charlm.data.corpora import ARCHIVES
     from charlm.data.corpus import spool
     from charlm.data.describe import describe
     from charlm.files import plain
+    from charlm.tokenizer import ByteTokenizer
 
     if (path is None) == (not cache and not prune):
         raise InputError("give a text to show, or --cache, or --prune: charlm data FILE_OR_FOLDER_OR_GLOB")
@@ -274,7 +282,12 @@ def data(path: str | None, field: str, cache: bool, prune: bool, as_json: bool) 
             terminal.console.print(terminal.cache(kept))
     else:
         path = str(spool(sys.stdin.buffer)) if path == "-" else path
-        found = describe(CharDataModule(path=path, field=field))
+        val_fraction = None if path in ARCHIVES else 0.1
+        found = describe(CharDataModule(path=path, field=field, val_fraction=val_fraction))
+        if compress:
+            in_bytes = ByteTokenizer.from_corpus
+            of_bytes = CharDataModule(path=path, field=field, val_fraction=val_fraction, tokenizer=in_bytes)
+            found["compressed"] = [one._asdict() for one in compressed(of_bytes)]
         if as_json:
             print_json(plain(found))
         else:

@@ -202,6 +202,23 @@ def figures(found: dict[str, Any], name: str) -> Table:
     return table
 
 
+def published(found: dict[str, Any], name: str) -> Table:
+    """Return the table of published results on the same corpus, the model's own among them."""
+    own = [
+        (found[f"{split}/bits_per_byte"], name, split if found[f"{split}/share"] == 1 else f"part of {split}")
+        for split in found["baselines"]
+        if split != "train"
+    ]
+    others = [(one["bits_per_byte"], one["name"], one["split"]) for one in found["published"]]
+    table = Table("published results", box=box.SIMPLE_HEAD)
+    table.add_column("text")
+    table.add_column("bits per byte", justify="right")
+    for row in sorted([*own, *others]):
+        figure, title, split = row
+        table.add_row(title, split, f"{figure:.4f}", style="bold" if row in own else None)
+    return table
+
+
 def checkpoint(found: dict[str, Any]) -> RenderableType:
     """Return the summary of a checkpoint and the table of its tensors."""
     settings = {k: v for k, v in found["model"].items() if not k.startswith("_")}
@@ -251,6 +268,13 @@ def corpus(found: dict[str, Any]) -> RenderableType:
     odd = [entry for entry in alphabet if entry["unusual"]]
     parts += [Text("unusual characters", style="bold")] if odd else []
     parts += [Text(f"  {entry['unusual']}: {entry['count']:,}") for entry in odd[:MOST_SYMBOLS]]
+    if "compressed" in found:
+        table = Table("val, in bits per byte", box=box.SIMPLE_HEAD)
+        for title in ("compressed alone (cold start)", "given train"):
+            table.add_column(title, justify="right")
+        for one in found["compressed"]:
+            table.add_row(one["compressor"], f"{one['cold_start']:.4f}", f"{one['given_train']:.4f}")
+        parts += [table]
     parts += [Text(), Text("what a model of characters learns: context -> target", style="bold")]
     parts += [Text(f"  {context!r} -> {target!r}") for context, target in found["sample"]]
     return Group(*parts)

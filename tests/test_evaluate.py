@@ -1,4 +1,5 @@
 import itertools
+import json
 import math
 from collections import Counter
 
@@ -196,3 +197,16 @@ def test_one_model_has_one_loss_at_every_block_size_that_shows_it_as_much():
 def test_a_window_cannot_show_more_than_it_holds():
     with pytest.raises(InputError, match=r"^min_context=9 is more than block_size=8 characters can show"):
         CharDataModule("pydoc", 8, 1, min_context=9).setup()
+
+
+def test_published_results_are_shown_next_to_ones_own(call, trained, monkeypatch):
+    from charlm.data import corpora
+
+    published = (corpora.Published("a giant", 0.5), corpora.Published("a dwarf", 50.0, "val"))
+    monkeypatch.setitem(corpora.PUBLISHED, "prose.txt", published)
+    found = json.loads(call("evaluate", str(trained), "--split", "val", "--json").out)
+    assert [one["name"] for one in found["published"]] == ["a giant", "a dwarf"]
+    lines = call("evaluate", str(trained), "--split", "val").out.split("published results")[1].splitlines()
+    rows = [line.split() for line in lines if "0" in line]
+    assert [row[:2] for row in rows] == [["a", "giant"], ["bigram", "at"], ["a", "dwarf"]]
+    assert rows[1][-1] == f"{found['val/bits_per_byte']:.4f}"
