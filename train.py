@@ -50,6 +50,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     if initial:
         initial.load(model, data.tokenizer)
     if hasattr(model, "count"):
+        terminal.console.print(f"counting the contexts of {len(data.splits['train']):,} tokens")
         model.count(data.splits["train"])
     choose(cfg, model, data)
     config, corpus = plain(cfg), data.corpus.card()
@@ -72,6 +73,8 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     if trainer.is_global_zero:
         if state:
             tidy(Path(cfg.run_dir))
+        if hasattr(model, "counts") and not begun:
+            checkpoint.write_counts(model, Path(cfg.run_dir) / "checkpoints")
         terminal.header(config, data, model, trainer, steps)
     begin_logs(trainer.loggers, config, data, state)
     # A checkpoint from before the first step holds nothing that the run does not create again.

@@ -22,13 +22,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from charlm import Bigram, CharDataModule, LanguageModel
 from charlm.callbacks import AtSteps
 from charlm.cli import check_device
+from charlm.counts import no_determinism
 from charlm.devices import accelerator_of, cuda_problem, triton_problem
 from charlm.errors import InputError
 from charlm.evaluate import token_losses
 from charlm.generate import sample
 from charlm.model.gru import GRU
 from charlm.model.lstm import LSTM
-from charlm.model.mixture import no_determinism
 from charlm.preflight.configs import resolved
 from charlm.preflight.settings import check_cuda_graph, check_hardware, check_settings
 from charlm.speed import grouped_steps

@@ -2,18 +2,21 @@
 
 import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
 from charlm import checkpoint
+from charlm.counts import Counts, Table, discounts, hashes
 from charlm.generate import generate
-from charlm.model.mixture import Counts, Mixture, discounts, hashes
+from charlm.model.mixture import Mixture
 
 V, K, PARTS = 5, 4, 3
 NODE = {"_target_": "charlm.model.mixture.Mixture", "block_size": 12, "n_context": K, "n_folds": PARTS}
@@ -105,7 +108,7 @@ def test_no_context_reaches_beyond_the_chunk_nor_ahead(training):
     assert torch.allclose(longer[:, :7], shorter, atol=1e-5)
 
 
-def made(model: Mixture) -> Counts:
+def made(model: Mixture) -> Table:
     model(torch.zeros(1, 1, dtype=torch.long))
     assert model.counted is not None
     return model.counted
@@ -179,3 +182,71 @@ def test_counts_are_worth_more_than_a_table_of_pairs():
     log_p = counts.look_up(rows.flatten(1), alone.flatten())
     by_length = (log_p.alone + log_p.change.cumsum(0)).gather(2, val[None, 1:, None].expand(K, -1, 1)).mean((1, 2))
     assert float(-by_length[0]) < math.log(V)
+
+
+SETTINGS = ["model=mixture", "data.block_size=16", "model.n_layer=1", "model.n_head=2", "model.n_embd=8"]
+SETTINGS += ["model.n_context=4", "data=text", "data.path=prose.txt", "trainer.max_steps=4", "logger=none"]
+
+
+@pytest.fixture
+def mixture_run(train, text_file, tmp_path) -> Path:
+    ended = train(*SETTINGS, "hydra.run.dir=run")
+    assert ended.code == 0, ended.err
+    assert "counting the contexts of 18,000 tokens" in ended.out
+    return tmp_path / "run"
+
+
+def never(*_: Any) -> None:
+    raise AssertionError("the text was counted again")
+
+
+def test_a_run_keeps_its_counts_so_that_nobody_counts_again(mixture_run, monkeypatch):
+    idx = torch.randint(50, (3, 16), generator=torch.Generator().manual_seed(0))
+    file = mixture_run / "checkpoints" / "counts.safetensors"
+    content = file.read_bytes()
+    file.unlink()
+    expected = checkpoint.load(mixture_run).model(idx)
+    file.write_bytes(content)
+    monkeypatch.setattr(Counts, "count", never)
+    assert torch.equal(checkpoint.load(mixture_run).model(idx), expected)
+
+
+def test_counts_of_another_text_or_another_form_are_not_used(mixture_run, capsys):
+    file = mixture_run / "checkpoints" / "counts.safetensors"
+    good, idx = load_file(file), torch.arange(16)[None]
+    expected = checkpoint.load(mixture_run).model(idx)
+    card = write_card(mixture_run)
+    wrong: list[tuple[dict[str, Tensor], dict[str, str], str]] = [
+        (good, card | {"text": "0"}, "they are of another text"),
+        (good, card | {"version": "0"}, "they are of another text"),
+        (good | {"symbols": good["symbols"] + 200}, card, "counts of other symbols"),
+        (good | {"starts": good["starts"].flip(0)}, card, "not the counts of a text"),
+        (good | {"keys.2": good["keys.2"].flip(0)}, card, "not the counts of a text"),
+        (good | {"seen": good["seen"][:, :2].contiguous()}, card, "not the counts of a text"),
+        ({name: tensor for name, tensor in good.items() if name != "other"}, card, "'other'"),
+    ]
+    capsys.readouterr()
+    for tensors, metadata, words in wrong:
+        save_file(tensors, file, metadata)
+        assert torch.equal(checkpoint.load(mixture_run).model(idx), expected)
+        told = capsys.readouterr().err
+        assert words in told
+        assert "the text is counted again" in told
+    file.write_bytes(b"x" * 50)
+    assert torch.equal(checkpoint.load(mixture_run).model(idx), expected)
+
+
+def write_card(run: Path) -> dict[str, str]:
+    from safetensors import safe_open
+
+    with safe_open(run / "checkpoints" / "counts.safetensors", "pt") as file:
+        return dict(file.metadata())
+
+
+def test_a_text_whose_counts_do_not_fit_is_refused_before_counting(check, text_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(Counts, "count", never)
+    monkeypatch.setattr("charlm.system.memory.limit", lambda: (8_000_000, "this machine has"))
+    ended = check(*SETTINGS, "hydra.run.dir=run")
+    assert ended.code == 2
+    assert "counting 18,000 tokens may take 8.6 MiB, and this machine has 7.6 MiB" in ended.err
+    assert not (tmp_path / "run").exists()

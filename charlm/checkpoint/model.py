@@ -14,6 +14,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from charlm.checkpoint import archive
 from charlm.checkpoint.content import weights_of
+from charlm.checkpoint.counts import use_counts
 from charlm.checkpoint.file import BEST, LAST, PREVIOUS, read_newest
 from charlm.errors import InputError, out_of_memory, printable
 from charlm.files import write_atomically
@@ -91,7 +92,9 @@ def model_of(
     """
     node = content["charlm"]["config"]["model"]
     with readable(path):
-        return trained(node, tokenizer.vocab_size if tokenizer else None, weights_of(content), trust)
+        model = trained(node, tokenizer.vocab_size if tokenizer else None, weights_of(content), trust)
+    use_counts(model, path)
+    return model
 
 
 def check_weights(path: Path, content: dict[str, Any]) -> None:

@@ -11,7 +11,9 @@ fit in.
 Where there is a shorter way to a loss than through logits, it has `loss(idx, targets) -> (B, T)`: the loss of each
 target in nats, as cross entropy of `forward` gives it, and 0 where a target is negative and does not count.
 
-One that counts has `count(ids)`, which is given the training split, (N,), before the first step.
+One that counts has `count(ids)`, which is given the training split, (N,), before the first step; `text`, a buffer with
+what it has counted; `memory_to_count(n, **arguments) -> bytes`, which tells in advance how much memory that takes; and
+`counts() -> tensors` and `use_counts(tensors)`, so that nobody counts the same text twice.
 
 Its constructor's arguments are plain numbers and words, and `@keeps_arguments` remembers them: by its name and these a
 checkpoint tells which model its weights belong to.

@@ -204,10 +204,26 @@ def check_text(plain: dict[str, Any]) -> list[str]:
         data.setup()
         for split in splits_to_evaluate(plain["evaluate"]):
             data.windows(split)
+    check_counting(plain, len(data.splits["train"]))
     if begin:
         with torch.device("meta"):
             begin.load(instantiate(plain["model"], vocab_size=data.vocab_size), data.tokenizer, assign=True)
     return [*data.corpus.cautions()]
+
+
+def check_counting(plain: dict[str, Any], n: int) -> None:
+    """Check that a model which counts n tokens of text finds the memory for it.
+
+    Raises:
+        InputError: if not.
+    """
+    kind = schema.resolve("model", plain["model"]["_target_"])
+    there, words = memory.limit() or (2**63, "")
+    if hasattr(kind, "memory_to_count") and (need := kind.memory_to_count(n, **plain["model"])) > there:
+        raise InputError(
+            f"counting {n:,} tokens may take {memory.size(need)}, and {words} {memory.size(there)}: choose shorter "
+            f"contexts, a shorter text, or another model"
+        )
 
 
 def check_hardware(trainer: dict[str, Any]) -> None:

@@ -1,0 +1,283 @@
+"""Counts of the contexts of a text, as tables: what a context of n characters changes in the shorter one's prediction.
+
+The log-probability of a symbol is that without context, and to it are added the changes by the contexts of 1, 2, ... n
+characters, as far as they were ever seen. So any model that backs off is a sum over one row per context.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+MULTIPLIER = 6364136223846793005  # the multiplier of Knuth's generator modulo 2^64
+INVERSE = -(-pow(MULTIPLIER, -1, 2**64) % 2**64)  # to undo it, as a number with a sign
+SCATTER = 0xBF58476D1CE4E5B9 - 2**64  # of SplitMix64
+SCALE = 0.3  # brings logarithms of counts, which reach 10, near 1
+
+
+def hashes(idx: Tensor, n: int) -> Tensor:
+    """A number for the last `n` characters up to each: idx (B, T) -> (B, T) int64, of use from position n - 1 on.
+
+    Differences of the running sum of a polynomial (Karp and Rabin 1987), modulo 2^64.
+    """
+    T = idx.shape[1]
+    powers = [torch.full((T,), factor, device=idx.device).cumprod(0) for factor in (MULTIPLIER, INVERSE)]
+    sums = F.pad(((idx + 1) * powers[0]).cumsum(1), (1, 0))  # (B, T + 1)
+    start = (torch.arange(1, T + 1, device=idx.device) - n).clamp_min(0)
+    h = (sums[:, 1:] - sums[:, start]) * powers[1][start]
+    h = (h ^ h >> 32) * SCATTER
+    return h ^ h >> 32
+
+
+def spread(starts: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the entries of each of `rows`, as numbers of rows and of entries; row r has starts[r] to starts[r + 1]."""
+    first = starts[rows].long()
+    lengths = starts[rows + 1] - first
+    row = torch.arange(len(rows), device=rows.device).repeat_interleave(lengths)
+    ends = lengths.cumsum(0)
+    return row, torch.arange(len(row), device=rows.device) + (first - ends + lengths)[row]
+
+
+def discounts(counts: Tensor) -> Tensor:
+    """Return the discounts of counts 0, 1, 2 and more: Chen and Goodman (1999), equation 26."""
+    n = [float((counts == i).sum()) + 1 for i in range(1, 5)]
+    y = n[0] / (n[0] + 2 * n[1])
+    found = [i - (i + 1) * y * n[i] / n[i - 1] for i in (1, 2, 3)]
+    return torch.tensor([0.0, *(min(max(d, 0.1 * i), 0.9 * i) for i, d in enumerate(found, 1))])
+
+
+class Found(NamedTuple):
+    """Counts at n positions, for K lengths of context."""
+
+    alone: Tensor  # (n, V): log-probabilities of symbols without any context
+    change: Tensor  # (K, n, V): what each longer context changes in those of the shorter one
+    seen: Tensor  # (n, 3 * K): how often it was seen, followed by how many symbols, and whether at all
+
+    def log_p(self) -> Tensor:
+        """After the longest context that was ever seen, (n, V)."""
+        return self.alone + self.change.sum(0)
+
+
+class Table:
+    """One row per context, which lists the symbols that followed it and has one number for all others.
+
+    Row 0 is of contexts that never were; then come the contexts of 1 character in the order of their hashes, those of
+    2, and so on.
+
+    Args:
+        alone: (n, V): log-probabilities of symbols without any context, for the whole text first.
+        keys: for each length of context: the sorted hashes of its contexts, and the row of the first.
+        starts: (n_rows + 1,): where the entries of each row begin.
+        symbols, change: (n_entries,): a symbol, and what the context changes in its log-probability.
+        other: (n_rows,): what it changes in that of every symbol that is not listed.
+        seen: (n_rows, 3): how often it was seen, followed by how many symbols, and whether at all.
+    """
+
+    def __init__(
+        self,
+        alone: Tensor,
+        keys: list[tuple[Tensor, int]],
+        starts: Tensor,
+        symbols: Tensor,
+        change: Tensor,
+        other: Tensor,
+        seen: Tensor,
+    ):
+        self.alone, self.keys, self.starts, self.symbols = alone, keys, starts, symbols
+        self.change, self.other, self.seen = change, other, seen
+        self.V, self.K = alone.shape[1], len(keys)
+
+    def to(self, device: str | torch.device) -> Self:
+        """Return the table on a device."""
+        moved = copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(moved, name, value.to(device))
+        moved.keys = [(keys.to(device), first) for keys, first in self.keys]
+        return moved
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Return itself, since nothing changes a table."""
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.change.device
+
+    def rows(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        """idx (B, T) -> the rows of the contexts that end at each position, (K, B, T), and of symbols alone, (B, T)."""
+        T, found = idx.shape[1], []
+        for n, (keys, first) in enumerate(self.keys, 1):
+            h = hashes(idx, n)
+            place = torch.searchsorted(keys, h).clamp_max(len(keys) - 1)
+            known = (keys[place] == h) & (torch.arange(T, device=idx.device) >= n - 1)
+            found.append(torch.where(known, first + place, 0))
+        found += [torch.zeros_like(idx)] * (self.K - len(found))  # the text is too short for the longest contexts
+        return torch.stack(found), torch.zeros_like(idx)
+
+    def look_up(self, rows: Tensor, alone: Tensor) -> Found:
+        """Look up rows (K, n), and rows of single symbols (n,)."""
+        change = self.other[rows][..., None].expand(*rows.shape, self.V).contiguous()
+        row, entry = spread(self.starts, rows.flatten())
+        with no_determinism():  # the indices are unique; a deterministic kernel would sort them
+            change.view(-1)[row * self.V + self.symbols[entry]] = self.change[entry]
+        return Found(self.alone[alone], change, self.seen[rows].permute(1, 0, 2).flatten(1))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the table without folds as named tensors, as a file keeps them."""
+        first = torch.cat([torch.zeros(1, dtype=torch.long), *(f + torch.arange(len(k)) for k, f in self.keys)])
+        row, entry = spread(self.starts, first)
+        starts = F.pad(row.bincount(minlength=len(first)).cumsum(0), (1, 0))
+        return {
+            "alone": self.alone[:1],
+            "starts": starts.int() if int(starts[-1]) < 2**31 else starts,
+            "symbols": self.symbols[entry].to(torch.uint8 if self.V <= 256 else torch.int32),
+            "change": self.change[entry],
+            "other": self.other[first],
+            "seen": self.seen[first],
+            **{f"keys.{n}": keys for n, (keys, _) in enumerate(self.keys, 1)},
+        }
+
+    @classmethod
+    def of(cls, tensors: dict[str, Tensor], vocab_size: int, n_context: int) -> "Table":
+        """Make a table of `tensors`, perhaps mapped from a file of a stranger.
+
+        Raises:
+            ValueError: if they are no table for V symbols and contexts of up to n_context characters.
+        """
+        keys = [tensors[f"keys.{n}"] for n in range(1, n_context + 1) if f"keys.{n}" in tensors]
+        firsts = torch.tensor([1, *(len(k) for k in keys)]).cumsum(0).tolist()
+        n_rows, n_entries = firsts[-1], len(tensors["symbols"])
+        starts, symbols = tensors["starts"], tensors["symbols"]
+        shapes = {"alone": (1, vocab_size), "change": (n_entries,), "other": (n_rows,), "seen": (n_rows, 3)}
+        whole = all(
+            tensors[name].shape == shape and tensors[name].is_floating_point() for name, shape in shapes.items()
+        )
+        whole &= starts.shape == (n_rows + 1,) and int(starts[0]) == 0 and int(starts[-1]) == n_entries
+        whole &= all(k.dtype == torch.long and bool((k[1:] > k[:-1]).all()) and len(k) > 0 for k in keys)
+        integers = {torch.uint8, torch.int32, torch.long}
+        if not whole or not {starts.dtype, symbols.dtype} <= integers or bool((starts[1:] < starts[:-1]).any()):
+            raise ValueError("these are not the counts of a text")
+        if n_entries and not (int(symbols.min()) >= 0 and int(symbols.max()) < vocab_size):
+            raise ValueError("these are counts of other symbols")
+        parts = (tensors[name] for name in ("change", "other", "seen"))
+        table = cls(tensors["alone"], [*zip(keys, firsts, strict=False)], starts, symbols, *parts)
+        table.K = n_context
+        return table
+
+
+class Counts(Table):
+    """Next-symbol counts of every context in a text, and the same in all folds of the text but one.
+
+    Counts back off by the three discounts of Chen and Goodman (1998).
+
+    Args:
+        text: ids (N,) int64 on the CPU, where counting gives the same bits each time; N of at least 2.
+        vocab_size: V.
+        n_context: K, the characters of the longest context.
+        n_folds: number of folds of the text. Each context has a row of counts per fold, taken from all other folds.
+    """
+
+    def __init__(self, text: Tensor, vocab_size: int, n_context: int, n_folds: int):
+        self.text, self.V, self.K = text, vocab_size, n_context
+        self.order: dict[int, tuple[Tensor, Tensor]] = {}  # per length of chunk: sorted hashes, and their positions
+        self.position = torch.arange(len(text) - 1)
+        self.fold = self.position * n_folds // len(self.position) + 1
+        self.keys: list[tuple[Tensor, int]] = []  # per length: hashes of its contexts, and their first row
+        self.rows_at = self.fold.new_zeros(n_context, len(self.position), dtype=torch.int32)
+        often = torch.bincount(self.fold * self.V + text[1:], minlength=(n_folds + 1) * self.V).view(
+            n_folds + 1, self.V
+        )
+        often = often.sum(0) - often + 0.1  # row 0: in the whole text; row i: in all folds but the i-th
+        self.alone = (often / often.sum(1, keepdim=True)).log()
+        self.count()
+
+    def count(self) -> None:
+        """Fill the table, from the shortest contexts to the longest."""
+        V, y, n_folds = self.V, self.text[1:], len(self.alone) - 1
+        nothing = torch.empty(0, dtype=torch.uint8 if V <= 256 else torch.int32)  # symbols of no entries
+        zeros = self.alone.new_zeros
+        table = [(y.new_zeros(1), nothing, zeros(0), zeros(1), zeros(1, 3))]
+        n_rows = 1
+        whole, others = torch.zeros_like(self.fold), self.fold  # rows of the shorter context at each position
+        codes, log_p = torch.arange(self.alone.numel()), self.alone.flatten()  # and all of its entries
+        for n in range(1, min(self.K, len(y)) + 1):
+            at = self.position[n - 1 :]
+            contexts, context = hashes(self.text[None, :-1], n)[0, at].unique(return_inverse=True)
+            pairs, times = (context * V + y[at]).unique(return_counts=True)
+            symbols = pairs % V
+            # A context has its own row, and one per fold that it occurs in, counted in all others: if it occurs there.
+            in_folds, in_fold = (context * (n_folds + 1) + self.fold[at]).unique(return_inverse=True)
+            starts = F.pad((pairs // V).bincount(minlength=len(contexts)).cumsum(0), (1, 0))
+            row, entry = spread(starts, in_folds // (n_folds + 1))
+            here, times_here = (in_fold * V + y[at]).unique(return_counts=True)
+            code = row * V + symbols[entry]
+            place = torch.searchsorted(here, code).clamp_max(len(here) - 1)
+            elsewhere = times[entry] - torch.where(here[place] == code, times_here[place], 0)
+            kept = elsewhere > 0
+            occurs = torch.zeros(len(in_folds), dtype=torch.bool)
+            occurs[row[kept]] = True
+            number = len(contexts) - 1 + occurs.cumsum(0)
+
+            rows = torch.cat((pairs // V, number[row[kept]]))
+            symbols = torch.cat((symbols, symbols[entry[kept]]))
+            counts = torch.cat((times, elsewhere[kept]))
+            lower = y.new_zeros(len(contexts) + int(occurs.sum()))
+            there = occurs[in_fold]
+            number = number[in_fold]
+            lower[context], lower[number[there]] = whole[at], others[at][there]
+            below = log_p[torch.searchsorted(codes, lower[rows] * V + symbols)]
+            discount = discounts(times)[counts.clamp_max(3)]
+            total, left = (rows.bincount(weight, len(lower)).float() for weight in (counts.double(), discount))
+            codes = rows * V + symbols
+            log_p = ((counts - discount + left[rows] * below.exp()) / total[rows]).log()
+            lengths = rows.bincount(minlength=len(lower))
+            other = torch.where(total > 0, (left / total).log(), 0.0)
+            seen = torch.stack((SCALE * total.log1p(), SCALE * lengths.log1p(), (total > 0) * SCALE), 1)
+            table.append((lengths, symbols.to(nothing.dtype), log_p - below, other, seen))
+            self.keys.append((contexts, n_rows))
+            self.rows_at[n - 1, at] = torch.where(there, n_rows + number, 0).int()
+            n_rows += len(lower)
+            whole, others = torch.zeros_like(whole), torch.zeros_like(others)
+            whole[at], others[at] = context, number  # where it occurs nowhere else, no longer one does
+        columns = (torch.cat(column) for column in zip(*table, strict=True))
+        lengths, self.symbols, self.change, self.other, self.seen = columns
+        self.starts = F.pad(lengths.cumsum(0), (1, 0))
+
+    def rows_elsewhere(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        """As `rows`, without the fold that each chunk is from; it is found there, and if not, as `rows`."""
+        T = idx.shape[1]
+        if T not in self.order:
+            chunks = hashes(self.text[None, :-1], T)[0, T - 1 :]
+            self.order[T] = tuple(chunks.sort())  # type: ignore[assignment]
+        ordered, starts = self.order[T]
+        h = hashes(idx, T)[:, -1].contiguous()
+        place = torch.searchsorted(ordered, h).clamp_max(len(ordered) - 1)
+        if not len(ordered) or not torch.equal(ordered[place], h):
+            return self.rows(idx)
+        t = torch.arange(T, device=idx.device)
+        position = starts[place][:, None] + t  # (B, T)
+        # A context must not reach out of the chunk.
+        within = t >= torch.arange(self.K, device=idx.device)[:, None, None]
+        return torch.where(within, self.rows_at[:, position].long(), 0), self.fold[position]
+
+
+def memory_to_count(n: int, n_context: int) -> int:
+    """Return how many bytes counting n characters of text (not of random symbols) takes, the tables included."""
+    return n * (200 + 75 * n_context)  # twice what code and prose took
+
+
+@contextmanager
+def no_determinism() -> Iterator[None]:
+    """Allow PyTorch's faster algorithms for operations that are deterministic anyway."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
