@@ -11,6 +11,7 @@ from hydra.utils import get_original_cwd, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from charlm import terminal
+from charlm.data.corpora import CORPORA
 from charlm.errors import one_line_errors, raise_received
 from charlm.home import CONF
 from charlm.preflight.command import check_command
@@ -93,6 +94,11 @@ def plain(cfg: DictConfig, resolve: bool = True) -> dict[str, Any]:
     return config
 
 
+def absolute(path: str) -> str:
+    """Return a path that was typed, from where that was."""
+    return os.path.join(get_original_cwd(), os.path.expanduser(path))
+
+
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")
 def main(cfg: DictConfig) -> None:
     """Train one run and keep its record."""
@@ -100,9 +106,11 @@ def main(cfg: DictConfig) -> None:
         cfg, state = prepare_run(cfg, HydraConfig.get().overrides.task)
         terminal.started_in = get_original_cwd()
         if cfg.data.path:  # counts from where the command was typed, also with hydra.job.chdir=true
-            cfg.data.path = os.path.join(terminal.started_in, os.path.expanduser(cfg.data.path))
+            cfg.data.path = absolute(cfg.data.path)
+        if cfg.data.paths:
+            cfg.data.paths = [path if path in CORPORA else absolute(path) for path in cfg.data.paths]
         if cfg.init_from:
-            cfg.init_from = os.path.join(terminal.started_in, os.path.expanduser(cfg.init_from))
+            cfg.init_from = absolute(cfg.init_from)
         with Run(plain(cfg), follows(plain(cfg, resolve=False))) as run:
             raise_received()
             finished = train(cfg, state, run)

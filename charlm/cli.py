@@ -179,7 +179,7 @@ def evaluate(
     """
     from charlm import checkpoint, terminal
     from charlm.data import CharDataModule
-    from charlm.data.corpora import PUBLISHED, load_corpus
+    from charlm.data.corpora import PUBLISHED, corpus_of
     from charlm.evaluate import figures, splits_to_evaluate
     from charlm.files import plain
     from charlm.schema import check_node
@@ -190,7 +190,7 @@ def evaluate(
         check_node("data", settings | {"_target_": "charlm.data.CharDataModule"})
     except InputError as error:
         raise InputError(f"{loaded.path} is not used: {error}") from error
-    corpus = load_corpus(settings["corpus"], settings["path"], settings["field"])
+    corpus = corpus_of(settings)
     if corpus.survey.sha256 != loaded.corpus["sha256"]:
         raise InputError(f"{corpus.source} has changed since {run} was trained on it: put the old text back")
     settings |= {"final_targets": None} if whole else {}

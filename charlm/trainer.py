@@ -82,11 +82,13 @@ def precision_for(precision: str, accelerator: str) -> str:
 def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
     """Replace each `auto` in a run's settings, by the machine and the size of a step, and set up PyTorch.
 
-    Also replaces `data.path` by the absolute path where the text was found.
+    Also replaces `data.path` by the absolute path where the text was found, and so with `data.paths`.
     """
     cfg.trainer.max_steps = steps_of(cfg.trainer.max_steps, cfg.max_tokens, cfg.trainer.max_time)
     if cfg.data.path:
         cfg.data.path = data.corpus.source
+    if cfg.data.paths:
+        cfg.data.paths = data.settings()["paths"]
     if model.block_size == 1:  # a table of logits: larger gathers are faster and take no memory
         data.tokens_at_once = 65_536
     if cfg.threads == "auto":

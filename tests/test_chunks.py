@@ -207,7 +207,8 @@ def test_no_chunk_holds_two_documents(lengths, block_size, order):
         for begin, length in zip(begins, lengths, strict=True)
         for place in range(0, max(0, length - block_size), 1 if order == "random" else block_size)
     ]
-    assert chunks.places.starts(np.arange(chunks.places.n)).tolist() == possible
+    [part] = chunks.parts
+    assert part.starts(np.arange(part.n)).tolist() == possible
 
 
 # A part of a large split

@@ -53,7 +53,7 @@ def tokenizer(shakespeare: str) -> CharTokenizer:
 def train_ids(shakespeare: str, tokenizer: CharTokenizer) -> torch.Tensor:
     data = CharDataModule("tinyshakespeare", block_size=8, batch_size=4)
     data.setup()
-    return tokenizer.encode(shakespeare)[: data.cuts()[0]]
+    return tokenizer.encode(shakespeare)[: data.cuts(data.corpus)[0]]
 
 
 def get_batch(ids: torch.Tensor, batch_size: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -3,7 +3,8 @@
 Shape legend: B chunks in a batch, T = block_size.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -15,6 +16,8 @@ from charlm.errors import InputError
 
 # Batches whose random starts are drawn together: one call of the generator serves this many steps.
 BATCHES_PER_DRAW = 256
+# Chunks of a blend in which each text has its share.
+BLOCK = 1024
 # Characters that one gather fetches at most: gather small batches together, and keep memory bounded.
 TOKENS_PER_GATHER = 16_384
 # A target that cross_entropy leaves out; PyTorch's own default for `ignore_index`.
@@ -78,6 +81,9 @@ class RandomChunks:
         world_size: number of ranks.
         documents: starts of the documents; a chunk then stays within one, and a document of block_size characters or
             less is never seen. None: chunks may cross.
+        parts: where each of several texts in `ids` ends; no chunk crosses. None: it is one.
+        weights: of the parts: how many chunks come from each, relative to each other; None: as many as they hold. In
+            the order of epochs these shares hold in every BLOCK chunks, and each part has epochs of its own.
 
     Raises:
         InputError: if the split is shorter than block_size + 1, or so is each of its documents.
@@ -95,11 +101,24 @@ class RandomChunks:
         order: Literal["random", "epoch"] = "random",
         world_size: int = 1,
         documents: np.ndarray | None = None,
+        parts: Sequence[int] | None = None,
+        weights: Sequence[float] | None = None,
     ):
         check_length(ids, block_size, "train")
         self.ids, self.block_size, self.batch_size = ids, block_size, batch_size
         self.seed, self.rank, self.order, self.world_size = seed, rank, order, world_size
-        self.places = Places(len(ids), block_size, documents, 1 if order == "random" else block_size)
+        every = 1 if order == "random" else block_size
+        ends = [*(parts or [len(ids)])]
+        self.offsets, self.parts = [0, *ends[:-1]], []
+        for start, end in pairwise([0, *ends]):
+            within = None if documents is None else documents[(documents >= start) & (documents < end)] - start
+            self.parts.append(Places(end - start, block_size, within, every))
+        if weights is not None and len(weights) != len(ends):
+            raise InputError(
+                f"weights={[*weights]} are {len(weights)}, and the texts are {len(ends)}: give one weight for each"
+            )
+        shares = np.array(weights or [part.n for part in self.parts], np.float64)
+        self.shares = shares / shares.sum()
         self.batches_per_epoch, self.first = batches_per_epoch, first
         self._epochs = 0
         self._draw = -1
@@ -113,26 +132,46 @@ class RandomChunks:
     def draw(self, draw: int) -> Tensor:
         """Return the starts of BATCHES_PER_DRAW batches, one batch per row."""
         if draw != self._draw:
-            places = self.anywhere(draw) if self.order == "random" else self.in_turn(draw)
-            self._starts = torch.from_numpy(self.places.starts(places)).to(self.ids.device)
+            starts = self.anywhere(draw) if self.order == "random" else self.in_turn(draw)
+            self._starts = torch.from_numpy(starts).to(self.ids.device)
             self._draw = draw
         return self._starts
 
     def anywhere(self, draw: int) -> np.ndarray:
-        """Return independent places, uniform over all that leave room for a target, (BATCHES_PER_DRAW, B)."""
+        """Return independent starts, uniform over all that leave room for a target, (BATCHES_PER_DRAW, B)."""
         generator = np.random.default_rng([self.seed, self.rank, draw])  # a stream of its own, as `derive_seed`
-        return generator.integers(self.places.n, size=(BATCHES_PER_DRAW, self.batch_size))
+        size = (BATCHES_PER_DRAW, self.batch_size)
+        which = generator.choice(len(self.parts), size, p=self.shares) if len(self.parts) > 1 else np.zeros(size, int)
+        starts = np.empty_like(which)
+        for i, part in enumerate(self.parts):
+            here = which == i
+            starts[here] = self.offsets[i] + part.starts(generator.integers(part.n, size=int(here.sum())))
+        return starts
 
     def in_turn(self, draw: int) -> np.ndarray:
-        """Return the next places of the random order of an epoch, (BATCHES_PER_DRAW, B)."""
+        """Return the next starts of the random order of an epoch, (BATCHES_PER_DRAW, B)."""
         k = np.arange(draw * BATCHES_PER_DRAW, (draw + 1) * BATCHES_PER_DRAW)[:, None]
         chunks = (k * self.world_size + self.rank) * self.batch_size + np.arange(self.batch_size)  # of all ranks
-        epochs, positions = np.divmod(chunks, self.places.n)
-        places = np.empty_like(positions)
-        for epoch in range(epochs[0, 0], epochs[-1, -1] + 1):
-            here = epochs == epoch
-            places[here] = Permutation(self.places.n, (self.seed, int(epoch)))(positions[here])
-        return places
+        which, chunks = self.share_out(chunks) if len(self.parts) > 1 else (np.zeros_like(chunks), chunks)
+        starts = np.empty_like(chunks)
+        for i, part in enumerate(self.parts):
+            epochs, positions = np.divmod(chunks, part.n)
+            for epoch in np.unique(epochs[which == i]).tolist():
+                here = (which == i) & (epochs == epoch)
+                key = (self.seed, epoch, *([i + 1] if len(self.parts) > 1 else []))
+                starts[here] = self.offsets[i] + part.starts(Permutation(part.n, key)(positions[here]))
+        return starts
+
+    def share_out(self, chunks: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers of chunks in the order of all -> the part that each is from, and its number in the order of that."""
+        quotas = apportion(self.shares, BLOCK)
+        ends = quotas.cumsum()
+        blocks, positions = np.divmod(chunks, BLOCK)
+        for block in np.unique(blocks).tolist():
+            here = blocks == block
+            positions[here] = Permutation(BLOCK, (self.seed, block, 0))(positions[here])
+        which = np.searchsorted(ends, positions, side="right")
+        return which, blocks * quotas[which] + positions - (ends - quotas)[which]
 
     def batch(self, k: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets of batch k, (B, T) each."""
@@ -166,6 +205,15 @@ class RandomChunks:
             starts = self.draw(draw)[row : row + min(together, end - k)]  # (n, B)
             yield gather_chunks(self.ids, starts, self.block_size)
             k += len(starts)
+
+
+def apportion(shares: np.ndarray, seats: int) -> np.ndarray:
+    """Divide `seats` by shares that add up to 1, at least one for each: by largest remainders (Hamilton)."""
+    exact = shares * (seats - len(shares))
+    whole = np.floor(exact).astype(np.int64)
+    most = np.argsort(whole - exact, kind="stable")[: seats - len(shares) - int(whole.sum())]
+    whole[most] += 1
+    return whole + 1
 
 
 class Windows:

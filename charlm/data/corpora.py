@@ -5,14 +5,15 @@ import os
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from io import BufferedReader
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import IO, Any, NamedTuple
 
+from charlm.data.blend import Blend
 from charlm.data.corpus import Corpus, read_all, text
 from charlm.data.download import fetch, remember, remembered
 from charlm.errors import CorpusUnavailable, DiskError, InputError
@@ -239,17 +240,32 @@ def write_whole(content: bytes, file: IO[bytes]) -> None:
     file.write(content)
 
 
+def blend(paths: Sequence[str], field: str = "text") -> Corpus:
+    """Several corpora as one, which the data module draws from by weights.
+
+    Args:
+        paths: of each, what `text` takes, or the name of a corpus.
+    """
+    if len(paths) < 2:
+        raise InputError("corpus=blend needs several texts: say paths=[ONE,OTHER]")
+    named = CORPORA.keys() - {"text", "blend"}
+    return Blend.of_parts([load_corpus(path) if path in named else text(path, field) for path in paths])
+
+
 CORPORA: dict[str, Callable[..., Corpus]] = {
-    f.__name__: f for f in (tinyshakespeare, enwik8, text8, ptb_char, pydoc, text)
+    f.__name__: f for f in (tinyshakespeare, enwik8, text8, ptb_char, pydoc, text, blend)
 }
 
 
 @cache  # a command checks its corpus before it writes anything, and then uses it: read once
-def load_corpus(name: str, path: str | None = None, field: str = "text") -> Corpus:
+def load_corpus(
+    name: str, path: str | None = None, field: str = "text", paths: tuple[str, ...] | None = None
+) -> Corpus:
     """The corpus called `name`.
 
     Args:
         path, field: of `text`.
+        paths: of `blend`.
 
     Raises:
         InputError: if the name is unknown or the text cannot be read.
@@ -257,4 +273,12 @@ def load_corpus(name: str, path: str | None = None, field: str = "text") -> Corp
     """
     if name not in CORPORA:
         raise InputError(f"corpus={name} is unknown: choose one of {', '.join(CORPORA)}")
+    if name == "blend":
+        return blend(paths or (), field)
     return text(path, field) if name == "text" else CORPORA[name](path)
+
+
+def corpus_of(settings: Mapping[str, Any]) -> Corpus:
+    """The corpus that the `data` settings of a run name. Raises as `load_corpus` does."""
+    paths = settings.get("paths")
+    return load_corpus(settings["corpus"], settings["path"], settings["field"], tuple(paths) if paths else None)

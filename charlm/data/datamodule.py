@@ -1,5 +1,6 @@
 """The LightningDataModule: corpus -> tokenizer -> ids -> chunks."""
 
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import lightning as L
@@ -7,6 +8,7 @@ import torch
 from annotated_types import Ge, Gt, Lt
 from torch import Tensor
 
+from charlm.data.blend import Blend
 from charlm.data.chunks import RandomChunks, Windows, check_length
 from charlm.data.corpora import CORPORA, load_corpus
 from charlm.data.corpus import Corpus
@@ -18,6 +20,7 @@ from charlm.tokenizer import CharTokenizer, MakeTokenizer, Tokenizer
 # Arguments that decide splits and batches, together with the corpus and the tokenizer.
 ARGUMENTS = (
     "field",
+    "weights",
     "block_size",
     "batch_size",
     "fallback",
@@ -40,6 +43,9 @@ class CharDataModule(L.LightningDataModule):
         path: your text for data=text: a file, a folder or a 'glob/**/*.txt', also .gz, .zst and .jsonl; on
             the command line also -, for standard input.
         field: the field of each line of a .jsonl file that holds its text.
+        paths: several texts for data=blend, each as `path` or the name of a corpus. Each is cut into splits of its own.
+        weights: how often a training chunk is taken from each of `paths`, relative to each other; None: as long as
+            they are.
         fallback: corpus to train on, loudly, if this one cannot be downloaded; null: report an error instead.
         block_size: T, characters in a chunk: the context that a model sees.
         batch_size: B, chunks in a batch of one process.
@@ -80,12 +86,15 @@ class CharDataModule(L.LightningDataModule):
         order: Literal["random", "epoch"] = "random",
         cross_documents: bool = True,
         seed: Annotated[int, Ge(0)] = 0,
+        paths: list[str] | None = None,
+        weights: list[Annotated[float, Gt(0)]] | None = None,
         tokenizer: MakeTokenizer = CharTokenizer.from_corpus,
     ):
         super().__init__()
         if corpus is None:
-            corpus, path = (path, None) if path in CORPORA else ("text", path)
+            corpus, path = ("blend", None) if paths else (path, None) if path in CORPORA else ("text", path)
         self.corpus_name, self.path, self.field, self.fallback = corpus, path, field, fallback
+        self.paths, self.weights = paths, weights
         self.block_size, self.batch_size = block_size, batch_size
         self.val_fraction, self.test_fraction = val_fraction, test_fraction
         self.min_context, self.batches_per_epoch, self.seed = min_context, batches_per_epoch, seed
@@ -98,6 +107,7 @@ class CharDataModule(L.LightningDataModule):
         self.corpus: Corpus
         self.tokenizer: Tokenizer
         self.encoded: Encoded
+        self.n_parts = 1  # of a blend
         self.sizes: Tensor | None = None  # characters and bytes of each token, (V, 2); None: one of each
 
     def setup(self, stage: str | None = None) -> None:
@@ -109,9 +119,13 @@ class CharDataModule(L.LightningDataModule):
                 f"min_context={self.min_context} is more than block_size={self.block_size} characters can "
                 f"show: make it {self.block_size} at most"
             )
-        self.corpus = load_corpus(self.corpus_name, self.path, self.field)
-        cuts = self.cuts()
-        self.tokenizer = self.make_tokenizer(self.corpus, cuts[0])
+        self.corpus = load_corpus(self.corpus_name, self.path, self.field, tuple(self.paths) if self.paths else None)
+        if isinstance(self.corpus, Blend):
+            self.corpus = self.corpus.in_splits([self.cuts(part) for part in self.corpus.parts])
+            cuts, self.n_parts = self.corpus.cuts, len(self.corpus.parts)
+        else:
+            cuts = self.cuts(self.corpus)
+        self.tokenizer = self.make_tokenizer(self.corpus, cuts[self.n_parts - 1])
         self.sizes = sizes_of(self.tokenizer)
         self.encoded = encode(self.corpus, self.tokenizer, cuts)
         self.splits = self.split(self.encoded.ids)
@@ -119,7 +133,10 @@ class CharDataModule(L.LightningDataModule):
     def settings(self) -> dict[str, Any]:
         """Return the arguments that make the same splits again, as plain types."""
         path = self.corpus.source if self.corpus_name == "text" else self.path  # absolute
-        return {"corpus": self.corpus_name, "path": path} | {name: getattr(self, name) for name in ARGUMENTS}
+        parts = self.corpus.parts if isinstance(self.corpus, Blend) else ()
+        paths = [one if one in CORPORA else part.source for one, part in zip(self.paths or (), parts, strict=True)]
+        which = {"corpus": self.corpus_name, "path": path, "paths": paths or None}
+        return which | {name: getattr(self, name) for name in ARGUMENTS}
 
     @property
     def vocab_size(self) -> int:
@@ -127,15 +144,15 @@ class CharDataModule(L.LightningDataModule):
         self.setup()
         return self.tokenizer.vocab_size
 
-    def cuts(self) -> list[int]:
-        """Return after how many characters train and val end."""
-        n = self.corpus.survey.characters
+    def cuts(self, corpus: Corpus) -> list[int]:
+        """Return after how many characters the train and val splits of a corpus end, and the test split, if any."""
+        n = corpus.survey.characters
         if self.val_fraction is None:
-            if not self.corpus.split:
+            if not corpus.split:
                 raise InputError(
-                    f"val_fraction={None} means the published split, and {self.corpus.name} has none: give a number"
+                    f"val_fraction={None} means the published split, and {corpus.name} has none: give a number"
                 )
-            return self.corpus.survey.cuts
+            return [*corpus.survey.cuts, n]
         if self.val_fraction + self.test_fraction >= 1:
             raise InputError(
                 f"val_fraction={self.val_fraction} and test_fraction={self.test_fraction} leave nothing to "
@@ -143,16 +160,18 @@ class CharDataModule(L.LightningDataModule):
             )
         # As in the lecture: int(0.9 * n). One rounding keeps 0.1 + 0.1 from moving a boundary by a character.
         train_end = int(round(1 - self.val_fraction - self.test_fraction, 12) * n)
-        return [train_end, int(round(1 - self.test_fraction, 12) * n) if self.test_fraction else n]
+        return [train_end, *([int(round(1 - self.test_fraction, 12) * n)] if self.test_fraction else []), n]
 
     def split(self, ids: Tensor) -> dict[str, Tensor]:
         """Contiguous views, in the order of the text: train, val and, if asked for, test."""
-        train_end, val_end = self.encoded.bounds
+        train_end, val_end = self.encoded.bounds[self.n_parts - 1], self.encoded.bounds[2 * self.n_parts - 1]
         splits = {"train": ids[:train_end], "val": ids[train_end:val_end]}
         if self.test_fraction or self.val_fraction is None:
             splits["test"] = ids[val_end:]
         for name, part in splits.items():
             check_length(part, self.block_size, name)
+        for start, end in pairwise([0, *self.encoded.bounds]):
+            check_length(ids[start:end], self.block_size, "shortest")
         return splits
 
     def pairs(self, split: str) -> Pairs:
@@ -195,6 +214,8 @@ class CharDataModule(L.LightningDataModule):
             self.order,
             world_size,
             None if self.cross_documents else self.encoded.documents,
+            self.encoded.bounds[: self.n_parts],
+            self.weights,
         )
 
     def val_dataloader(self) -> Windows:

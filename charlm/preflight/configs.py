@@ -10,7 +10,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from charlm.data.corpora import load_corpus
+from charlm.data.corpora import corpus_of
 from charlm.errors import CorpusUnavailable, InputError
 from charlm.preflight.command_line import conf_dirs
 from charlm.preflight.messages import one_line_hydra_errors
@@ -62,7 +62,7 @@ def fallback_corpus(cfgs: Sequence[DictConfig]) -> tuple[str, CorpusUnavailable]
     if fallback is None or len({str(cfg.data.corpus) for cfg in cfgs}) > 1:  # a sweep over corpora needs each of them
         return None
     try:
-        load_corpus(str(data.corpus), data.path, data.field)
+        corpus_of(data)
     except CorpusUnavailable as error:
         return fallback, error
     except InputError:  # a later check reports it

@@ -202,6 +202,7 @@ def check_text(plain: dict[str, Any]) -> list[str]:
     data = instantiate(plain["data"], tokenizer=make)
     with schema.arguments_as_settings("data", plain["data"]):
         data.setup()
+        data.train_dataloader()
         for split in splits_to_evaluate(plain["evaluate"]):
             data.windows(split)
     check_counting(plain, len(data.splits["train"]))

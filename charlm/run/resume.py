@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from charlm.data.corpora import load_corpus
+from charlm.data.corpora import corpus_of
 from charlm.errors import InputError
 from charlm.files import PARTIAL, contents, is_regular
 from charlm.run.overrides import changes
@@ -80,7 +80,7 @@ def resumed(run_dir: Path, content: Mapping[str, Any], changes: Mapping[str, Any
         if key in ("trainer.max_steps", "stop_at") and value is not None and 0 < value < step:
             raise InputError(f"{key}={value} is already past: {run_dir} has made {step:,} steps")
     data, wanted = config["data"], content["charlm"]["corpus"]
-    corpus = load_corpus(data["corpus"], data["path"], data["field"])
+    corpus = corpus_of(data)
     if corpus.survey.sha256 != wanted["sha256"]:
         raise InputError(
             f"{corpus.source} is no longer the text that {run_dir} was trained on: put that back, or start a new run, "
