@@ -57,6 +57,8 @@ class SafeConsole(Console):
 
 
 console = SafeConsole()
+errors = SafeConsole(stderr=True)
+SECONDS_BETWEEN_LINES = 5.0
 log = logging.getLogger("charlm")
 
 early_warnings: list[str] = []
@@ -159,10 +161,22 @@ def describe_device(device: "torch.device") -> str:
 
 @contextmanager
 def tracked(title: str) -> Iterator[Callable[[int, int], None]]:
-    """Show a progress bar, on a terminal."""
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+    """Show progress: a bar on a terminal, else a line every few seconds."""
+    if console.is_terminal:
+        with Progress(console=console, transient=True) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    began = told = time.monotonic()
+
+    def tell(done: int, total: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if 0 < done < total and now - told > SECONDS_BETWEEN_LINES:
+            told, left = now, (now - began) * (total - done) / done
+            errors.print(f"{title}: {100 * done / total:.0f}%, {left:,.0f} s left", soft_wrap=True)
+
+    yield tell
 
 
 def notice_fallback(wanted: str, given: str, reason: Exception) -> None:

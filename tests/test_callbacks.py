@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from charlm import checkpoint
-from charlm.callbacks import EMA, AtomicCheckpointIO, AtSteps, Best, Checkpoint
+from charlm.callbacks import EMA, AtomicCheckpointIO, AtSteps, Best, Checkpoint, Progress
 from charlm.callbacks.ema import wide
 from charlm.checkpoint import archive
 from charlm.data import CharDataModule
@@ -231,3 +232,32 @@ def test_nan_is_never_the_best_and_what_was_best_is_remembered():
             best = again
     assert saved == [1, 3, 6]
     assert best.state_dict() == {"loss": 1.0, "step": 6}
+
+
+class AtStart(AtSteps):
+    """Notes whether there is a checkpoint when training starts."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.found = file, False
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.found = self.file.exists()
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_large_weights_are_not_saved_before_they_have_learned_anything(fit, tmp_path, monkeypatch, large):
+    if large:
+        monkeypatch.setattr("charlm.callbacks.checkpoint.SMALL", 100)
+    at_start = AtStart(tmp_path / "last.ckpt")
+    fit([Checkpoint(str(tmp_path)), at_start], 3)
+    assert at_start.found != large
+    assert at_start.file.exists()
+
+
+def test_a_long_validation_tells_how_far_it_is_and_of_how_much(fit, capsys, monkeypatch):
+    monkeypatch.setattr(CharDataModule, "val_dataloader", lambda self: self.windows("val", most=500))
+    progress = Progress(seconds_between_lines=1e-9)
+    fit([progress], 4, val_check_interval=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("step 2/4  validating: ") for line in lines)
+    assert any("val (25% of it) " in line for line in lines)

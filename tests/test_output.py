@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from charlm import checkpoint
+from charlm import checkpoint, terminal
 from charlm.errors import one_line_errors
 from charlm.run.results import LOSSES, RESULTS, read_results
 from charlm.sweep import ledger
@@ -242,3 +243,14 @@ def test_a_signal_that_was_ignored_stays_ignored():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_long_work_tells_in_a_pipe_how_far_it_is(capsys, monkeypatch):
+    times = iter([0.0, 6.0, 7.0, 12.0, 20.0])
+    monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    with terminal.tracked("evaluating") as report:
+        for done in (1, 2, 3, 4):
+            report(done, 4)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.splitlines() == ["evaluating: 25%, 18 s left", "evaluating: 75%, 4 s left"]

@@ -17,6 +17,8 @@ from charlm.errors import DiskError, Diverged, InputError
 from charlm.internals.lightning import is_accumulating, metrics_to_log, validates_this_epoch
 from charlm.logger import CSV, TensorBoard
 
+SMALL = 2**24  # bytes of weights
+
 
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints as files of `charlm.checkpoint.archive`, written atomically.
@@ -70,6 +72,11 @@ def between_steps(trainer: L.Trainer) -> bool:
     return not is_accumulating(trainer)
 
 
+def size_of(module: L.LightningModule) -> int:
+    """Return the bytes of all weights of a module."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in module.parameters())
+
+
 def validates_now(trainer: L.Trainer) -> bool:
     """Return whether a validation follows this step: a checkpoint saved before it would resume after it, without it."""
     every: Any = trainer.val_check_batch
@@ -81,7 +88,8 @@ def validates_now(trainer: L.Trainer) -> bool:
 class Checkpoint(AtSteps, SavesLast):
     """Saves the newest checkpoint as `dirpath`/last.ckpt and keeps the one before as previous.ckpt.
 
-    The first is saved before the first step. Lightning calls subclasses of its own Checkpoint after all other
+    The first is saved before the first step, unless the weights are large: it holds nothing that the run does not make
+    again. Lightning calls subclasses of its own Checkpoint after all other
     callbacks, so a checkpoint holds the state and the logs that these have after the same step.
 
     Args:
@@ -116,7 +124,7 @@ class Checkpoint(AtSteps, SavesLast):
         if self.loaded:
             check_optimizers(trainer, self.loaded, trainer.ckpt_path)
             self.loaded = {}
-        if not trainer.ckpt_path:  # before the first step is logged
+        if not trainer.ckpt_path and size_of(pl_module) <= SMALL:  # before the first step is logged
             fresh = [optimizer.state_dict() for optimizer in trainer.optimizers]
             self.save(trainer)
             for optimizer, state in zip(trainer.optimizers, fresh, strict=True):

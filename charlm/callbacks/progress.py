@@ -1,5 +1,6 @@
 """Progress of training: a bar on a terminal, else a line every few seconds."""
 
+import math
 import time
 from typing import Annotated, Any
 
@@ -62,6 +63,20 @@ class Progress(AtSteps):
         self.next_look = now + self.pace
         self.show(trainer)
 
+    def on_validation_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
+    ) -> None:
+        now, total = time.perf_counter(), sum(trainer.num_val_batches)
+        if trainer.sanity_checking or now < self.next_look or not math.isfinite(total):
+            return
+        self.next_look = now + self.pace
+        line = f"validating: {100 * (batch_idx + 1) / total:.0f}%"
+        if self.bar:
+            self.bar.update(self.task, description=line)
+        else:
+            steps = format_steps(trainer.global_step, trainer.max_steps)
+            console.print(f"step {steps}  {line}", soft_wrap=True)
+
     def show(self, trainer: L.Trainer) -> None:
         loss, chunk_tokens = self.newest
         loss = loss * trainer.accumulate_grad_batches  # undo Lightning's division
@@ -71,7 +86,9 @@ class Progress(AtSteps):
         tokens = steps_per_second * chunk_tokens * trainer.world_size * trainer.accumulate_grad_batches
         val = trainer.callback_metrics.get("val/loss")
         line = f"loss {loss.item():.4f}  "
-        line += (f"val {val:.4f}  " if val is not None else "") + f"{tokens:,.0f} tokens/s"
+        share = getattr(trainer.val_dataloaders, "share", 1.0)
+        part = "" if share == 1 else f" ({100 * share:.2g}% of it)"
+        line += (f"val{part} {val:.4f}  " if val is not None else "") + f"{tokens:,.0f} tokens/s"
         steps = format_steps(step, trainer.max_steps)
         if self.bar:
             self.bar.update(self.task, completed=self.budget.spent(step), description=line, steps=steps)

@@ -269,9 +269,14 @@ class Windows:
         return self.counted(self.numbers)
 
     @property
+    def share(self) -> float:
+        """The part of the split's targets that is counted."""
+        return int(self.counts().sum()) / self.n_targets
+
+    @property
     def partial(self) -> bool:
         """Whether some targets of the split are left out."""
-        return int(self.counts().sum()) < self.n_targets
+        return self.share < 1
 
     def counted(self, windows: Tensor) -> Tensor:
         """Return the number of targets that the given windows count."""
