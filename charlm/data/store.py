@@ -148,6 +148,7 @@ def write(
 ) -> tuple[np.ndarray, list[int]]:
     """Encode a text piece by piece. Returns where documents begin, and the number of ids before each cut."""
     n, documents, bounds = 0, [], []
+    sizes = np.array([len(token) for token in tokenizer.tokens])
     parts: Iterator[tuple[bytes, bool, bool]] = cut_at(pieces, cuts)
     if not tokenizer.context_free:
         parts = ((text.encode(), begins, is_cut) for text, begins, is_cut in segments(pieces, cuts))
@@ -155,6 +156,9 @@ def write(
         if begins:
             documents.append(n)
         ids = tokenizer.encode_utf8(raw)
+        # Losses per byte would be wrong otherwise. One byte each is what nearly all text of characters has.
+        one_each = len(ids) == len(raw) and raw.isascii() and tokenizer.by_character
+        assert one_each or sizes[ids].sum() == len(raw), f"tokenizer={tokenizer.name} lost or added bytes"
         sink(ids)
         n += len(ids)
         if is_cut:
