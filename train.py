@@ -39,6 +39,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     from charlm.devices import accelerator_of
     from charlm.finish import evaluate_run
     from charlm.logger import begin_logs
+    from charlm.model import takes_no_steps
     from charlm.module import LanguageModel
     from charlm.trainer import choose
 
@@ -67,6 +68,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
         callbacks=[*observers, *([speed] if speed else []), recorder],
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=True,  # charlm.callbacks.Checkpoint writes them
+        **({"max_steps": 0, "max_time": None} if takes_no_steps(model) else {}),
     )
     limit_tokens(trainer, cfg.max_tokens, data.batch_size * data.block_size)
     steps = speed.describe(trainer, module, data.batch_size * data.block_size) if speed else "1 at a time: speed=off"

@@ -208,7 +208,7 @@ def evaluate(
     if as_json:
         print_json(plain(found))
     else:
-        name = f"{name_of(loaded.config['model'])} at {loaded.step:,}"
+        name = name_of(loaded.config["model"]) + (f" at {loaded.step:,}" if loaded.step else "")
         terminal.console.print(terminal.figures(found, name))
         if found["published"]:
             terminal.console.print(terminal.published(found, name))

@@ -10,7 +10,7 @@ from copy import copy
 from typing import Any, NamedTuple, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 MULTIPLIER = 6364136223846793005  # the multiplier of Knuth's generator modulo 2^64
@@ -90,6 +90,7 @@ class Table:
         self.alone, self.keys, self.starts, self.symbols = alone, keys, starts, symbols
         self.change, self.other, self.seen = change, other, seen
         self.V, self.K = alone.shape[1], len(keys)
+        self.codes: Tensor | None = None  # row * V + symbol of each entry, once it is needed
 
     def to(self, device: str | torch.device) -> Self:
         """Return the table on a device."""
@@ -117,7 +118,7 @@ class Table:
             known = (keys[place] == h) & (torch.arange(T, device=idx.device) >= n - 1)
             found.append(torch.where(known, first + place, 0))
         found += [torch.zeros_like(idx)] * (self.K - len(found))  # the text is too short for the longest contexts
-        return torch.stack(found), torch.zeros_like(idx)
+        return torch.stack(found) if found else idx.new_zeros(0, *idx.shape), torch.zeros_like(idx)
 
     def look_up(self, rows: Tensor, alone: Tensor) -> Found:
         """Look up rows (K, n), and rows of single symbols (n,)."""
@@ -126,6 +127,19 @@ class Table:
         with no_determinism():  # the indices are unique; a deterministic kernel would sort them
             change.view(-1)[row * self.V + self.symbols[entry]] = self.change[entry]
         return Found(self.alone[alone], change, self.seen[rows].permute(1, 0, 2).flatten(1))
+
+    def log_p_of(self, targets: Tensor, rows: Tensor) -> Tensor:
+        """Log-probabilities of targets (n,) after the contexts of rows (K, n): (n,). No row lists a symbol twice."""
+        if self.codes is None:
+            row, _ = spread(self.starts, torch.arange(len(self.other), device=self.device))
+            self.codes = row * self.V + self.symbols  # in ascending order
+        log_p = self.alone[0, targets]
+        for row in rows:
+            code = row * self.V + targets
+            place = torch.searchsorted(self.codes, code).clamp_max(max(0, len(self.codes) - 1))
+            listed = self.codes[place] == code
+            log_p = log_p + torch.where(listed, self.change[place], self.other[row])
+        return log_p
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the table without folds as named tensors, as a file keeps them."""
@@ -183,7 +197,7 @@ class Counts(Table):
     """
 
     def __init__(self, text: Tensor, vocab_size: int, n_context: int, n_folds: int):
-        self.text, self.V, self.K = text, vocab_size, n_context
+        self.text, self.V, self.K, self.codes = text, vocab_size, n_context, None
         self.order: dict[int, tuple[Tensor, Tensor]] = {}  # per length of chunk: sorted hashes, and their positions
         self.position = torch.arange(len(text) - 1)
         self.fold = self.position * n_folds // len(self.position) + 1
@@ -281,3 +295,60 @@ def no_determinism() -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+
+
+class Counting(nn.Module):
+    """A model that counts the contexts of a text. The text is kept with its weights, so that it can be counted again.
+
+    Args:
+        vocab_size: V, the number of symbols.
+        n_context: longest counted context.
+    """
+
+    text: Tensor
+
+    def __init__(self, vocab_size: int, n_context: int):
+        super().__init__()
+        self.vocab_size, self.n_context = vocab_size, n_context
+        self.register_load_state_dict_pre_hook(make_room)
+        self.register_buffer("text", torch.zeros(0, dtype=torch.uint8 if vocab_size <= 256 else torch.int32))
+        self.counted: Table | None = None
+
+    def counted_in(self, text: Tensor) -> Table:
+        """Return the counts of a text, ids (N,) int64 on the CPU."""
+        raise NotImplementedError
+
+    def count(self, ids: Tensor) -> None:
+        """Count the contexts of a text, ids (N,)."""
+        self.text, self.counted = ids.to(self.text), None
+        if len(ids) > 1:
+            self.counted = self.counted_in(ids.cpu().long())
+
+    def table(self, device: torch.device) -> Table:
+        """Return the counts of `text` on a device; they are made if they are not there."""
+        if self.counted is None:
+            self.counted = self.counted_in(self.text.cpu().long())
+        if self.counted.device != device:
+            self.counted = self.counted.to(device)
+        return self.counted
+
+    def counts(self) -> dict[str, Tensor]:
+        """Return what was counted, as named tensors; `use_counts` takes them instead of counting again."""
+        return self.counted.tensors() if self.counted else {}
+
+    def use_counts(self, tensors: dict[str, Tensor]) -> None:
+        """Take the counts of `text` from an equal model.
+
+        Raises:
+            ValueError, KeyError: if they cannot be such.
+        """
+        self.counted = Table.of(tensors, self.vocab_size, self.n_context)
+
+
+def make_room(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Give a model's text the length that it has in a state dict; PyTorch calls this before it loads one."""
+    text = state_dict.get(f"{prefix}text")
+    if text is not None:
+        if text.dim() != 1 or text.dtype != model.text.dtype or (len(text) and text.max() >= model.vocab_size):
+            raise ValueError("the text that the model has counted is not one of its symbols")
+        model.text, model.counted = torch.empty_like(text), None

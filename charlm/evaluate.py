@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from charlm.data.chunks import IGNORE, Windows
 from charlm.data.datamodule import CharDataModule
 from charlm.data.pairs import Pairs
+from charlm.model import device_of
 
 # Reports progress of an evaluation: batches done, batches in total.
 Reporter = Callable[[int, int], None]
@@ -132,7 +133,7 @@ def evaluate(model: nn.Module, windows: Windows, report: Reporter | None = None)
     """
     was_training = model.training
     model.eval()
-    device = next(model.parameters()).device
+    device = device_of(model)
     window_nll = torch.zeros(windows.n_windows, device=device)
     done = characters = n_bytes = 0
     for j, (x, y) in enumerate(windows, start=1):
@@ -197,7 +198,7 @@ def figures(
     On train the counts are unsmoothed, which is the optimum: no bigram has a lower loss there. Elsewhere one is added
     to each count, so that a pair that train never showed is possible.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     found: dict[str, Any] = {"baselines": {}}
     windows = {split: data.windows(split, device, stride=stride, most=data.final_targets) for split in splits}
     for split in splits:

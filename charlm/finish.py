@@ -31,7 +31,7 @@ def evaluate_run(
     if module.validated_at != trainer.global_step:
         logged |= {name: found[name] for name in VALIDATION}
     for logger in trainer.loggers:
-        logger.log_metrics(logged, trainer.global_step - 1)  # Lightning numbers steps from 0
+        logger.log_metrics(logged, max(0, trainer.global_step - 1))  # Lightning numbers steps from 0
         logger.finalize(FINISHED)
     results = {
         "status": "finished",

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from charlm.errors import InputError
+from charlm.model import device_of
 from charlm.tokenizer import Tokenizer
 
 BYTES_OF_CHARACTER = 4  # that UTF-8 has at most
@@ -123,7 +124,7 @@ def sample_text(
     tokens = tokenizer.tokens
     if prompt == "":
         raise InputError("the prompt is empty: give at least one character, or no prompt at all")
-    device = next(model.parameters()).device
+    device = device_of(model)
     first = [tokens.index(b"\n") if b"\n" in tokens else 0]
     start = torch.tensor(first) if prompt is None else tokenizer.encode(prompt)
     idx = start.to(device).long().expand(num_samples, -1)  # (B, T)

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -189,6 +190,10 @@ class LanguageModel(L.LightningModule):
         return evaluate(self.model, data.windows(split, self.device, most=data.final_targets))
 
     def configure_optimizers(self) -> Any:
+        if not any(parameter.requires_grad for parameter in self.model.parameters()):
+            # Lightning's caution is for a module that was meant to have some.
+            warnings.filterwarnings("ignore", ".*configure_optimizers` returned `None`")
+            return None
         optimizer = make_optimizer(self.optimizer, self.model)
         for group in optimizer.param_groups if self.lr is not None else []:
             group["lr"] = self.lr

@@ -120,6 +120,7 @@ def header(
 
     corpus, sizes = data.corpus, {name: len(ids) for name, ids in data.splits.items()}
     tokens = data.batch_size * data.block_size * trainer.world_size * trainer.accumulate_grad_batches
+    counts_only = trainer.max_steps == 0
     parameters = sum(p.numel() for p in model.parameters())
     optimizer = config["optimizer"]
     lines = {
@@ -136,6 +137,9 @@ def header(
         "speed": steps,
         "folder": quote(Path(config["run_dir"])),
     }
+    if counts_only:
+        lines = {k: v for k, v in lines.items() if k not in ("batches", "speed")}
+        lines |= {"model": name_of(config["model"]), "training": "none: what it knows is counted"}
     table = Table.grid(padding=(0, 2))
     for name, value in lines.items():
         table.add_row(Text(name, style="bold cyan"), Text(value, overflow="fold"))
@@ -340,10 +344,11 @@ def comparison(found: dict[str, Any]) -> RenderableType:
 
 def summary(results: dict[str, Any], sample: str) -> None:
     """Print the final figures, the baselines and a sample."""
-    title = f"{results['model']} after {results['steps']:,} steps"
+    title = f"{results['model']} after {results['steps']:,} steps" if results["steps"] else results["model"]
     say(figures(results, title))
     speed = f"{results['train/tokens_per_second']:,.0f} tokens/s"
-    say(f"trained on {results['train/tokens']:,} tokens in {results['train/seconds']:.1f} s, {speed}\n")
+    if results["steps"]:
+        say(f"trained on {results['train/tokens']:,} tokens in {results['train/seconds']:.1f} s, {speed}\n")
     if sample:
         say(Panel(Text(sample), title="a sample", title_align="left", box=box.ROUNDED))
 

@@ -14,7 +14,7 @@ from charlm.budget import steps_of
 from charlm.data import CharDataModule
 from charlm.devices import accelerator_of
 from charlm.internals.lightning import set_data_parallel_size
-from charlm.model import multiplications
+from charlm.model import multiplications, takes_no_steps
 
 
 class FSDP(ModelParallelStrategy):
@@ -84,7 +84,8 @@ def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
 
     Also replaces `data.path` by the absolute path where the text was found, and so with `data.paths`.
     """
-    cfg.trainer.max_steps = steps_of(cfg.trainer.max_steps, cfg.max_tokens, cfg.trainer.max_time)
+    if not takes_no_steps(model):
+        cfg.trainer.max_steps = steps_of(cfg.trainer.max_steps, cfg.max_tokens, cfg.trainer.max_time)
     if cfg.data.path:
         cfg.data.path = data.corpus.source
     if cfg.data.paths:

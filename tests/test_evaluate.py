@@ -142,7 +142,7 @@ def test_no_table_beats_the_counts_on_train(ids):
 def test_figures_of_tiny_shakespeare_are_the_known_ones(shakespeare, monkeypatch):
     data = CharDataModule("tinyshakespeare", block_size=8, batch_size=1)
     corpus = Corpus.of("tinyshakespeare", shakespeare, "here")
-    monkeypatch.setattr("charlm.data.datamodule.load_corpus", lambda name, path, field: corpus)
+    monkeypatch.setattr("charlm.data.datamodule.load_corpus", lambda *_: corpus)
     data.setup()
     assert (len(data.splits["train"]), len(data.splits["val"])) == (1_003_854, 111_540)
     counted = Bigram(65)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from charlm.callbacks.dashboard import DashboardCallback
 from charlm.data.pairs import Pairs
 from charlm.logger import TensorBoard
+from charlm.model import device_of
 
 Image.preinit()  # here, and not once more in each job of a sweep
 
@@ -48,7 +49,7 @@ class BigramTable(DashboardCallback):
             self.shown, counted = table_of(data.pairs("train"), data.tokenizer.vocab_size, self.most_characters)
             self.frame = draw_frame([*data.tokenizer.decode(self.shown)], ["learned", "counted in the training text"])
             paste(self.frame, counted, 1)
-        idx = self.shown.to(next(model.parameters()).device)
+        idx = self.shown.to(device_of(model))
         logits = model(idx[:, None])[:, -1]  # (n, V)
         paste(self.frame, logits.float().softmax(-1)[:, idx].cpu(), 0)
         board.log_picture(TAG, png(self.frame), *self.frame.size, trainer.global_step)

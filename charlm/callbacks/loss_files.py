@@ -135,7 +135,8 @@ def check_weights(trainer: L.Trainer, module: L.LightningModule, checkpoint: Map
         Diverged: if one is NaN or infinite.
     """
     raw = checkpoint[KEY]["raw"].values() if checkpoint and KEY in checkpoint else []
-    finite = torch.stack([local(weight).isfinite().all() for weight in [*module.parameters(), *raw]]).all().item()
+    each = [local(weight).isfinite().all() for weight in [*module.parameters(), *raw]]
+    finite = not each or torch.stack(each).all().item()
     if earliest(trainer, None if finite else trainer.global_step) is not None:
         raise diverged(trainer, f"weights are infinite or not numbers after step {trainer.global_step:,}")
 

@@ -13,7 +13,8 @@ target in nats, as cross entropy of `forward` gives it, and 0 where a target is 
 
 One that counts has `count(ids)`, which is given the training split, (N,), before the first step; `text`, a buffer with
 what it has counted; `memory_to_count(n, **arguments) -> bytes`, which tells in advance how much memory that takes; and
-`counts() -> tensors` and `use_counts(tensors)`, so that nobody counts the same text twice.
+`counts() -> tensors` and `use_counts(tensors)`, so that nobody counts the same text twice. One that only
+counts has `closed_form = True`, and takes no steps.
 
 Its constructor's arguments are plain numbers and words, and `@keeps_arguments` remembers them: by its name and these a
 checkpoint tells which model its weights belong to.
@@ -25,8 +26,10 @@ Shape legend: B batch, T time, C channels, V vocabulary.
 
 import inspect
 from functools import wraps
+from itertools import chain
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 Class = TypeVar("Class", bound=type[nn.Module])
@@ -48,9 +51,19 @@ def keeps_arguments(model: Class) -> Class:
     return model
 
 
+def takes_no_steps(model: nn.Module) -> bool:
+    """Return whether a model is ready once it has counted."""
+    return getattr(model, "closed_form", False)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's weights, or of what it has counted."""
+    return next(chain(model.parameters(), model.buffers())).device
+
+
 def multiplications(model: nn.Module, tokens: int) -> int:
     """Return the multiplications of a forward pass on `tokens` tokens, roughly.
 
     10^8 take about 10 ms on a CPU, and the backward pass takes twice as long.
     """
-    return sum(p.numel() for p in model.parameters()) * tokens
+    return max(1, sum(p.numel() for p in model.parameters()) * tokens)

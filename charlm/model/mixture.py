@@ -23,7 +23,7 @@ import torch
 from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 
-from charlm.counts import Counts, Found, Table, memory_to_count
+from charlm.counts import Counting, Counts, Found, memory_to_count
 from charlm.model import keeps_arguments
 from charlm.model.transformerpp import Cache, TransformerPP
 
@@ -91,7 +91,7 @@ class Network(TransformerPP):
 
 
 @keeps_arguments
-class Mixture(nn.Module):
+class Mixture(Counting):
     """Networks that weigh and correct what was counted, each by itself; their probabilities are averaged.
 
     Averaged, several err less than any of them ("deep ensembles": Lakshminarayanan et al. 2017). They begin apart, and
@@ -128,15 +128,11 @@ class Mixture(nn.Module):
         dropout: Annotated[float, Ge(0), Lt(1)] = 0.0,
         checkpointing: bool = False,
     ):
-        super().__init__()
-        self.block_size, self.vocab_size, self.n_context, self.n_folds = block_size, vocab_size, n_context, n_folds
+        super().__init__(vocab_size, n_context)
+        self.block_size, self.n_folds = block_size, n_folds
         settings: dict[str, Any] = {"block_size": block_size, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
         settings |= {"mlp": mlp, "dropout": dropout, "checkpointing": checkpointing}
         self.networks = nn.ModuleList(Network(vocab_size, n_context, **settings) for _ in range(n_networks))
-        self.register_load_state_dict_pre_hook(make_room)
-        self.register_buffer("text", torch.zeros(0, dtype=torch.uint8 if vocab_size <= 256 else torch.int32))
-        self.text: Tensor
-        self.counted: Table | None = None
         self.register()
 
     def register(self) -> None:
@@ -147,28 +143,13 @@ class Mixture(nn.Module):
         super().__setstate__(state)
         self.register()  # a copy has its own
 
-    def count(self, ids: Tensor) -> None:
-        """Count the contexts of a text, ids (N,). With the weights, the text is kept in checkpoints."""
-        self.text, self.counted = ids.to(self.text), None
-        if len(ids) > 1:
-            self.counted = Counts(ids.cpu().long(), self.vocab_size, self.n_context, self.n_folds)
+    def counted_in(self, text: Tensor) -> Counts:
+        return Counts(text, self.vocab_size, self.n_context, self.n_folds)
 
     @staticmethod
     def memory_to_count(n: int, n_context: int = 8, **_: Any) -> int:
         """Return how many bytes of memory counting a text of n tokens takes at most, for a model of these settings."""
         return memory_to_count(n, n_context)
-
-    def counts(self) -> dict[str, Tensor]:
-        """Return what was counted, as named tensors; `use_counts` takes them instead of counting again."""
-        return self.counted.tensors() if self.counted else {}
-
-    def use_counts(self, tensors: dict[str, Tensor]) -> None:
-        """Take the counts of `text` from an equal model.
-
-        Raises:
-            ValueError, KeyError: if they cannot be such.
-        """
-        self.counted = Table.of(tensors, self.vocab_size, self.n_context)
 
     def forward(self, idx: Tensor) -> Tensor:
         """idx (B, T) int64 with T of at most block_size -> logits (B, T, V)."""
@@ -210,12 +191,10 @@ class Mixture(nn.Module):
             n = idx[:, -last:].numel()
             zeros = partial(torch.zeros, device=idx.device)
             return Found(zeros(n, V), zeros(K, n, V), zeros(n, 3 * K))
-        counted = self.counted
-        if counted is None or (self.training and not isinstance(counted, Counts)):
-            counted = Counts(self.text.cpu().long(), V, K, self.n_folds)
-        if counted.device != idx.device:
-            counted = counted.to(idx.device)
-        self.counted = counted
+        counted = self.table(idx.device)
+        if self.training and not isinstance(counted, Counts):
+            self.count(self.text)  # counts from a file are those of the whole text only
+            counted = self.table(idx.device)
         # In training, an instance of Counts.
         rows, alone = (
             counted.rows_elsewhere(idx) if self.training and isinstance(counted, Counts) else counted.rows(idx)
@@ -227,15 +206,6 @@ class Mixture(nn.Module):
         # Square roots, because small probabilities matter.
         features = torch.cat((found.log_p().mul(0.5).exp(), found.seen), 1)
         return features.to(next(self.parameters()).dtype)
-
-
-def make_room(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Give a model's text the length that it has in a state dict; PyTorch calls this before it loads one."""
-    text = state_dict.get(f"{prefix}text")
-    if text is not None:
-        if text.dim() != 1 or text.dtype != model.text.dtype or (len(text) and text.max() >= model.vocab_size):
-            raise ValueError("the text that the model has counted is not one of its symbols")
-        model.text, model.counted = torch.empty_like(text), None
 
 
 def log_probabilities(each: Sequence[Tensor]) -> Tensor:

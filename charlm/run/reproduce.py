@@ -48,7 +48,8 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence
     check_run(run_dir, record["config"], [CONF], {"trust": trust})
     step = state["global_step"]
     constant = record["config"]["scheduler"]["_target_"] == CONSTANT
-    if step == 0:
+    counts_only = results is not None and results["steps"] == 0
+    if step == 0 and not counts_only:
         raise InputError(f"{run_dir} has saved no step that could be compared")
     before = read_losses(run_dir, step)
     with tempfile.TemporaryDirectory(prefix="charlm-") as folder:
@@ -83,6 +84,8 @@ def read_losses(run_dir: Path, steps: int) -> "np.ndarray[Any, np.dtype[np.float
         InputError: if some are missing.
     """
     path = run_dir / LOSSES
+    if not steps:
+        return np.empty(0, "<f4")
     try:
         with open_regular(path) as file:
             losses = np.frombuffer(file.read(4 * steps), "<f4")
