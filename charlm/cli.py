@@ -28,6 +28,7 @@ Examples:
   charlm evaluate outputs/RUN --split val          its exact loss, beside that of counting
   charlm checkpoint outputs/RUN                    what its last state holds; --export for other tools
   charlm reproduce outputs/RUN                     train it again: is it the same to the bit, and if not, why?
+  charlm compare outputs/RUN outputs/OTHER         is the other better, or is it noise?
   charlm report outputs/SWEEP                      what many runs found: over seeds, with plots, as one page
   tensorboard --logdir outputs                     all runs in one dashboard
 """
@@ -364,6 +365,41 @@ def report(places: tuple[Path, ...], html: Path | None, png: Path | None, as_jso
         write_atomically(png, lambda file: file.write(picture))
     for file in filter(None, (html, png)) if not as_json else ():
         terminal.console.print(f"written: {terminal.quote(file)}", soft_wrap=True)
+
+
+@charlm.command()
+@click.argument("places", metavar="A B...", nargs=-1, required=True)
+@click.option("--split", default="val", show_default=True, help="The split on which to compare.")
+@DEVICE
+@TRUST
+@AS_JSON
+def compare(places: tuple[str, ...], split: str, device: str, trust: tuple[str, ...], as_json: bool) -> None:
+    """Is B better than A? Compare models on the same text, with the spread over seeds.
+
+    A and B are run folders, checkpoints, folders of runs that differ in their seed only, or rows of
+    a sweep: SWEEP@optimizer.lr=0.01,model=gpt. All losses are computed again, character by
+    character. The exit code is 0 for a verdict, and 1 if the models do not compare.
+    """
+    from charlm import terminal
+    from charlm.files import plain
+    from charlm.study import comparison, systems
+
+    if len(places) < 2:
+        raise InputError("give at least two to compare: charlm compare outputs/RUN outputs/OTHER")
+    chosen = [systems.choose(place) for place in places]
+    measured, reasons, context = systems.measure(chosen, split, device, trust, terminal.tracked)
+    if reasons:
+        print_json({"verdict": "not comparable", "reasons": reasons}) if as_json else print(
+            f"not comparable: {'; '.join(reasons)}"
+        )
+        sys.exit(1)
+    found = comparison.compare(measured)
+    settings, notes = systems.differences(chosen)
+    if as_json:
+        each = [plain(one.found()) | {"min_context": context} for one in found]
+        print_json(each if len(each) > 1 else each[0])
+    else:
+        terminal.console.print(terminal.compared(measured, found, settings, [note.text for note in notes], context))
 
 
 def main() -> None:

@@ -265,5 +265,9 @@ def unknown_key(key: str, known: Iterable[str]) -> str:
 
 
 def name_of(node: dict[str, Any]) -> str:
-    """Return the name of a config node: the last part of its `_target_`, which is also its file's name."""
-    return str(node["_target_"]).rpartition(".")[2].lower()
+    """Return the name of a config node: the last part of its `_target_`, which is also its file's name.
+
+    Of a method that makes a tokenizer, such as charlm.tokenizer.CharTokenizer.from_corpus, it is char.
+    """
+    target = str(node["_target_"]).removesuffix(".from_corpus")
+    return target.rpartition(".")[2].lower().removesuffix("tokenizer")

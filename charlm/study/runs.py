@@ -20,6 +20,7 @@ from charlm.files import is_regular
 from charlm.run.overrides import typed
 from charlm.run.record import RUN_JSON, Record, flat, read_record
 from charlm.run.results import RESULTS, in_characters, read_results, read_validations
+from charlm.schema import name_of
 from charlm.sweep import ledger
 
 Value = str | int | float | bool | None
@@ -49,6 +50,7 @@ class Run:
         stopped_by: what ended the training of a run that has finished.
         validations: step, seconds and val loss of each.
         record: its run.json.
+        folder: its folder.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Run:
     stopped_by: str = ""
     validations: list[tuple[int, float, float]] = field(default_factory=list)
     record: Record | None = None
+    folder: str = ""
 
     @property
     def follows(self) -> Collection[str]:
@@ -171,6 +174,7 @@ def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
         printable(str(results.get("stopped_by", "")), LONGEST),
         [validation for validation in validations if all(map(sane, validation))],
         record,
+        str(folder),
     )
 
 
@@ -234,7 +238,7 @@ def settings_of(record: Record, given: dict[str, str]) -> dict[str, Value]:
         if name in PLACES | TEXT or (name in CHOSEN and name not in given):
             continue
         if key == "_target_":
-            found[group] = printable(str(leaf).rpartition(".")[2].lower(), LONGEST)
+            found[group] = printable(name_of({"_target_": leaf}), LONGEST)
         elif not key.startswith("_") and not (isinstance(leaf, str) and run_dir in leaf) and leaf != {}:
             found[name] = value_of(leaf)
     found |= {name: printable(given[name], LONGEST) for name in TYPED if name in given}

@@ -1,0 +1,196 @@
+"""Is B better than A? Differences of losses, paired by text, with the spread over seeds.
+
+A loss on val depends on the text that happens to be there and on the seed that the run happened to have. The first is
+the same for all models, so differences are taken block by block. The second is estimated from seeds. The variance of a
+difference of means is the sum of both: paired^2 + sd^2 / n_A + sd^2 / n_B.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+
+ALPHA = 0.05  # of verdicts
+LEVEL = 0.95  # of intervals
+BLOCK = 1000  # characters at least; errors of differences over shorter ones come out too small
+SEED_SD = 0.005  # nats per character: of small models on small texts, where no two seeds tell
+PAIRED_BY_SEED = 4  # seeds that match; with fewer, there are too few degrees of freedom left
+POWER = 0.8
+
+Verdict = Literal["better", "worse", "within noise", "not comparable"]
+
+
+@dataclass(frozen=True)
+class System:
+    """What is compared: runs that differ in their seeds only.
+
+    Args:
+        name: as it was typed.
+        seeds: of each run, (S,).
+        nats: losses of each run in each block of the text, summed, (S, n).
+        characters: that they are of, (n,).
+    """
+
+    name: str
+    seeds: tuple[int, ...]
+    nats: np.ndarray
+    characters: np.ndarray
+
+    @property
+    def losses(self) -> np.ndarray:
+        """Nats per character of each run, (S,)."""
+        return np.asarray(self.nats.sum(1) / self.characters.sum())
+
+    @property
+    def loss(self) -> float:
+        return float(self.losses.mean())
+
+    @property
+    def per_block(self) -> np.ndarray:
+        """The mean loss over runs as a sum over blocks, (n,)."""
+        return np.asarray(self.nats.mean(0) / self.characters.sum())
+
+    @property
+    def noise(self) -> float:
+        """Variance of the mean loss that comes from how the runs differ on single blocks; 0 for one run."""
+        S, n = self.nats.shape
+        if S < 2 or n < 2:
+            return 0.0
+        weights = self.characters / self.characters.sum()
+        parts = self.nats / self.characters.sum()
+        rest = parts - parts.mean(0) - np.outer(self.losses - self.loss, weights)
+        return float((rest**2).sum() * n / ((S - 1) * (n - 1)) / S)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A system against another, in nats per character.
+
+    Args:
+        difference: of the losses; below 0, B is better.
+        se: its standard error; paired: the part that comes from the text.
+        interval: at LEVEL.
+        p: two-sided, for equal losses; corrected where there are several comparisons.
+        seed_sd: standard deviation over seeds that was used, and where it comes from.
+        more_seeds: how many more seeds of each would show a difference as large as `detectable`; None: no number would.
+    """
+
+    a: str
+    b: str
+    verdict: Verdict
+    difference: float
+    se: float
+    paired: float
+    interval: tuple[float, float]
+    p: float
+    seed_sd: float
+    seed_sd_from: str
+    n_seeds: tuple[int, int]
+    detectable: float
+    more_seeds: int | None
+    reasons: tuple[str, ...] = ()
+
+    def text(self, name: str) -> str:
+        """One line for people, in which B has a short name."""
+        size = f"{abs(self.difference):.4f} ± {self.se:.4f} nats per character"
+        if self.verdict in ("better", "worse"):
+            return f"{name} is {self.verdict} by {size} (p = {self.p:.2g})"
+        if self.more_seeds is None:
+            more = f"no number of seeds would show {self.detectable:.3f} on so little text"
+        else:
+            more = f"{self.more_seeds} more seed{'s' * (self.more_seeds != 1)} of each would show {self.detectable:.3f}"
+        return f"{name}: within noise, {self.difference:+.4f} ± {self.se:.4f} (p = {self.p:.2g}); {more}"
+
+    def found(self) -> dict[str, Any]:
+        """Return the comparison as plain types, for programs."""
+        kept = ("a", "b", "verdict", "difference", "se", "interval", "p", "reasons", "seed_sd", "seed_sd_from")
+        return {name: getattr(self, name) for name in (*kept, "n_seeds", "more_seeds", "detectable")}
+
+
+def spread(systems: Sequence[System], default: float = SEED_SD) -> tuple[float, float, str]:
+    """Return the standard deviation over seeds, its degrees of freedom, and where it comes from."""
+    several = [system.losses for system in systems if len(system.seeds) > 1]
+    if not several:
+        return default, math.inf, "assumed, as there is one seed of each"
+    free = sum(len(losses) - 1 for losses in several)
+    pooled = sum(float(losses.var(ddof=1)) * (len(losses) - 1) for losses in several) / free
+    return math.sqrt(pooled), free, f"of {free + len(several)} runs"
+
+
+def compare(
+    systems: Sequence[System],
+    default_sd: float = SEED_SD,
+    level: float = LEVEL,
+) -> list[Comparison]:
+    """Compare each system with the first. Several p values are corrected together (Holm 1979).
+
+    Args:
+        default_sd: standard deviation over seeds to assume where each system has one.
+        level: of the intervals.
+    """
+    first, *others = systems
+    sd, free, source = spread(systems, default_sd)
+    found = [one_by_one(first, other, sd, free, source, level) for other in others]
+    adjusted = holm([one.p for one in found])
+    return [replace(one, p=p, verdict=verdict_of(one.difference, p)) for one, p in zip(found, adjusted, strict=True)]
+
+
+def verdict_of(difference: float, p: float) -> Verdict:
+    if p >= ALPHA:
+        return "within noise"
+    return "better" if difference < 0 else "worse"
+
+
+def one_by_one(a: System, b: System, sd: float, free: float, source: str, level: float) -> Comparison:
+    """Compare two systems, without a correction for others."""
+    from scipy import stats  # here, because it takes a second to import
+
+    difference = b.loss - a.loss
+    parts = b.per_block - a.per_block
+    weights = a.characters / a.characters.sum()
+    n = len(parts)
+    rest = parts - difference * weights
+    paired = float((rest**2).sum() * n / (n - 1)) if n > 1 else 0.0
+    paired = max(0.0, paired - a.noise - b.noise)  # the seeds' part is in the other term
+    if sorted(a.seeds) == sorted(b.seeds) and len(a.seeds) >= PAIRED_BY_SEED:
+        by_seed = b.losses[np.argsort(b.seeds)] - a.losses[np.argsort(a.seeds)]
+        of_seeds, free = float(by_seed.var(ddof=1)) / len(by_seed), len(by_seed) - 1
+        sd, source = math.sqrt(float(by_seed.var(ddof=1)) / 2), f"of {len(by_seed)} differences, paired by seed"
+    else:
+        of_seeds = sd**2 * (1 / len(a.seeds) + 1 / len(b.seeds))
+    variance = paired + of_seeds
+    se = math.sqrt(variance)
+    if not se:
+        p, interval = float(difference == 0), (difference, difference)
+    else:
+        # Degrees of freedom of a sum of variances (Satterthwaite 1946).
+        spent = paired**2 / max(1, n - 1) + of_seeds**2 / free
+        t = stats.t(variance**2 / spent) if spent > 0 else stats.norm()
+        p = float(2 * t.sf(abs(difference) / se))
+        half = float(t.isf((1 - level) / 2)) * se
+        interval = difference - half, difference + half
+    detectable = max(0.001, round(abs(difference), 3))
+    fewest = min(len(a.seeds), len(b.seeds))
+    return Comparison(
+        a.name, b.name, verdict_of(difference, p), difference, se, math.sqrt(paired), interval, p, sd, source,
+        (len(a.seeds), len(b.seeds)), detectable, more_seeds(detectable, paired, sd, fewest),
+    )  # fmt: skip
+
+
+def more_seeds(difference: float, paired: float, sd: float, there: int) -> int | None:
+    """Return how many more seeds of each system would show a difference with POWER; None if no number would."""
+    normal = statistics.NormalDist()
+    needed = (difference / (normal.inv_cdf(1 - ALPHA / 2) + normal.inv_cdf(POWER))) ** 2 - paired
+    return max(1, math.ceil(2 * sd**2 / needed) - there) if needed > 0 else None
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Correct p values for their number (Holm 1979): of all sets of equal systems, at most ALPHA have one below it."""
+    adjusted, highest = [0.0] * len(p_values), 0.0
+    for place, i in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        highest = max(highest, min(1.0, (len(p_values) - place) * p_values[i]))
+        adjusted[i] = highest
+    return adjusted

@@ -1,0 +1,189 @@
+"""Runs, rows of sweeps and checkpoints -> systems to compare: what differs, and their losses on one text."""
+
+import os
+from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from charlm import checkpoint
+from charlm.data import CharDataModule
+from charlm.data.chunks import IGNORE
+from charlm.data.corpora import corpus_of
+from charlm.errors import InputError
+from charlm.evaluate import token_losses
+from charlm.model import device_of
+from charlm.run.overrides import typed
+from charlm.study.comparison import BLOCK, System
+from charlm.study.notes import Note
+from charlm.study.runs import Run, parsed, read_runs
+from charlm.study.study import study_of
+
+ROW = "@"  # before the settings of a row: SWEEP@optimizer.lr=0.01,model=gpt
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What a command names: runs that differ in their seed only, or one checkpoint.
+
+    Args:
+        name: as it was typed.
+        checkpoints: what to load.
+        runs: what is known of them; empty for a checkpoint that lies in no run.
+    """
+
+    name: str
+    checkpoints: list[Path]
+    runs: list[Run]
+
+
+def choose(name: str) -> Chosen:
+    """Find what a name stands for: a checkpoint, a folder with one or more runs, or a row of a sweep.
+
+    Raises:
+        InputError: if it stands for nothing, or for runs that differ in more than their seed.
+    """
+    folder, _, row = name.partition(ROW) if not os.path.exists(name) else (name, "", "")
+    if os.path.isfile(folder):
+        return Chosen(name, [Path(folder)], [])
+    runs, damaged = read_runs([Path(folder)])
+    runs = [run for run in runs if run.state == "finished"]
+    for setting in row.split(",") if row else ():
+        key, _, value = setting.partition("=")
+        values = [run.seed if key == "seed" else run.settings.get(key, ...) for run in runs]
+        kept = [run for run, there in zip(runs, values, strict=True) if there == parsed(value)]
+        if not kept:
+            known = sorted({typed(there) for there in values if there is not ...})
+            raise InputError(f"{name}: no finished run has {setting}: {key} is {', '.join(known) or 'no setting'}")
+        runs = kept
+    if not runs:
+        raise InputError(f"{name} holds no finished run" + (f" ({damaged[0]})" if damaged else ""))
+    if swept := study_of(runs).swept:
+        example = f"{folder}{ROW}{swept[0]}={typed(runs[0].settings.get(swept[0]))}"
+        raise InputError(f"{name} holds runs that differ in {', '.join(swept)}: name one of its rows, {example}")
+    by_seed = {run.seed: run for run in sorted(runs, key=lambda run: run.record["started"] if run.record else "")}
+    kept = [by_seed[seed] for seed in sorted(by_seed, key=lambda seed: seed or 0)]
+    return Chosen(name, [Path(run.folder) for run in kept], kept)
+
+
+def incomparable(loaded: Sequence[checkpoint.Checkpoint]) -> list[str]:
+    """Return why losses of checkpoints do not compare: other texts, other splits. Empty: they do."""
+    first, reasons = loaded[0], []
+    for other in loaded[1:]:
+        if other.corpus["sha256"] != first.corpus["sha256"]:
+            reasons.append(f"trained and evaluated on other texts, {first.corpus['name']} and {other.corpus['name']}")
+        for name in ("val_fraction", "test_fraction"):
+            mine, theirs = first.config["data"].get(name), other.config["data"].get(name)
+            if mine != theirs:
+                reasons.append(f"other splits: data.{name} is {typed(mine)} and {typed(theirs)}")
+    return list(dict.fromkeys(reasons))
+
+
+def context_for_all(loaded: Sequence[checkpoint.Checkpoint]) -> int:
+    """Return the least context that every target gets: the runs' own if it is one, else half of the shortest window."""
+    data = [one.config["data"] for one in loaded]
+    own = {(one["block_size"], one["min_context"]) for one in data}
+    return own.pop()[1] if len(own) == 1 else max(1, min(one["block_size"] for one in data) // 2)
+
+
+class Losses(NamedTuple):
+    """The losses of a model on a split."""
+
+    nats: Tensor  # (N,): of each target
+    position: Tensor  # (N,): number of characters of the split that begin before it
+    characters: int  # of the split
+
+
+def losses_of(
+    model: nn.Module, data: CharDataModule, split: str, min_context: int, report: Callable[[int, int], None]
+) -> Losses:
+    """Evaluate a model on each target of a split, after `min_context` characters at least."""
+    windows = data.windows(split, device_of(model), stride=data.block_size - min_context + 1)
+    nats, targets = [], []
+    with torch.inference_mode():
+        for j, (x, y) in enumerate(windows):
+            counted = y != IGNORE
+            nats.append(token_losses(model, x, y)[counted].double().cpu())
+            targets.append(y[counted].cpu())
+            report(j + 1, len(windows))
+    ids = torch.cat(targets)
+    lengths = torch.ones_like(ids) if data.sizes is None else data.sizes[ids, 0]
+    first = 1 if data.sizes is None else int(data.sizes[int(data.splits[split][0]), 0])
+    ends = first + lengths.cumsum(0)
+    return Losses(torch.cat(nats), ends - lengths, int(ends[-1]))
+
+
+def system_of(name: str, seeds: Sequence[int], found: Sequence[Losses]) -> System:
+    """Sum the losses of runs over blocks of at least BLOCK characters; the last takes the rest."""
+    n_blocks = max(1, found[0].characters // BLOCK)
+    nats = [
+        torch.bincount((one.position // BLOCK).clamp_max(n_blocks - 1), one.nats, n_blocks).numpy() for one in found
+    ]
+    characters = np.full(n_blocks, float(BLOCK))
+    characters[-1] += found[0].characters - n_blocks * BLOCK
+    characters[0] -= int(found[0].position[0])  # those that no target begins with
+    return System(name, tuple(seeds), np.stack(nats), characters)
+
+
+def data_of(one: checkpoint.Checkpoint) -> CharDataModule:
+    """The text of a checkpoint with its tokenizer.
+
+    Raises:
+        InputError: if the text has changed since.
+    """
+    settings = {k: v for k, v in one.config["data"].items() if not k.startswith("_")}
+    corpus = corpus_of(settings)
+    if corpus.survey.sha256 != one.corpus["sha256"]:
+        raise InputError(f"{corpus.source} has changed since {one.path} was trained on it: put the old text back")
+    data = CharDataModule(**settings, tokenizer=lambda *_: one.tokenizer)
+    data.setup()
+    return data
+
+
+def measure(
+    chosen: Sequence[Chosen],
+    split: str,
+    device: str,
+    trust: Collection[str],
+    tracked: Callable[[str], AbstractContextManager[Callable[[int, int], None]]],
+) -> tuple[list[System], list[str], int]:
+    """Evaluate all that was chosen on one text, at one context.
+
+    Args:
+        tracked: shows the progress of what it is given the title of.
+
+    Returns:
+        The systems, or none and the reasons why they do not compare; and the least context of a target.
+    """
+    loaded = [[checkpoint.load(path, device, trust) for path in one.checkpoints] for one in chosen]
+    everything = [one for several in loaded for one in several]
+    if reasons := incomparable(everything):
+        return [], reasons, 0
+    context, systems = context_for_all(everything), []
+    for one, several in zip(chosen, loaded, strict=True):
+        found = []
+        for number, kept in enumerate(several, 1):
+            of = f" {number} of {len(several)}" if len(several) > 1 else ""
+            with tracked(f"evaluating {one.name}{of}") as report:
+                found.append(losses_of(kept.model, data_of(kept), split, context, report))
+        seeds = [int(kept.config.get("seed", number)) for number, kept in enumerate(several)]
+        systems.append(system_of(one.name, seeds, found))
+    return systems, [], context
+
+
+def differences(chosen: Sequence[Chosen]) -> tuple[list[dict[str, Any]], list[Note]]:
+    """Return the settings in which the chosen runs differ, and notes on their budgets, code and machines."""
+    runs = [run for one in chosen for run in one.runs]
+    if not all(one.runs for one in chosen):
+        return [], []
+    study = study_of(runs)
+    settings = [
+        {"setting": name, "values": [study.formatted[name].get(one.runs[0].settings.get(name), "-") for one in chosen]}
+        for name in study.swept
+    ]
+    return settings, study.notes

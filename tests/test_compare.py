@@ -1,0 +1,180 @@
+"""Verdicts: how often they are wrong in simulations, and what the command says of real runs."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from charlm.errors import InputError
+from charlm.study import systems
+from charlm.study.comparison import SEED_SD, System, compare, holm, more_seeds
+
+BLOCKS = 111  # of Tiny Shakespeare's val
+
+
+def simulated(
+    rng: np.random.Generator, text: np.ndarray, n_seeds: int, effect: float = 0.0, seeds: int = 0, sd: float = SEED_SD
+) -> System:
+    """Runs on one text: each system likes some blocks better, and so does each seed, apart from its luck as a whole."""
+    blocks = text + effect + rng.normal(0, 0.03, BLOCKS)
+    nats = blocks + rng.normal(0, sd, (n_seeds, 1)) + rng.normal(0, 0.015, (n_seeds, BLOCKS))
+    characters = np.full(BLOCKS, 1000.0)
+    return System("x", tuple(range(seeds, seeds + n_seeds)), nats * characters, characters)
+
+
+def trials(n: int, n_seeds: int, n_rows: int, effect: float = 0.0, level: float = 0.95) -> dict[str, float]:
+    """How often systems that differ by `effect` are called better than the first, and how often intervals hold it."""
+    rng = np.random.default_rng([n_seeds, n_rows])
+    better, covered, compared = 0, 0, 0
+    for _ in range(n):
+        text = 1.5 + rng.normal(0, 0.3, BLOCKS)
+        others = [simulated(rng, text, n_seeds, effect) for _ in range(n_rows - 1)]
+        found = compare([simulated(rng, text, n_seeds), *others], level=level)
+        better += any(one.verdict == "better" for one in found)
+        covered += sum(one.interval[0] <= effect <= one.interval[1] for one in found)
+        compared += len(found)
+    return {"better": better / n, "covered": covered / compared}
+
+
+@pytest.mark.parametrize("n_seeds", [1, 3, 5])
+@pytest.mark.parametrize("n_rows", [2, 10])
+def test_equal_systems_are_seldom_called_better(n_seeds, n_rows):
+    assert trials(150, n_seeds, n_rows)["better"] <= 0.1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_seeds", [1, 3, 5])
+@pytest.mark.parametrize("n_rows", [2, 5, 10, 20])
+def test_of_two_thousand_equal_tables_at_most_six_percent_call_any_better(n_seeds, n_rows):
+    assert trials(2000, n_seeds, n_rows)["better"] <= 0.06
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_seeds", [3, 5])
+@pytest.mark.parametrize("effect", [0.0, -0.01])
+def test_intervals_hold_the_difference_as_often_as_they_say(n_seeds, effect):
+    assert 0.88 <= trials(4000, n_seeds, 2, effect, level=0.9)["covered"] <= 0.92
+
+
+def test_more_seeds_show_smaller_differences():
+    shown = [trials(200, n_seeds, 2, -0.015)["better"] for n_seeds in (1, 3, 5)]
+    assert shown == sorted(shown)
+    assert shown[0] < 0.6 < shown[2]
+
+
+def test_a_verdict_says_how_many_more_seeds_would_help():
+    assert more_seeds(0.005, paired=0.0, sd=0.005, there=3) == 13  # (1.96 + 0.84)^2 * 2 = 15.7
+    assert more_seeds(0.001, paired=0.01**2, sd=0.005, there=3) is None
+    rng = np.random.default_rng(0)
+    text = np.full(BLOCKS, 1.5)
+    [one] = compare([simulated(rng, text, 2), simulated(rng, text, 2, 0.005)])
+    assert "more seeds of each would show" in one.text("B") or "no number of seeds would show" in one.text("B")
+
+
+def test_the_same_runs_do_not_differ():
+    system = simulated(np.random.default_rng(0), np.full(BLOCKS, 1.5), 1)
+    [one] = compare([system, system], default_sd=0.0)
+    assert (one.verdict, one.difference, one.p) == ("within noise", 0.0, 1.0)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=20))
+def test_corrected_p_values_keep_their_order(p_values):
+    found = holm(p_values)
+    assert all(p <= corrected <= 1 for p, corrected in zip(p_values, found, strict=True))
+    assert sorted(range(len(found)), key=lambda i: (p_values[i], found[i])) == sorted(
+        range(len(found)), key=lambda i: (found[i], p_values[i])
+    )
+    assert min(found) == pytest.approx(min(1, len(p_values) * min(p_values)))
+
+
+# Real runs
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, prose) -> Path:
+    """Two seeds of a bigram and of a GPT, a sweep, and a bigram of other text."""
+    from tests.conftest import ROOT, run_command
+
+    folder = tmp_path_factory.mktemp("compared")
+    (folder / "prose.txt").write_text(prose)
+    (folder / "other.txt").write_text(prose[::-1])
+    common = ["data=text", "data.path=prose.txt", "trainer.max_steps=2000", "logger=none", "optimizer.lr=1e-2"]
+    small = ["model=gpt", "model.n_layer=1", "model.n_head=2", "model.n_embd=16", "data.block_size=32"]
+    for command in (
+        ["-m", *common, "seed=1,2", "hydra.sweep.dir=bigram"],
+        ["-m", *common, *small, "trainer.max_steps=600", "seed=1,2", "tokenizer=char,byte", "hydra.sweep.dir=gpt"],
+        [*common, "data.path=other.txt", "hydra.run.dir=other"],
+        [*common, "data.val_fraction=0.2", "hydra.run.dir=split"],
+    ):
+        ended = run_command([str(ROOT / "train.py"), *command], folder, {}, timeout=240)
+        assert ended.code == 0, ended.err
+    return folder
+
+
+def compared(call: Any, *names: str) -> tuple[int, Any]:
+    ended = call("compare", *names, "--json")
+    return ended.code, json.loads(ended.out)
+
+
+def test_seeds_of_one_recipe_are_within_noise_and_a_better_model_wins(runs, call):
+    one, other = (str(runs / "bigram" / f"seed={seed}") for seed in (1, 2))
+    code, found = compared(call, one, other)
+    assert (code, found["verdict"]) == (0, "within noise")
+    code, found = compared(call, str(runs / "bigram"), f"{runs / 'gpt'}@tokenizer=char")
+    assert (code, found["verdict"]) == (0, "better")
+    assert found["difference"] < 0
+    assert found["interval"][1] < 0
+    assert found["n_seeds"] == [2, 2]
+    assert found["min_context"] == 4  # half of the bigram's windows
+    code, found = compared(call, f"{runs / 'gpt'}@tokenizer=char", str(runs / "bigram"))
+    assert found["verdict"] == "worse"
+
+
+def test_the_difference_is_that_of_the_exact_losses(runs, call):
+    names = [str(runs / "gpt" / f"seed=1,tokenizer={kind}") for kind in ("char", "byte")]
+    _, found = compared(call, *names)
+    losses = [json.loads((Path(name) / "results.json").read_text())["val/nats_per_char"] for name in names]
+    assert found["difference"] == pytest.approx(losses[1] - losses[0], abs=1e-5)
+
+
+def test_three_are_each_compared_with_the_first(runs, call):
+    names = [str(runs / "bigram"), f"{runs / 'bigram'}@seed=1", f"{runs / 'gpt'}@tokenizer=char"]
+    code, found = compared(call, *names)
+    assert code == 0
+    assert [one["verdict"] for one in found] == ["within noise", "better"]
+    shown = call("compare", *names)
+    assert "C is better by" in shown.out
+    assert "model" in shown.out
+
+
+def test_a_checkpoint_is_compared_like_its_run(runs, call):
+    run = runs / "bigram" / "seed=1"
+    _, found = compared(call, str(run), str(run / "checkpoints" / "last.ckpt"))
+    assert found["difference"] == 0
+
+
+@pytest.mark.parametrize(("other", "reason"), [("other", "other texts"), ("split", "data.val_fraction is 0.1 and 0.2")])
+def test_other_texts_and_other_splits_do_not_compare(runs, call, other, reason):
+    code, found = compared(call, str(runs / "bigram" / "seed=1"), str(runs / other))
+    assert (code, found["verdict"]) == (1, "not comparable")
+    assert reason in " ".join(found["reasons"])
+    shown = call("compare", str(runs / "bigram" / "seed=1"), str(runs / other))
+    assert shown.out.startswith("not comparable: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gpt", "holds runs that differ in tokenizer: name one of its rows, "),
+        ("bigram@optimizer.lr=5", "no finished run has optimizer.lr=5: optimizer.lr is 0.01"),
+        ("bigram@nothing=5", "nothing is no setting"),
+        ("none", "is no folder"),
+    ],
+)
+def test_a_name_that_stands_for_no_system_is_told(runs, name, words):
+    with pytest.raises(InputError, match=words):
+        systems.choose(str(runs / name))
