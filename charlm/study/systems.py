@@ -20,10 +20,11 @@ from charlm.evaluate import token_losses
 from charlm.model import device_of
 from charlm.run.overrides import typed
 from charlm.study.comparison import BLOCK, System
-from charlm.study.notes import Note
+from charlm.study.notes import Note, budget, environment
 from charlm.study.runs import Run, parsed, read_runs
 from charlm.study.study import study_of
 
+FEWEST = 10  # blocks, where a text is short
 ROW = "@"  # before the settings of a row: SWEEP@optimizer.lr=0.01,model=gpt
 
 
@@ -119,13 +120,14 @@ def losses_of(
 
 
 def system_of(name: str, seeds: Sequence[int], found: Sequence[Losses]) -> System:
-    """Sum the losses of runs over blocks of at least BLOCK characters; the last takes the rest."""
-    n_blocks = max(1, found[0].characters // BLOCK)
+    """Sum the losses of runs over blocks of BLOCK characters, or FEWEST blocks; the last takes the rest."""
+    block = max(1, min(BLOCK, found[0].characters // FEWEST))
+    n_blocks = found[0].characters // block
     nats = [
-        torch.bincount((one.position // BLOCK).clamp_max(n_blocks - 1), one.nats, n_blocks).numpy() for one in found
+        torch.bincount((one.position // block).clamp_max(n_blocks - 1), one.nats, n_blocks).numpy() for one in found
     ]
-    characters = np.full(n_blocks, float(BLOCK))
-    characters[-1] += found[0].characters - n_blocks * BLOCK
+    characters = np.full(n_blocks, float(block))
+    characters[-1] += found[0].characters - n_blocks * block
     characters[0] -= int(found[0].position[0])  # those that no target begins with
     return System(name, tuple(seeds), np.stack(nats), characters)
 
@@ -182,8 +184,10 @@ def differences(chosen: Sequence[Chosen]) -> tuple[list[dict[str, Any]], list[No
     if not all(one.runs for one in chosen):
         return [], []
     study = study_of(runs)
+    # Not on windows, which are the same here.
+    notes = [*budget(runs), *environment(runs)]
     settings = [
         {"setting": name, "values": [study.formatted[name].get(one.runs[0].settings.get(name), "-") for one in chosen]}
         for name in study.swept
     ]
-    return settings, study.notes
+    return settings, notes
