@@ -162,6 +162,8 @@ def generate(
 )
 @click.option("--whole", is_flag=True, help="Measure all of a large split.")
 @click.option("--stride", type=COUNT, help="Step between windows; below block_size every target has more context.")
+@click.option("--text", type=click.Path(path_type=Path), help="Score this text instead: a file, a folder or a glob.")
+@click.option("--certify", is_flag=True, help="Also check that the loss is what it seems; see docs/runs.md.")
 @DEVICE
 @TRUST
 @AS_JSON
@@ -170,6 +172,8 @@ def evaluate(
     splits: tuple[str, ...],
     whole: bool,
     stride: int | None,
+    text: Path | None,
+    certify: bool,
     device: str,
     trust: tuple[str, ...],
     as_json: bool,
@@ -197,6 +201,10 @@ def evaluate(
     settings |= {"final_targets": None} if whole else {}
     data = CharDataModule(**settings, tokenizer=lambda *_: loaded.tokenizer)
     data.setup()
+    name = name_of(loaded.config["model"]) + (f" at {loaded.step:,}" if loaded.step else "")
+    if text:
+        evaluate_text(loaded, data, text, stride, name, as_json)
+        return
     unseen = len(data.splits["train"]) - 1 - loaded.step * data.batch_size * data.block_size
     chosen = list(splits) or splits_to_evaluate(loaded.config["evaluate"], unseen)
     with terminal.tracked("evaluating") as progress:
@@ -206,13 +214,61 @@ def evaluate(
     header["tokenizer"] = data.tokenizer.name
     header["published"] = [one._asdict() for one in PUBLISHED.get(data.corpus.name, ())]
     found = header | found
+    checks = certificate(loaded.model, data, [split for split in chosen if split != "train"]) if certify else {}
+    failures = [f"{check}: {failure}" for check, failure in checks.items() if failure]
+    passed = [check for check, failure in checks.items() if not failure]
+    found |= {"certified": passed} if certify else {}
+    if failures:
+        raise Refuted(f"{loaded.path} is not certified: {'; '.join(failures)}")
     if as_json:
         print_json(plain(found))
     else:
-        name = name_of(loaded.config["model"]) + (f" at {loaded.step:,}" if loaded.step else "")
         terminal.console.print(terminal.figures(found, name))
         if found["published"]:
             terminal.console.print(terminal.published(found, name))
+        if certify:
+            terminal.console.print(f"certified: {', '.join(passed)}")
+
+
+class Refuted(InputError):
+    """A model whose loss is not what it seems."""
+
+    code = 1
+
+
+def certificate(model: Any, data: Any, splits: list[str]) -> dict[str, str | None]:
+    """Return all checks by name, and how each failed on one of the splits, if it did."""
+    from charlm.certify import certify
+
+    found: dict[str, str | None] = {}
+    for split in splits or ["val"]:
+        for check in certify(model, data, split):
+            found[check.name] = found.get(check.name) or check.failure
+    return found
+
+
+def evaluate_text(loaded: Any, data: Any, text: Path, stride: int | None, name: str, as_json: bool) -> None:
+    """Score a text that a model has not seen, in windows as its own splits are."""
+    from charlm import terminal
+    from charlm.data.chunks import Windows
+    from charlm.data.corpora import load_corpus
+    from charlm.data.store import encode
+    from charlm.evaluate import evaluate
+    from charlm.files import plain
+    from charlm.model import device_of
+
+    ids = encode(load_corpus("text", str(text)), loaded.tokenizer, []).ids.to(device_of(loaded.model))
+    stride = stride or data.block_size - data.min_context + 1
+    windows = Windows(ids, data.block_size, stride, split="given", sizes=data.sizes)
+    with terminal.tracked("evaluating") as progress:
+        found = evaluate(loaded.model, windows, progress).figures("text")
+    found = {
+        "checkpoint": str(loaded.path),
+        "text": str(text),
+        "tokenizer": loaded.tokenizer.name,
+        "baselines": {},
+    } | found
+    print_json(plain(found)) if as_json else terminal.console.print(terminal.figures(found, name, ["text"]))
 
 
 @charlm.command()

@@ -196,9 +196,9 @@ def notice_fallback(wanted: str, given: str, reason: Exception) -> None:
     early_warnings.append(f"NOT {wanted}: trained on {given} instead ({reason})")
 
 
-def figures(found: dict[str, Any], name: str) -> Table:
-    """Return the table of losses and baselines, one column per split."""
-    splits = list(found["baselines"])
+def figures(found: dict[str, Any], name: str, splits: Sequence[str] = ()) -> Table:
+    """Return the table of losses and baselines, one column per split: those with baselines, or `splits`."""
+    baselines, splits = not splits, splits or list(found["baselines"])
     unit = UNITS.get(found.get("tokenizer", "char"), "token")
     title = f"loss, nats per {unit}"
     if found.get("min_context", 1) > 1:
@@ -208,11 +208,12 @@ def figures(found: dict[str, Any], name: str) -> Table:
     for split in splits:
         share = found[f"{split}/share"]
         table.add_column(split if share == 1 else f"{split} ({100 * share:.2g}% of it)", justify="right")
-    for level, title in LEVELS.items():
+    for level, title in LEVELS.items() if baselines else ():
         table.add_row(title, *(f"{found['baselines'][split][level]:.4f}" for split in splits), style="dim")
     table.add_row(name, *(plus_minus(found, split, "loss", 4) for split in splits), style="bold")
-    above = [found[f"{split}/loss"] - found["baselines"][split]["bigram"] for split in splits]
-    table.add_row("  against the counted bigram", *(f"{d:+.4f}" for d in above))
+    if baselines:
+        above = [found[f"{split}/loss"] - found["baselines"][split]["bigram"] for split in splits]
+        table.add_row("  against the counted bigram", *(f"{d:+.4f}" for d in above))
     table.add_section()
     table.add_row("bits per character", *(plus_minus(found, split, "bits_per_char", 4) for split in splits))
     if unit != "character" or any(found[f"{split}/bytes"] != found[f"{split}/characters"] for split in splits):

@@ -9,35 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.verdicts import BLOCKS, simulated, trials
 from charlm.errors import InputError
 from charlm.study import systems
-from charlm.study.comparison import SEED_SD, System, compare, holm, more_seeds
-
-BLOCKS = 111  # of Tiny Shakespeare's val
-
-
-def simulated(
-    rng: np.random.Generator, text: np.ndarray, n_seeds: int, effect: float = 0.0, seeds: int = 0, sd: float = SEED_SD
-) -> System:
-    """Runs on one text: each system likes some blocks better, and so does each seed, apart from its luck as a whole."""
-    blocks = text + effect + rng.normal(0, 0.03, BLOCKS)
-    nats = blocks + rng.normal(0, sd, (n_seeds, 1)) + rng.normal(0, 0.015, (n_seeds, BLOCKS))
-    characters = np.full(BLOCKS, 1000.0)
-    return System("x", tuple(range(seeds, seeds + n_seeds)), nats * characters, characters)
-
-
-def trials(n: int, n_seeds: int, n_rows: int, effect: float = 0.0, level: float = 0.95) -> dict[str, float]:
-    """How often systems that differ by `effect` are called better than the first, and how often intervals hold it."""
-    rng = np.random.default_rng([n_seeds, n_rows])
-    better, covered, compared = 0, 0, 0
-    for _ in range(n):
-        text = 1.5 + rng.normal(0, 0.3, BLOCKS)
-        others = [simulated(rng, text, n_seeds, effect) for _ in range(n_rows - 1)]
-        found = compare([simulated(rng, text, n_seeds), *others], level=level)
-        better += any(one.verdict == "better" for one in found)
-        covered += sum(one.interval[0] <= effect <= one.interval[1] for one in found)
-        compared += len(found)
-    return {"better": better / n, "covered": covered / compared}
+from charlm.study.comparison import compare, holm, more_seeds
 
 
 @pytest.mark.parametrize("n_seeds", [1, 3, 5])

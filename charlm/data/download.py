@@ -68,7 +68,9 @@ def download(part: Path, url: str, output_file: str, pooch: object) -> None:
                 if answer.status_code != requests.codes.partial_content:  # the server begins again
                     file.truncate(there := 0)
                 total = there + int(answer.headers.get("Content-Length", 0))
-                with tqdm(desc=part.stem, initial=there, total=total or None, unit="B", unit_scale=True) as bar:
+                with tqdm(
+                    desc=part.stem, initial=there, total=total or None, unit="B", unit_scale=True, disable=None
+                ) as bar:
                     for block in answer.iter_content(BLOCK):
                         file.write(block)
                         bar.update(len(block))

@@ -1,0 +1,61 @@
+"""How often `charlm compare` is wrong, and how often it sees a difference: simulations of runs on one text.
+
+    python benchmarks/verdicts.py    # 2,000 tables for each number of seeds and rows; about four minutes
+
+Runs are made as those on Tiny Shakespeare are: 111 blocks of 1,000 characters that differ by 0.3 nats, systems that
+each like some blocks better (0.01), seeds with a luck of their own (0.005 over the whole text), and seeds that like
+some blocks better (0.015). The next column is Welch's t-test of the final losses alone.
+"""
+
+import numpy as np
+
+from charlm.study.comparison import SEED_SD, System, compare
+from charlm.study.study import SIGNIFICANT, welch
+
+BLOCKS = 111
+EFFECT = 0.01  # nats per character
+
+
+def simulated(rng: np.random.Generator, text: np.ndarray, n_seeds: int, effect: float = 0.0) -> System:
+    """Return the losses of runs of one recipe on a text, whose blocks have a loss each."""
+    blocks = text + effect + rng.normal(0, 0.01, BLOCKS)
+    nats = blocks + rng.normal(0, SEED_SD, (n_seeds, 1)) + rng.normal(0, 0.015, (n_seeds, BLOCKS))
+    characters = np.full(BLOCKS, 1000.0)
+    return System("x", tuple(range(n_seeds)), nats * characters, characters)
+
+
+def trials(n: int, n_seeds: int, n_rows: int, effect: float = 0.0, level: float = 0.95) -> dict[str, float]:
+    """Compare n tables whose rows differ by `effect` from the first.
+
+    Returns:
+        better: the part of them that call any row better; welch: the same by a t-test of the first row alone.
+        covered: the part of all intervals that hold the effect.
+    """
+    rng = np.random.default_rng([n_seeds, n_rows])
+    better, covered, compared, by_welch = 0, 0, 0, 0
+    for _ in range(n):
+        text = 1.5 + rng.normal(0, 0.3, BLOCKS)
+        rows = [simulated(rng, text, n_seeds), *(simulated(rng, text, n_seeds, effect) for _ in range(n_rows - 1))]
+        found = compare(rows, level=level)
+        better += any(one.verdict == "better" for one in found)
+        covered += sum(one.interval[0] <= effect <= one.interval[1] for one in found)
+        compared += len(found)
+        p = welch(rows[0].losses.tolist(), rows[1].losses.tolist())
+        by_welch += p is not None and p < SIGNIFICANT and rows[1].loss < rows[0].loss
+    return {"better": better / n, "covered": covered / compared, "welch": by_welch / n}
+
+
+def main() -> None:
+    print("seeds  rows  equal, called better  90% intervals hold it")
+    for n_seeds in (1, 3, 5):
+        for n_rows in (2, 5, 10, 20):
+            found = trials(2000, n_seeds, n_rows, level=0.9)
+            print(f"{n_seeds:>5}  {n_rows:>4}  {found['better']:>20.1%}  {found['covered']:>21.1%}", flush=True)
+    print(f"seeds  {EFFECT} nats better, seen  by Welch's test of final losses")
+    for n_seeds in (1, 3, 5):
+        found = trials(2000, n_seeds, 2, -EFFECT)
+        print(f"{n_seeds:>5}  {found['better']:>22.1%}  {found['welch']:>30.1%}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
