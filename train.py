@@ -14,6 +14,7 @@ from charlm import terminal
 from charlm.data.corpora import CORPORA
 from charlm.errors import one_line_errors, raise_received
 from charlm.home import CONF
+from charlm.meaning import meaning
 from charlm.preflight.command import check_command
 from charlm.run.record import Run, follows
 from charlm.run.resume import prepare_run, tidy
@@ -117,7 +118,7 @@ def main(cfg: DictConfig) -> None:
             raise_received()
             finished = train(cfg, state, run)
         if finished:  # results.json and run.json are final, whatever happens to the terminal from here on
-            terminal.summary(*finished)
+            terminal.summary(*finished, meaning(finished[0], plain(cfg), Path(cfg.run_dir)))
             terminal.next_commands(Path(cfg.run_dir))
 
 

@@ -439,6 +439,7 @@ def compare(places: tuple[str, ...], split: str, device: str, trust: tuple[str, 
     from charlm import terminal
     from charlm.files import plain
     from charlm.study import comparison, systems
+    from charlm.study.text import compared
 
     if len(places) < 2:
         raise InputError("give at least two to compare: charlm compare outputs/RUN outputs/OTHER")
@@ -455,7 +456,7 @@ def compare(places: tuple[str, ...], split: str, device: str, trust: tuple[str, 
         each = [plain(one.found()) | {"min_context": context} for one in found]
         print_json(each if len(each) > 1 else each[0])
     else:
-        terminal.console.print(terminal.compared(measured, found, settings, [note.text for note in notes], context))
+        terminal.console.print(compared(measured, found, settings, [note.text for note in notes], context))
 
 
 def main() -> None:

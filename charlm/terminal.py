@@ -40,7 +40,6 @@ if TYPE_CHECKING:  # slow imports that only training needs
 
     from charlm.data import CharDataModule
     from charlm.data.store import Kept
-    from charlm.study.comparison import Comparison, System
 
 
 class SafeConsole(Console):
@@ -239,42 +238,6 @@ def published(found: dict[str, Any], name: str) -> Table:
     return table
 
 
-def compared(
-    systems: "Sequence[System]",
-    found: "Sequence[Comparison]",
-    settings: Sequence[dict[str, Any]],
-    notes: Sequence[str],
-    context: int,
-) -> RenderableType:
-    """Return what differs between systems, their losses, and the verdicts: `charlm.study.comparison`."""
-    letters = [chr(ord("A") + i) for i in range(len(systems))]
-    table = Table("", "", "seeds", "nats per character", box=box.SIMPLE_HEAD)
-    for letter, system in zip(letters, systems, strict=True):
-        spread = f" ± {system.losses.std(ddof=1):.4f} over seeds" if len(system.seeds) > 1 else ""
-        name = Text(system.name, overflow="fold")
-        table.add_row(letter, name, str(len(system.seeds)), f"{system.loss:.4f}{spread}")
-    parts: list[RenderableType] = [table]
-    if settings:
-        differs = Table("what differs", *letters, box=box.SIMPLE_HEAD)
-        for one in settings:
-            differs.add_row(one["setting"], *one["values"])
-        parts.append(differs)
-    parts += [Text(f"- {note}") for note in notes]
-    each = f"each after {context} or more" if context > 1 else "in windows that do not overlap"
-    parts.append(Text(f"The same characters for all, {each}. Against A:", style="dim"))
-    for letter, verdict in zip(letters[1:], found, strict=True):
-        parts.append(Text(f"  {verdict.text(letter)}", style="bold" if verdict.verdict != "within noise" else ""))
-    first = found[0]
-    parts.append(
-        Text(
-            f"± is the standard error: of the text, paired by blocks of 1,000 characters ({first.paired:.4f}), and of "
-            f"the seed, with a standard deviation of {first.seed_sd:.4f} {first.seed_sd_from}.",
-            style="dim",
-        )
-    )
-    return Group(*parts)
-
-
 def checkpoint(found: dict[str, Any]) -> RenderableType:
     """Return the summary of a checkpoint and the table of its tensors."""
     settings = {k: v for k, v in found["model"].items() if not k.startswith("_")}
@@ -380,13 +343,17 @@ def comparison(found: dict[str, Any]) -> RenderableType:
     return Group(*lines)
 
 
-def summary(results: dict[str, Any], sample: str) -> None:
-    """Print the final figures, the baselines and a sample."""
+def summary(results: dict[str, Any], sample: str, meaning: Sequence[str] = ()) -> None:
+    """Print the final figures, the baselines, what they mean, and a sample."""
     title = f"{results['model']} after {results['steps']:,} steps" if results["steps"] else results["model"]
     say(figures(results, title))
     speed = f"{results['train/tokens_per_second']:,.0f} tokens/s"
     if results["steps"]:
         say(f"trained on {results['train/tokens']:,} tokens in {results['train/seconds']:.1f} s, {speed}\n")
+    for line in meaning:
+        say(Text(line))
+    if meaning:
+        say(Text())
     if sample:
         say(Panel(Text(sample), title="a sample", title_align="left", box=box.ROUNDED))
 

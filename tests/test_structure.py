@@ -87,11 +87,12 @@ FLOORS = [
         "scheduler",
         "generate",
         "evaluate",
+        "certify",
     ],  # the science
     ["checkpoint"],
     ["module", "trainer"],
     ["run"],
-    ["terminal"],
+    ["terminal", "meaning"],
     ["logger", "callbacks", "finish"],
     ["speed"],
     ["preflight"],

@@ -1,7 +1,8 @@
-"""A study on the terminal: notes, failed runs, the table, the effect of each setting."""
+"""A study on the terminal: notes, failed runs, the table, the effect of each setting; and verdicts."""
 
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from rich import box
 from rich.console import Console, Group, RenderableType
@@ -10,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from charlm.run.table import COLUMNS, LOSS, Line, terminal_table
+from charlm.study.comparison import Comparison, System
 from charlm.study.runs import Run
 from charlm.study.study import CRITERION, Row, Study
 
@@ -95,3 +97,39 @@ def unfinished(study: Study, runs: Sequence[Run], title: str, style: str) -> Ren
     if len(runs) > MOST_ROWS:
         lines.append(Text(f"and {len(runs) - MOST_ROWS} more", "dim"))
     return Padding(Group(lines[0], *(Padding(line, (0, 0, 0, 2)) for line in lines[1:])), (1, 0))
+
+
+def compared(
+    systems: Sequence[System],
+    found: Sequence[Comparison],
+    settings: Sequence[dict[str, Any]],
+    notes: Sequence[str],
+    context: int,
+) -> RenderableType:
+    """Return what differs between systems, their losses, and the verdicts: `charlm.study.comparison`."""
+    letters = [chr(ord("A") + i) for i in range(len(systems))]
+    table = Table("", "", "seeds", "nats per character", box=box.SIMPLE_HEAD)
+    for letter, system in zip(letters, systems, strict=True):
+        spread = f" ± {system.losses.std(ddof=1):.4f} over seeds" if len(system.seeds) > 1 else ""
+        name = Text(system.name, overflow="fold")
+        table.add_row(letter, name, str(len(system.seeds)), f"{system.loss:.4f}{spread}")
+    parts: list[RenderableType] = [table]
+    if settings:
+        differs = Table("what differs", *letters, box=box.SIMPLE_HEAD)
+        for one in settings:
+            differs.add_row(one["setting"], *one["values"])
+        parts.append(differs)
+    parts += [Text(f"- {note}") for note in notes]
+    each = f"each after {context} or more" if context > 1 else "in windows that do not overlap"
+    parts.append(Text(f"The same characters for all, {each}. Against A:", style="dim"))
+    for letter, verdict in zip(letters[1:], found, strict=True):
+        parts.append(Text(f"  {verdict.text(letter)}", style="bold" if verdict.verdict != "within noise" else ""))
+    first = found[0]
+    parts.append(
+        Text(
+            f"± is the standard error: of the text, paired by blocks of 1,000 characters ({first.paired:.4f}), and of "
+            f"the seed, with a standard deviation of {first.seed_sd:.4f} {first.seed_sd_from}.",
+            style="dim",
+        )
+    )
+    return Group(*parts)
