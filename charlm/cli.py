@@ -27,6 +27,7 @@ Examples:
   charlm generate outputs/RUN --prompt "ROMEO:" --temperature 0.8 --num-samples 3
   charlm evaluate outputs/RUN --split val          its exact loss, beside that of counting
   charlm checkpoint outputs/RUN                    what its last state holds; --export for other tools
+  charlm inspect outputs/RUN                       learned or copied? what surprises it?
   charlm reproduce outputs/RUN                     train it again: is it the same to the bit, and if not, why?
   charlm compare outputs/RUN outputs/OTHER         is the other better, or is it noise?
   charlm report outputs/SWEEP                      what many runs found: over seeds, with plots, as one page
@@ -421,6 +422,37 @@ def report(places: tuple[Path, ...], html: Path | None, png: Path | None, as_jso
         write_atomically(png, lambda file: file.write(picture))
     for file in filter(None, (html, png)) if not as_json else ():
         terminal.console.print(f"written: {terminal.quote(file)}", soft_wrap=True)
+
+
+@charlm.command()
+@RUN
+@click.option(
+    "--length", type=COUNT, default=2000, show_default=True, help="Characters to sample and look for in train."
+)
+@click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1337, show_default=True, help="Of the sample.")
+@output("--html", "Write the text, coloured by the model's surprise, as one page.")
+@DEVICE
+@TRUST
+@AS_JSON
+def inspect(
+    run: Path, length: int, seed: int, html: Path | None, device: str, trust: tuple[str, ...], as_json: bool
+) -> None:
+    """Learned or copied? Copied spans, surprise at each character, what is hard and what is alike to the model."""
+    from charlm import checkpoint, terminal
+    from charlm.files import plain, write_atomically
+    from charlm.study import inspection
+    from charlm.study.systems import data_of
+
+    loaded = checkpoint.load(run, device, trust)
+    with terminal.tracked("looking at val") as progress:
+        found = inspection.inspect(loaded, data_of(loaded), length, seed, progress)
+    if html:
+        content = inspection.page(found, f"{run} on val").encode()
+        write_atomically(html, lambda file: file.write(content))
+    if as_json:
+        print_json(plain(found))
+    else:
+        terminal.console.print(inspection.text(found))
 
 
 @charlm.command()

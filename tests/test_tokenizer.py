@@ -133,7 +133,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Callable[[Corpus
         "char": lambda corpus: CharTokenizer.from_corpus(corpus, 1),
         "byte": lambda corpus: ByteTokenizer.from_corpus(corpus, 1),
         "bpe": lambda corpus: trained,
-        "tiktoken": lambda corpus: TiktokenTokenizer.from_corpus(corpus, 1, ranks, "cl100k_base"),
+        "tiktoken": lambda corpus: TiktokenTokenizer.from_corpus(corpus, 1, ranks=ranks, pattern="cl100k_base"),
         "sentencepiece": lambda corpus: pieces,
     }
 
@@ -232,9 +232,9 @@ def test_a_state_of_a_stranger_is_refused(change):
 def test_a_file_that_holds_no_ranks_is_refused(tmp_path, content, why):
     (tmp_path / "bad").write_text(content)
     with pytest.raises(InputError, match=f"bad is no file of ranks: .*{why}"):
-        TiktokenTokenizer.from_corpus(Corpus.of("a", "b", "c"), 1, str(tmp_path / "bad"))
-    with pytest.raises(InputError, match=r"cannot be read \(No such file or directory\): give gpt2, gpt4, or a file"):
-        TiktokenTokenizer.from_corpus(Corpus.of("a", "b", "c"), 1, str(tmp_path / "none"))
+        TiktokenTokenizer.from_corpus(Corpus.of("a", "b", "c"), 1, ranks=str(tmp_path / "bad"))
+    with pytest.raises(InputError, match=r"cannot be read \(No such file or directory\): give a file of ranks"):
+        TiktokenTokenizer.from_corpus(Corpus.of("a", "b", "c"), 1, ranks=str(tmp_path / "none"))
 
 
 def test_bytes_hold_any_text_and_say_what_they_cannot_hold():

@@ -29,21 +29,22 @@ class TiktokenTokenizer(BytePairs):
         cls,
         corpus: Corpus,
         train: int,
-        ranks: str = "gpt2",
+        name: Literal["gpt2", "gpt4"] = "gpt2",
+        ranks: str | None = None,
         pattern: Literal["charlm", "r50k_base", "cl100k_base"] | None = None,
     ) -> Self:
         """The same tokenizer for every corpus.
 
         Args:
-            ranks: gpt2 (50,256 tokens), gpt4 (100,256), or a file of ranks: a token in base64 and its id on each line.
-            pattern: how a text falls into words; null: that of the name, and of GPT-2 for a file.
+            name: gpt2 (50,256 tokens) or gpt4 (100,256).
+            ranks: a file of ranks in its place: a token in base64 and its id on each line.
+            pattern: how a text falls into words; null: that of the name.
 
         Raises:
             InputError: if the file is missing or of another format, or cannot be downloaded.
         """
-        name = NAMES.get(ranks)
-        file = ready_made(name) if name else Path(ranks).expanduser()
-        return cls(read_ranks(file), pattern or name or "r50k_base")
+        file = Path(ranks).expanduser() if ranks else ready_made(NAMES[name])
+        return cls(read_ranks(file), pattern or NAMES[name])
 
 
 def ready_made(name: str) -> Path:
@@ -72,10 +73,7 @@ def read_ranks(file: Path) -> list[bytes]:
         pairs = [line.split() for line in file.read_bytes().splitlines() if line]
         ranks = {int(rank): base64.b64decode(token, validate=True) for token, rank in pairs}
     except OSError as error:
-        known = ", ".join(NAMES)
-        raise InputError(
-            f"tokenizer.ranks={file} cannot be read ({error.strerror}): give {known}, or a file"
-        ) from error
+        raise InputError(f"tokenizer.ranks={file} cannot be read ({error.strerror}): give a file of ranks") from error
     except (ValueError, binascii.Error) as error:
         raise InputError(f"{file} is no file of ranks: each line must be a token in base64 and its id") from error
     if [*ranks] != [*range(len(pairs))]:

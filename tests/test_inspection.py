@@ -1,0 +1,78 @@
+"""Learned or copied: spans and n-grams against a search by hand, and means that add up to the loss."""
+
+import json
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from charlm.data import CharDataModule
+from charlm.study import inspection
+from charlm.study.inspection import by_class, by_position, longest_copy, novel, points
+
+TEXTS = st.text("abc", min_size=1, max_size=60)
+
+
+@given(TEXTS, TEXTS)
+def test_the_longest_copy_is_that_of_a_search_by_hand(train, text):
+    longest = max(
+        (j - i for i in range(len(text)) for j in range(i + 1, len(text) + 1) if text[i:j] in train), default=0
+    )
+    n, at = longest_copy(points(train), points(text))
+    assert n == longest
+    assert text[at : at + n] in train
+
+
+@given(TEXTS, TEXTS, st.integers(1, 5))
+def test_novel_ngrams_are_those_that_train_does_not_have(train, text, n):
+    there = [text[i : i + n] for i in range(len(text) - n + 1)]
+    expected = sum(gram not in train for gram in there) / len(there) if there else None
+    assert novel(points(train), points(text), n) == pytest.approx(expected) if there else expected is None
+
+
+@pytest.mark.parametrize(("block_size", "min_context"), [(16, 1), (16, 8), (16, 16), (7, 3)])
+def test_each_target_has_the_place_that_its_window_gives_it(text_file, block_size, min_context):
+    data = CharDataModule(path=str(text_file), block_size=block_size, min_context=min_context)
+    data.setup()
+    places = []
+    for _, y in data.windows("val", stride=block_size - min_context + 1):
+        for row in y:
+            places += [t for t, target in enumerate(row.tolist()) if target >= 0]
+    rows = by_position(torch.tensor(places, dtype=torch.float64) + 1, data)  # its place stands for its bits
+    assert sum(row["n"] for row in rows) == len(places)
+    assert all(row["from"] <= row["bits"] <= row["to"] for row in rows)
+
+
+def test_classes_add_up_to_the_loss(text_file):
+    data = CharDataModule(path=str(text_file))
+    data.setup()
+    targets = data.splits["val"][1:].long()
+    bits = torch.rand(len(targets), dtype=torch.float64)
+    rows = by_class(bits, targets, data)
+    assert sum(row["n"] * row["bits"] for row in rows) == pytest.approx(float(bits.sum()))
+    kinds = {"other letters", "capital letters", "spaces", "line ends", "punctuation"}
+    assert kinds <= {row["class"] for row in rows}
+
+
+def test_the_command_shows_it_and_writes_a_page_without_requests(trained, call, tmp_path):
+    found = json.loads(call("inspect", str(trained), "--length", "300", "--json").out)
+    results = json.loads((trained / "results.json").read_text())
+    assert len(found["sample"]) == 300
+    assert found["copied"]["text"] in found["sample"]
+    total = sum(row["n"] * row["bits"] for row in found["by_position"])
+    assert total / sum(row["n"] for row in found["by_position"]) == pytest.approx(results["val/loss"] / math.log(2))
+    ended = call("inspect", str(trained), "--length", "300", "--html", "page.html")
+    assert ended.code == 0, ended.err
+    assert "by kind of character" in ended.out
+    page = (tmp_path / "page.html").read_text()
+    assert "<script" not in page
+    assert "http" not in page.split("<pre>")[0]
+
+
+def test_text_in_a_page_stays_text():
+    found = {"surprise": [{"text": "<script>alert(1)</script>", "bits": 3.0}]}
+    page = inspection.page(found, "<b>a run</b>")
+    assert "<script>" not in page
+    assert "<b>" not in page
