@@ -89,6 +89,16 @@ TRUST = click.option(
 )
 
 
+def check_folder(ctx: click.Context, param: click.Parameter, file: Path | None) -> Path | None:
+    if file and not file.parent.is_dir():
+        raise InputError(f"{file} cannot be written, as {file.parent} is no folder: make it, or choose another place")
+    return file
+
+
+def output(name: str, purpose: str) -> Callable[[Any], Any]:
+    return click.option(name, type=click.Path(path_type=Path), callback=check_folder, help=purpose)
+
+
 @click.group(epilog=EXAMPLES, context_settings={"max_content_width": 100, "help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="charlm")
 def charlm() -> None:
@@ -164,6 +174,7 @@ def generate(
 @click.option("--whole", is_flag=True, help="Measure all of a large split.")
 @click.option("--stride", type=COUNT, help="Step between windows; below block_size every target has more context.")
 @click.option("--text", type=click.Path(path_type=Path), help="Score this text instead: a file, a folder or a glob.")
+@output("--losses", "Write the loss of each target: FILE.npz with nats, and the characters before each.")
 @click.option("--certify", is_flag=True, help="Also check that the loss is what it seems; see docs/runs.md.")
 @DEVICE
 @TRUST
@@ -174,6 +185,7 @@ def evaluate(
     whole: bool,
     stride: int | None,
     text: Path | None,
+    losses: Path | None,
     certify: bool,
     device: str,
     trust: tuple[str, ...],
@@ -215,6 +227,8 @@ def evaluate(
     header["tokenizer"] = data.tokenizer.name
     header["published"] = [one._asdict() for one in PUBLISHED.get(data.corpus.name, ())]
     found = header | found
+    if losses:
+        write_losses(losses, loaded.model, data, chosen, context)
     checks = certificate(loaded.model, data, [split for split in chosen if split != "train"]) if certify else {}
     failures = [f"{check}: {failure}" for check, failure in checks.items() if failure]
     passed = [check for check, failure in checks.items() if not failure]
@@ -229,6 +243,22 @@ def evaluate(
             terminal.console.print(terminal.published(found, name))
         if certify:
             terminal.console.print(f"certified: {', '.join(passed)}")
+
+
+def write_losses(file: Path, model: Any, data: Any, splits: list[str], context: int) -> None:
+    """Write the loss of each target of splits, named such as val.nats and val.position."""
+    import numpy as np
+
+    from charlm import terminal
+    from charlm.files import write_atomically
+    from charlm.study.systems import losses_of
+
+    arrays: dict[str, Any] = {}
+    for split in splits:
+        with terminal.tracked(f"the losses of {split}") as progress:
+            found = losses_of(model, data, split, context, progress)
+        arrays |= {f"{split}.nats": found.nats.numpy(), f"{split}.position": found.position.numpy()}
+    write_atomically(file, lambda opened: np.savez_compressed(opened, **arrays))
 
 
 class Refuted(InputError):
@@ -377,16 +407,6 @@ def train(arguments: tuple[str, ...]) -> None:
     """Train a run or a sweep: the same as python train.py. See charlm train --help."""
     sys.argv = [str(TRAIN), *arguments]
     runpy.run_path(str(TRAIN), run_name="__main__")
-
-
-def check_folder(ctx: click.Context, param: click.Parameter, file: Path | None) -> Path | None:
-    if file and not file.parent.is_dir():
-        raise InputError(f"{file} cannot be written, as {file.parent} is no folder: make it, or choose another place")
-    return file
-
-
-def output(name: str, purpose: str) -> Callable[[Any], Any]:
-    return click.option(name, type=click.Path(path_type=Path), callback=check_folder, help=purpose)
 
 
 @charlm.command()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -133,3 +134,12 @@ def test_any_other_text_can_be_scored(trained, call, tmp_path, prose):
     assert f"{found['text/loss']:.4f}" in shown.out
     (tmp_path / "new.txt").write_text("日本語" * 50)
     assert "is not among the" in call("evaluate", str(trained), "--text", "new.txt").err
+
+
+def test_the_loss_of_each_target_is_written(trained, call, tmp_path):
+    ended = call("evaluate", str(trained), "--split", "val", "--losses", "losses.npz", "--json")
+    assert ended.code == 0, ended.err
+    found = np.load(tmp_path / "losses.npz")
+    assert found["val.nats"].mean() == pytest.approx(json.loads(ended.out)["val/loss"], abs=1e-6)
+    assert found["val.position"].tolist() == [*range(1, len(found["val.nats"]) + 1)]
+    assert "is no folder" in call("evaluate", str(trained), "--losses", "none/losses.npz").err
