@@ -96,6 +96,7 @@ def test_the_bar_shows_the_part_of_the_budget_that_is_spent(terminal, max_steps,
         max_epochs=-1,
         accumulate_grad_batches=1,
         callback_metrics={},
+        val_dataloaders=None,
         callbacks=[timer] if timer else [],
     )
     observer: Any = progress.Progress()
