@@ -99,6 +99,8 @@ def stopped_by(trainer: "L.Trainer", max_steps: int) -> str:
     Args:
         max_steps: the requested limit; the trainer has a smaller one if tokens end the run first.
     """
+    if trainer.max_steps == 0:
+        return "counting"
     timer = timer_of(trainer)
     left = timer.time_remaining() if timer else None
     if trainer.global_step >= trainer.max_steps > 0:

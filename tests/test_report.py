@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from PIL import Image
 from rich.console import Console
 from scipy import stats
@@ -26,7 +27,7 @@ from scipy import stats
 from charlm.errors import InputError
 from charlm.study import read_study
 from charlm.study.page import page
-from charlm.study.plots import draw_png, geometric
+from charlm.study.plots import counted_rows, curve_of, draw_curves, draw_png, geometric
 from charlm.study.study import range_test, welch
 from charlm.study.text import text
 from charlm.sweep.ledger import Ledger
@@ -565,3 +566,31 @@ def test_a_browser_opens_the_page_without_complaint(make, tmp_path):
     command = ["chromium", *flags, "--dump-dom", (tmp_path / "r.html").as_uri()]
     shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert "<title>a study first=0.01</title>" in shown
+
+
+def test_ngrams_are_reference_lines_and_have_no_budget(make, tmp_path):
+    make("s/gpt", 1.9, results={"train/tokens": 1000})
+    make("s/other", 1.8, seed=2, results={"train/tokens": 1000})
+    make("s/ngram", 1.6, model___target_="charlm.model.ngram.NGram", results={"steps": 0, "train/tokens": 0})
+    for name in ("gpt", "other"):
+        (tmp_path / "s" / name / "validations.csv").write_text("step,seconds,val/loss\n5,1.0,2.2\n10,2.0,2.0\n")
+    study = read_study([tmp_path / "s"])
+    assert not any("ended differently" in note.text or "max_tokens=0" in note.text for note in study.notes)
+    assert [row.loss for row in counted_rows(study)] == [1.6]
+    figure = Figure()
+    curves = [curve for row in study.rows if (curve := curve_of(study, row))]
+    draw_curves(figure.subplots(), study, curves, "steps")
+    [legend] = figure.legends
+    assert "model=ngram, 1.6000" in [line.get_text() for line in legend.get_texts()]
+
+
+def test_a_report_says_what_the_best_loss_means_and_suits_dark_screens(make, tmp_path):
+    make("s/a", 2.0)
+    study = read_study([tmp_path / "s"])
+    assert study.meaning[0].startswith("The best, ")
+    assert study.meaning[1].startswith("2.0000 nats per character is better than counting pairs")
+    told = page(study, "s")
+    assert study.meaning[1] in told
+    assert "prefers-color-scheme: dark" in told
+    make("t/a", 2.0, results={"baselines": {}})
+    assert read_study([tmp_path / "t"]).meaning == []

@@ -83,6 +83,7 @@ def windows(runs: list[Run]) -> Iterator[Note]:
 
 def budget(runs: list[Run]) -> Iterator[Note]:
     """Runs that saw more text have lower losses for that reason alone."""
+    runs = [run for run in runs if run.figures.get("steps") != 0]  # what is only counted has no budget
     ends = Counter(run.stopped_by if run.stopped_by in LIMITS else "an unknown limit" for run in runs)
     if len(runs) < 2:
         return

@@ -24,6 +24,13 @@ tbody tr:hover { background: #f3f6fa } tr.best { font-weight: 600 } tr.within { 
 .figures { display: flex; flex-wrap: wrap; gap: 1.2em } figure { margin: 0 }
 figure svg { max-width: 100%; height: auto }
 figcaption { color: #666; font-size: 13px; width: 0; min-width: 100% } figcaption b { color: #1b1b1b }
+figure svg { background: #fff; border-radius: 4px }
+@media (prefers-color-scheme: dark) {
+  body { color: #e4e4e4; background: #161718 }
+  small, .pale, figcaption { color: #a5a5a5 } figcaption b { color: #e4e4e4 }
+  .loud { color: #ff8a8a } thead th { border-color: #e4e4e4 } tbody tr:hover { background: #26292d }
+  tr.within { background: #1c2b1f }
+}
 @media print { body { max-width: none } thead th { cursor: auto } figure, tr { break-inside: avoid } }
 """
 # A click on the head of a column sorts by it, a second one the other way.
@@ -48,6 +55,7 @@ def page(study: Study, title: str) -> str:
         f"<ul class=notes>{text}</ul>" if text else "",
         section("Without a final figure", unfinished(study, study.failed)) if study.failed else "",
         section("Runs", table(study)) if study.rows else "",
+        "".join(f"<p>{escape(line)}</p>" for line in study.meaning),
         pictures("One setting at a time", settings_panels(study)),
         pictures("Two at a time", maps_panels(study)),
         pictures("Curves", curves_panels(study)),
@@ -57,6 +65,7 @@ def page(study: Study, title: str) -> str:
     return (
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
         f"<style>{CSS}</style></head>\n<body>\n" + "\n".join(filter(None, parts)) + f"\n<script>{SCRIPT}</script>\n"
         "</body></html>\n"
     )

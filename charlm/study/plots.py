@@ -326,6 +326,11 @@ def curves_panels(study: Study) -> list[Panel]:
     ]
 
 
+def counted_rows(study: Study) -> list[Row]:
+    """Return the rows of models that take no steps, best first: n-grams are reference lines."""
+    return [row for row in study.rows if row.mean("steps") == 0]
+
+
 def unlike(ratios: Sequence[float], factor: float) -> bool:
     return max(ratios) > factor * min(ratios)
 
@@ -343,11 +348,14 @@ def draw_curves(axes: Axes, study: Study, curves: Sequence[Curve], along: str) -
     if len(counted) == 1 and (bigram := counted.pop()) is not None:
         axes.axhline(bigram, color=GREY, linestyle=":", label=f"counted bigram, {bigram:.4f}")
         least, most = min(least, bigram), max(most, bigram)
+    for row, dashes in zip(counted_rows(study), ("--", "-.", (0, (1, 1))), strict=False):
+        axes.axhline(row.loss, color=GREY, linestyle=dashes, label=f"{clipped(study.label(row), 40)}, {row.loss:.4f}")
+        least, most = min(least, row.loss), max(most, row.loss)
     room = 0.06 * (most - least) or 0.1
     axes.set_ylim(least - room, most + 3 * room)
     axes.set_xlabel({"steps": "optimizer steps", "tokens": "tokens", "seconds": "seconds of training"}[along])
     axes.set_ylabel(LOSS)
-    figure_of(axes).legend(loc="outside right upper")
+    figure_of(axes).legend(loc="outside lower center", ncols=1 if len(curves) < 5 else 2)
 
 
 def draw_png(study: Study) -> bytes:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from charlm.errors import InputError, printable
+from charlm.meaning import meaning
+from charlm.run.results import whole_results
 from charlm.run.table import COLUMNS
 from charlm.study.notes import Note, notes
 from charlm.study.runs import FAILED, LONGEST, STATES, Run, Value, ordered, read_runs, shown
@@ -146,6 +148,18 @@ class Study:
     def best_by_value(self, name: str) -> dict[Value, Row]:
         """The best row of each value of a setting."""
         return {v: next(row for row in self.rows if row.settings.get(name, row) == v) for v in self.values(name)}
+
+    @cached_property
+    def meaning(self) -> list[str]:
+        """Return what the loss of the best run means, in plain lines."""
+        run = self.rows[0].runs[0] if self.rows else None
+        results: Any = whole_results(Path(run.folder)) if run and run.folder else None
+        if not run or not run.record or not results or self.verdict(self.rows[0]) != "best":
+            return []
+        try:
+            return [f"The best, {run.name}:", *meaning(results, run.record["config"], Path(run.folder))]
+        except (KeyError, TypeError, ValueError, ArithmeticError):  # figures of a stranger
+            return []
 
     @cached_property
     def varied(self) -> list[str]:

@@ -29,6 +29,7 @@ def text(study: Study, console: Console) -> RenderableType:
         parts += [unfinished(study, study.failed, "without a final figure", "bold red")]
     if study.rows:
         parts += [Text(), table(study, console), Text(legend(study), "dim")]
+        parts += [Text(), *map(Text, study.meaning)] if study.meaning else []
         parts += [Text(), settings(study)] if study.varied else []
     if study.others:
         parts += [unfinished(study, study.others, "not finished", "")]
