@@ -558,8 +558,8 @@ def test_a_browser_opens_the_page_without_complaint(make, tmp_path):
     probe = """<script>
       window.onerror = told => { document.title = 'ERROR ' + told }
       addEventListener('load', () => {
-        const head = document.querySelectorAll('table th')[0]; head.click(); head.click()
-        document.title += ' first=' + document.querySelector('tbody td').textContent })
+        const head = document.querySelectorAll('table th')[1]; head.click(); head.click()
+        document.title += ' first=' + document.querySelector('tbody tr').cells[1].textContent })
     </script></head>"""
     (tmp_path / "r.html").write_text(told.replace("</head>", probe, 1))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'user'}"]

@@ -5,7 +5,7 @@ from html import escape
 
 from charlm import __version__
 from charlm.errors import printable
-from charlm.run.table import COLUMNS
+from charlm.run.table import COLUMNS, LOSS
 from charlm.study.plots import Panel, curves_panels, maps_panels, settings_panels
 from charlm.study.runs import LONGEST, Run
 from charlm.study.study import CRITERION, Row, Study
@@ -93,7 +93,8 @@ def pictures(title: str, panels: Sequence[Panel]) -> str:
 
 
 def table(study: Study) -> str:
-    heads = [*(study.labels[name] for name in study.swept), "seeds", *(column.head for column in COLUMNS)]
+    rest = [column.head for column in COLUMNS if column != LOSS]
+    heads = [LOSS.head, *(study.labels[name] for name in study.swept), "seeds", *rest]  # the loss is seen on a phone
     seeds = {len(row.runs) for row in study.rows}
     text = "Losses are in nats per character. "
     text += "± is the standard deviation over seeds. " if max(seeds) > 1 else ""
@@ -110,13 +111,15 @@ def line(study: Study, row: Row) -> str:
         for name in study.swept
     ]
     cells.append(cell(str(len(row.runs))))
-    for figure, _, digits in COLUMNS:
+    figures = {}
+    for figure, head, digits in COLUMNS:
         mean, spread, mark = row.mean(figure), row.sd(figure), "±"
         if len(row.runs) == 1:
             spread, mark = row.mean(f"{figure}_se"), "±*"
         text = "-" if mean is None else number(mean, digits)
         text += f" {mark} {number(spread, digits)}" if spread else ""
-        cells.append(cell(text, mean))
+        figures[head] = cell(text, mean)
+    cells = [figures.pop(LOSS.head), *cells, *figures.values()]
     kind = {"best": "best", "within noise": "within"}.get(verdict, "")
     return f'<tr class="{kind}">{"".join(cells)}{cell(verdict, kind="text")}</tr>'
 
