@@ -450,7 +450,7 @@ def report(places: tuple[Path, ...], html: Path | None, png: Path | None, as_jso
     "--length", type=COUNT, default=2000, show_default=True, help="Characters to sample and look for in train."
 )
 @click.option("--seed", type=click.IntRange(0, 2**63 - 1), default=1337, show_default=True, help="Of the sample.")
-@output("--html", "Write the text, coloured by the model's surprise, as one page.")
+@output("--html", "Write a page: surprise in colour, what follows each character, attention of a GPT.")
 @DEVICE
 @TRUST
 @AS_JSON
@@ -464,10 +464,11 @@ def inspect(
     from charlm.study.systems import data_of
 
     loaded = checkpoint.load(run, device, trust)
+    data = data_of(loaded)
     with terminal.tracked("looking at val") as progress:
-        found = inspection.inspect(loaded, data_of(loaded), length, seed, progress)
+        found = inspection.inspect(loaded, data, length, seed, progress)
     if html:
-        content = inspection.page(found, f"{run} on val").encode()
+        content = inspection.page(found, f"{run} on val", inspection.pictures(loaded, data)).encode()
         write_atomically(html, lambda file: file.write(content))
     if as_json:
         print_json(plain(found))

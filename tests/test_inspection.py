@@ -1,16 +1,22 @@
 """Learned or copied: spans and n-grams against a search by hand, and means that add up to the loss."""
 
+import io
 import json
 import math
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
+from charlm import checkpoint
 from charlm.data import CharDataModule
+from charlm.model.bigram import Bigram
+from charlm.model.gpt import GPT
 from charlm.study import inspection
-from charlm.study.inspection import by_class, by_position, longest_copy, novel, points
+from charlm.study.inspection import attention, by_class, by_position, longest_copy, novel, points
 
 TEXTS = st.text("abc", min_size=1, max_size=60)
 
@@ -76,3 +82,34 @@ def test_text_in_a_page_stays_text():
     page = inspection.page(found, "<b>a run</b>")
     assert "<script>" not in page
     assert "<b>" not in page
+
+
+@torch.inference_mode()
+def test_attention_is_what_the_model_computes_with():
+    torch.manual_seed(0)
+    model = GPT(7, 8, 2, 2, 12).eval()
+    idx = torch.randint(7, (1, 8))
+    maps = attention(model, idx)
+    assert maps is not None
+    assert maps.shape == (2, 2, 8, 8)
+    assert torch.allclose(maps.sum(-1), torch.ones(2, 2, 8))
+    assert (maps.triu(1) == 0).all()
+    block: Any = model.blocks[0]
+    x = block.norm1(model.embed(idx, 0))
+    v = block.attention.qkv(x).view(8, 3, 2, 6)[:, 2].permute(1, 0, 2)  # (nh, T, hs)
+    mixed = (maps[0] @ v).permute(1, 0, 2).reshape(1, 8, 12)
+    assert torch.allclose(block.attention.proj(mixed), block.attention(x), atol=1e-5)
+    assert attention(Bigram(7), idx) is None
+
+
+def test_pictures_are_pictures(text_file):
+    data = CharDataModule(path=str(text_file), block_size=8)
+    data.setup()
+    model = GPT(data.vocab_size, 8, 1, 2, 12).eval()
+    loaded = checkpoint.Checkpoint(text_file, 0, model, data.tokenizer, {}, {})
+    drawn = inspection.pictures(loaded, data)
+    assert len(drawn) == 2
+    for picture in drawn.values():
+        with Image.open(io.BytesIO(picture)) as opened:
+            assert min(opened.size) > 200
+    assert inspection.page({"surprise": []}, "a", drawn).count("data:image/png;base64,") == 2

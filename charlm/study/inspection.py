@@ -1,10 +1,13 @@
 """What a model has learned, and what it has copied: spans of train in its text, its surprise at each character."""
 
+import base64
 import html
+import io
 import math
 import unicodedata
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -15,9 +18,12 @@ from rich.text import Text
 from torch import Tensor
 
 from charlm import checkpoint
+from charlm.callbacks.bigram_table import draw_frame, paste, png, table_of
 from charlm.counts import hashes
 from charlm.data import CharDataModule
 from charlm.generate import continuation
+from charlm.model import device_of
+from charlm.model.gpt import GPT, Block
 from charlm.study.systems import losses_of
 
 LENGTHS = (4, 8, 12, 16, 20)  # of n-grams that are looked for in train
@@ -27,6 +33,7 @@ POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # where ranges of pos
 SHOWN = 600  # characters whose surprise is shown
 HOT = 8.0  # bits at which a colour is at its strongest
 NEIGHBOURS = 4
+MOST_SYMBOLS, MOST_POSITIONS = 60, 48  # that pictures show
 
 
 class Surprise(NamedTuple):
@@ -196,19 +203,87 @@ def coloured(surprise: Sequence[dict[str, Any]]) -> Text:
     return made
 
 
-def page(found: dict[str, Any], title: str) -> str:
-    """Return the coloured text as one HTML page, without scripts and requests."""
+@torch.inference_mode()
+def attention(model: Any, idx: Tensor) -> Tensor | None:
+    """The attention of a GPT on idx (1, T): (n_layer, n_head, T, T), rows look at columns; None for other models."""
+    if not isinstance(model, GPT):
+        return None
+    inputs: list[Tensor] = []
+    hooks = [
+        block.attention.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))  # type: ignore[union-attr]
+        for block in model.blocks
+    ]
+    try:
+        model(idx)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found, (nh, hs), T = [], model.heads, idx.shape[1]
+    for block, x in zip(model.blocks, inputs, strict=True):
+        q, k, _ = cast(Block, block).attention.qkv(x).view(T, 3, nh, hs).permute(1, 2, 0, 3)  # (nh, T, hs) each
+        scores = q @ k.mT / math.sqrt(hs)
+        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+        found.append(scores.masked_fill(future, -math.inf).softmax(-1))
+    return torch.stack(found).float().cpu()
+
+
+def pictures(loaded: checkpoint.Checkpoint, data: CharDataModule) -> dict[str, bytes]:
+    """Draw what a model says after single characters next to what was counted, and the attention of a GPT, as PNG."""
+    device = device_of(loaded.model)
+    shown, counted = table_of(data.pairs("train"), data.vocab_size, MOST_SYMBOLS)
+    names = [data.tokenizer.decode(shown[i : i + 1])[:1] or "?" for i in range(len(shown))]
+    frame = draw_frame(names, ["learned", "counted in the training text"])
+    with torch.inference_mode():
+        logits = loaded.model(shown[:, None].to(device))[:, -1]
+    paste(frame, logits.float().softmax(-1)[:, shown.to(device)].cpu(), 0)
+    paste(frame, counted, 1)
+    found = {"What follows a character": png(frame)}
+    idx = data.splits["val"][: min(data.block_size, MOST_POSITIONS)].long()
+    maps = attention(loaded.model, idx[None].to(device))
+    if maps is not None:
+        found["Attention, a row for each layer and a column for each head"] = draw_attention(maps, idx, data)
+    return found
+
+
+def draw_attention(maps: Tensor, idx: Tensor, data: CharDataModule) -> bytes:
+    """Draw attention (n_layer, n_head, T, T): rows look at columns."""
+    from matplotlib.figure import Figure
+
+    n_layer, n_head, T = maps.shape[:3]
+    labels = [data.tokenizer.decode(idx[t : t + 1]) for t in range(T)]
+    names = [label if label.isprintable() and label.strip() else "\u00b7" for label in labels]
+    size = 2.6
+    figure = Figure((size * n_head, size * n_layer), layout="constrained")
+    for layer, row in enumerate(figure.subplots(n_layer, n_head, squeeze=False)):
+        for head, axes in enumerate(row):
+            axes.imshow(maps[layer, head].sqrt().numpy(), vmin=0, vmax=1)  # as most of them are small
+            axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
+            axes.set_xticks(range(T), names, fontsize=3, parse_math=False)
+            axes.set_yticks(range(T), names, fontsize=3, parse_math=False)
+            axes.tick_params(length=0, pad=1)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=150)
+    return file.getvalue()
+
+
+def page(found: dict[str, Any], title: str, drawn: Mapping[str, bytes] = MappingProxyType({})) -> str:
+    """Return the coloured text and the pictures as one HTML page, without scripts and requests."""
     spans = "".join(
         f'<span title="{one["bits"]:.2f} bits" style="background:rgba(230,60,20,{min(1.0, one["bits"] / HOT):.2f})">'
         f"{html.escape(one['text'])}</span>"
         for one in found["surprise"]
+    )
+    figures = "".join(
+        f"<h2>{html.escape(name)}</h2><img alt='{html.escape(name)}' src='data:image/png;base64,"
+        f"{base64.b64encode(picture).decode()}'>"
+        for name, picture in drawn.items()
     )
     return (
         "<!doctype html><html lang=en><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'><meta name=color-scheme content='light dark'>"
         f"<title>{html.escape(title)}</title>"
         "<style>body{font:16px/1.6 ui-monospace,monospace;max-width:80ch;margin:2rem auto;padding:0 1rem}"
-        "pre{white-space:pre-wrap;font:inherit}</style>"
+        "pre{white-space:pre-wrap;font:inherit} h2{font-size:1.1em} img{max-width:100%;background:#fff}</style>"
         f"<h1>{html.escape(title)}</h1><p>The redder, the more surprising; point at a character for its bits.</p>"
-        f"<pre>{spans}</pre></html>\n"
+        f"<pre>{spans}</pre>{figures}</html>\n"
     )
