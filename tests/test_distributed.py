@@ -93,7 +93,7 @@ def test_two_processes_train_and_report_as_one_with_all_their_batches(two_proces
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", [model for model in MODELS if model != "ngram"])  # which only counts
 def test_two_processes_train_any_model_as_one(two_processes, call, text_file, model, trainer):
     check_equals_one_process(two_processes, call, text_file, model, trainer)
 

@@ -256,7 +256,7 @@ def test_compiled_it_is_the_same_function_under_the_same_names(case):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # inductor's own, of PyTorch
-@every_model
+@every_learning_model
 def test_compiled_to_machine_code_it_is_the_same_function(case):
     compile_and_compare(case, "inductor")
 

@@ -145,3 +145,10 @@ def test_a_checkpoint_keeps_the_counted_text():
     again = checkpoint.trained(node, V, model.state_dict())
     idx = torch.tensor([[0, 1, 2]])
     assert torch.equal(again(idx), model(idx))
+
+
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_several_processes_have_nothing_to_share_in_counting(check, text_file, trainer):
+    ended = check("data=text", "data.path=prose.txt", "model=ngram", f"trainer={trainer}", "trainer.devices=2")
+    assert ended.code == 2
+    assert "model=ngram only counts, in one process; leave out trainer=ddp or fsdp" in ended.err

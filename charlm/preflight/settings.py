@@ -65,6 +65,12 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> int | None
         raise InputError(f"evaluate={plain['evaluate']} leaves out val, the split that compares runs: add it")
     if trainer["max_steps"] == -1 and not any((trainer["max_time"], plain["max_tokens"], plain["stop_at"])):
         raise InputError("trainer.max_steps=-1 never ends: give max_tokens, or trainer.max_time as DD:HH:MM:SS")
+    kind = schema.resolve("model", plain["model"]["_target_"])
+    if getattr(kind, "closed_form", False) and trainer["strategy"] != "auto":
+        raise InputError(
+            f"trainer.strategy={trainer['strategy']} is not possible: model={kind.__name__.lower()} only counts, in one "
+            f"process; leave out trainer=ddp or fsdp"
+        )
     check_places(plain)
     check_average(plain)
     check_recorded_settings(plain)

@@ -28,9 +28,9 @@ LONGEST = 120  # characters of a name or a value that is shown
 SIGN_OF_LIFE = 60.0  # seconds; a run at work writes run.json every ten
 FAILED = ("failed", "killed", "stopped")  # states that need a decision
 STATES = (*FAILED, "finished", "pruned", "running", "waiting")
-# No settings: where a run is and how it was begun; what follows the machine, unless somebody asked for it; and the
-# text, which its name and its hash identify.
-PLACES = {"run_dir", "resume", "rerun", "stop_at", "seed"}
+# No settings: where a run is, how it was begun, and how it is evaluated; what follows the machine, unless somebody
+# asked for it; and the text, which its name and its hash identify.
+PLACES = {"run_dir", "resume", "rerun", "stop_at", "seed", "evaluate", "sample_length"}
 CHOSEN = {"threads", "speed.steps_per_execution"}
 TEXT = {"data.corpus", "data.path", "data.fallback"}
 TYPED = ("experiment", "callbacks")  # choices that a config does not name, only their values
