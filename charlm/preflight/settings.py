@@ -68,8 +68,8 @@ def check_settings(plain: dict[str, Any], elsewhere: bool = False) -> int | None
     kind = schema.resolve("model", plain["model"]["_target_"])
     if getattr(kind, "closed_form", False) and trainer["strategy"] != "auto":
         raise InputError(
-            f"trainer.strategy={trainer['strategy']} is not possible: model={kind.__name__.lower()} only counts, in one "
-            f"process; leave out trainer=ddp or fsdp"
+            f"trainer.strategy={trainer['strategy']} is not possible: model={kind.__name__.lower()} only counts, in "
+            f"one process; leave out trainer=ddp or fsdp"
         )
     check_places(plain)
     check_average(plain)
