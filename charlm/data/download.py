@@ -2,7 +2,6 @@
 
 import hashlib
 import os
-import tempfile
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -47,6 +46,7 @@ def fetch(url: str, sha256: str | None, place: Path) -> Path:
         )
     except OSError as error:  # those of requests are OSErrors
         with suppress(OSError):
+            os.unlink(f"{part}.lock")
             if not os.path.getsize(part):
                 os.unlink(part)
         raise CorpusUnavailable(describe(error)) from error
@@ -58,8 +58,8 @@ def download(part: Path, url: str, output_file: str, pooch: object) -> None:
     """Download a file, after what `part` has of it, as `pooch.retrieve` asks for it."""
     import requests
 
-    lock = Path(tempfile.gettempdir(), f"charlm-{hashlib.sha256(bytes(part)).hexdigest()[:16]}.lock")
-    with FileLock(lock), part.open("ab") as file:
+    lock = FileLock(f"{part}.lock")
+    with lock, part.open("ab") as file:
         there = file.tell()
         headers = {"Range": f"bytes={there}-"} if there else {}
         with requests.get(url, headers=headers, stream=True, timeout=NETWORK_TIMEOUT) as answer:
@@ -75,6 +75,8 @@ def download(part: Path, url: str, output_file: str, pooch: object) -> None:
                         file.write(block)
                         bar.update(len(block))
     os.replace(part, output_file)
+    with suppress(OSError):
+        os.unlink(lock.lock_file)
 
 
 def remembered(file: Path, digest: str) -> bool:
