@@ -2,7 +2,7 @@
 
 import base64
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from typing import Annotated, Any, ClassVar, Self
@@ -79,10 +79,7 @@ class BytePairs:
         Raises:
             IndexError: if an id is outside the vocabulary.
         """
-        listed = ids.tolist()
-        if listed and not (min(listed) >= 0 and max(listed) < self.vocab_size):
-            raise IndexError(f"ids go from 0 to {self.vocab_size - 1}, not from {min(listed)} to {max(listed)}")
-        return b"".join(self.tokens[i] for i in listed).decode(errors="replace")
+        return text_of(self.tokens, ids)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only: the tokens in base64."""
@@ -120,6 +117,21 @@ def trained(corpus: Corpus, train: int, vocab_size: int) -> list[bytes]:
         trainer.train_from_iterator(beginning(corpus, train, TRAINED_ON), vocab_size, pattern=PATTERNS["charlm"])
     ranks: Mapping[bytes, int] = {bytes(token): rank for token, rank in trainer.get_mergeable_ranks()}
     return sorted(ranks, key=ranks.__getitem__)
+
+
+def text_of(tokens: Sequence[bytes], ids: Tensor) -> str:
+    """Return the text of ids (N,), any integer type, on any device; bytes that are not UTF-8 become U+FFFD.
+
+    Args:
+        tokens: the bytes of each id, (V,).
+
+    Raises:
+        IndexError: if an id is outside the vocabulary.
+    """
+    listed = ids.tolist()
+    if listed and not (min(listed) >= 0 and max(listed) < len(tokens)):
+        raise IndexError(f"ids go from 0 to {len(tokens) - 1}, not from {min(listed)} to {max(listed)}")
+    return b"".join(tokens[i] for i in listed).decode(errors="replace")
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from torch import Tensor
 from charlm.data.corpus import Corpus
 from charlm.data.encoding import utf8
 from charlm.errors import InputError, printable
-from charlm.tokenizer.bpe import beginning
+from charlm.tokenizer.bpe import beginning, text_of
 
 SPACE = "\u2581"  # how SentencePiece writes a space; where a text has this character itself, it is encoded as bytes
 TRAINED_ON = 2**24  # characters of the train split that are learned from at most, since memory grows with them
@@ -142,10 +142,7 @@ class SentencePieceTokenizer:
         Raises:
             IndexError: if an id is outside the vocabulary.
         """
-        listed = ids.tolist()
-        if listed and not (min(listed) >= 0 and max(listed) < self.vocab_size):
-            raise IndexError(f"ids go from 0 to {self.vocab_size - 1}, not from {min(listed)} to {max(listed)}")
-        return b"".join(self.tokens[i] for i in listed).decode(errors="replace")
+        return text_of(self.tokens, ids)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types only: the model in base64."""
