@@ -196,24 +196,13 @@ def evaluate(
     Of a split with more than data.final_targets characters, evenly spaced parts are measured, unless --whole is given.
     """
     from charlm import checkpoint, terminal
-    from charlm.data import CharDataModule
-    from charlm.data.corpora import PUBLISHED, corpus_of
+    from charlm.data.corpora import PUBLISHED
     from charlm.evaluate import figures, splits_to_evaluate
     from charlm.files import plain
-    from charlm.schema import check_node
+    from charlm.study.systems import data_of
 
     loaded = checkpoint.load(run, device, trust)
-    settings = {k: v for k, v in loaded.config["data"].items() if not k.startswith("_")}
-    try:
-        check_node("data", settings | {"_target_": "charlm.data.CharDataModule"})
-    except InputError as error:
-        raise InputError(f"{loaded.path} is not used: {error}") from error
-    corpus = corpus_of(settings)
-    if corpus.survey.sha256 != loaded.corpus["sha256"]:
-        raise InputError(f"{corpus.source} has changed since {run} was trained on it: put the old text back")
-    settings |= {"final_targets": None} if whole else {}
-    data = CharDataModule(**settings, tokenizer=lambda *_: loaded.tokenizer)
-    data.setup()
+    data = data_of(loaded, run, **({"final_targets": None} if whole else {}))
     name = name_of(loaded.config["model"]) + (f" at {loaded.step:,}" if loaded.step else "")
     if text:
         evaluate_text(loaded, data, text, stride, name, as_json)
@@ -464,7 +453,7 @@ def inspect(
     from charlm.study.systems import data_of
 
     loaded = checkpoint.load(run, device, trust)
-    data = data_of(loaded)
+    data = data_of(loaded, run)
     with terminal.tracked("looking at val") as progress:
         found = inspection.inspect(loaded, data, length, seed, progress)
     if html:

@@ -19,6 +19,7 @@ from charlm.errors import InputError
 from charlm.evaluate import token_losses
 from charlm.model import device_of
 from charlm.run.overrides import typed
+from charlm.schema import check_node
 from charlm.study.comparison import BLOCK, System
 from charlm.study.notes import Note, budget, environment
 from charlm.study.runs import Run, parsed, read_runs
@@ -132,17 +133,25 @@ def system_of(name: str, seeds: Sequence[int], found: Sequence[Losses]) -> Syste
     return System(name, tuple(seeds), np.stack(nats), characters)
 
 
-def data_of(one: checkpoint.Checkpoint) -> CharDataModule:
+def data_of(one: checkpoint.Checkpoint, run: Path, **changes: Any) -> CharDataModule:
     """The text of a checkpoint with its tokenizer.
 
+    Args:
+        run: as it was typed.
+        changes: arguments of the data module that are not as the checkpoint has them.
+
     Raises:
-        InputError: if the text has changed since.
+        InputError: if its settings are none of a data module, or the text has changed since.
     """
     settings = {k: v for k, v in one.config["data"].items() if not k.startswith("_")}
+    try:
+        check_node("data", settings | {"_target_": "charlm.data.CharDataModule"})
+    except InputError as error:
+        raise InputError(f"{one.path} is not used: {error}") from error
     corpus = corpus_of(settings)
     if corpus.survey.sha256 != one.corpus["sha256"]:
-        raise InputError(f"{corpus.source} has changed since {one.path} was trained on it: put the old text back")
-    data = CharDataModule(**settings, tokenizer=lambda *_: one.tokenizer)
+        raise InputError(f"{corpus.source} has changed since {run} was trained on it: put the old text back")
+    data = CharDataModule(**(settings | changes), tokenizer=lambda *_: one.tokenizer)
     data.setup()
     return data
 
@@ -172,7 +181,7 @@ def measure(
         for number, kept in enumerate(several, 1):
             of = f" {number} of {len(several)}" if len(several) > 1 else ""
             with tracked(f"evaluating {one.name}{of}") as report:
-                found.append(losses_of(kept.model, data_of(kept), split, context, report))
+                found.append(losses_of(kept.model, data_of(kept, kept.path), split, context, report))
         seeds = [int(kept.config.get("seed", number)) for number, kept in enumerate(several)]
         systems.append(system_of(one.name, seeds, found))
     return systems, [], context
