@@ -14,7 +14,6 @@ from charlm import terminal
 from charlm.data.corpora import CORPORA
 from charlm.errors import one_line_errors, raise_received
 from charlm.home import CONF
-from charlm.meaning import meaning
 from charlm.preflight.command import check_command
 from charlm.run.record import Run, follows
 from charlm.run.resume import prepare_run, tidy
@@ -118,7 +117,9 @@ def main(cfg: DictConfig) -> None:
             raise_received()
             finished = train(cfg, state, run)
         if finished:  # results.json and run.json are final, whatever happens to the terminal from here on
-            terminal.summary(*finished, meaning(finished[0], plain(cfg), Path(cfg.run_dir)))
+            from charlm.finish import in_words
+
+            terminal.summary(*finished, in_words(finished[0], plain(cfg)))
             terminal.next_commands(Path(cfg.run_dir))
 
 

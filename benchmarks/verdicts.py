@@ -1,4 +1,4 @@
-"""How often `charlm compare` is wrong, and how often it sees a difference: simulations of runs on one text.
+"""How often `charlm compare` and `charlm report` are wrong, and how often they see a difference, in simulations.
 
     python benchmarks/verdicts.py    # 2,000 tables for each number of seeds and rows; about four minutes
 
@@ -8,9 +8,9 @@ some blocks better (0.015). The next column is Welch's t-test of the final losse
 """
 
 import numpy as np
+from scipy import stats
 
-from charlm.study.comparison import SEED_SD, System, compare
-from charlm.study.study import SIGNIFICANT, welch
+from charlm.study.comparison import ALPHA, SEED_SD, System, against_best, compare
 
 BLOCKS = 111
 EFFECT = 0.01  # nats per character
@@ -29,10 +29,11 @@ def trials(n: int, n_seeds: int, n_rows: int, effect: float = 0.0, level: float 
 
     Returns:
         better: the part of them that call any row better; welch: the same by a t-test of the first row alone.
+        worse: the part of them in which a report calls any row worse than the best.
         covered: the part of all intervals that hold the effect.
     """
     rng = np.random.default_rng([n_seeds, n_rows])
-    better, covered, compared, by_welch = 0, 0, 0, 0
+    better, worse, covered, compared, by_welch = 0, 0, 0, 0, 0
     for _ in range(n):
         text = 1.5 + rng.normal(0, 0.3, BLOCKS)
         rows = [simulated(rng, text, n_seeds), *(simulated(rng, text, n_seeds, effect) for _ in range(n_rows - 1))]
@@ -40,17 +41,20 @@ def trials(n: int, n_seeds: int, n_rows: int, effect: float = 0.0, level: float 
         better += any(one.verdict == "better" for one in found)
         covered += sum(one.interval[0] <= effect <= one.interval[1] for one in found)
         compared += len(found)
-        p = welch(rows[0].losses.tolist(), rows[1].losses.tolist())
-        by_welch += p is not None and p < SIGNIFICANT and rows[1].loss < rows[0].loss
-    return {"better": better / n, "covered": covered / compared, "welch": by_welch / n}
+        worse += any(one.verdict == "worse" for one in against_best(sorted(rows, key=lambda row: row.loss)))
+        if n_seeds > 1:
+            p = stats.ttest_ind(rows[0].losses, rows[1].losses, equal_var=False).pvalue
+            by_welch += bool(p < ALPHA and rows[1].loss < rows[0].loss)
+    return {"better": better / n, "worse": worse / n, "covered": covered / compared, "welch": by_welch / n}
 
 
 def main() -> None:
-    print("seeds  rows  equal, called better  90% intervals hold it")
+    print("seeds  rows  equal, called better  worse than the best  90% intervals hold it")
     for n_seeds in (1, 3, 5):
         for n_rows in (2, 5, 10, 20):
             found = trials(2000, n_seeds, n_rows, level=0.9)
-            print(f"{n_seeds:>5}  {n_rows:>4}  {found['better']:>20.1%}  {found['covered']:>21.1%}", flush=True)
+            better, worse, covered = found["better"], found["worse"], found["covered"]
+            print(f"{n_seeds:>5}  {n_rows:>4}  {better:>20.1%}  {worse:>19.1%}  {covered:>21.1%}", flush=True)
     print(f"seeds  {EFFECT} nats better, seen  by Welch's test of final losses")
     for n_seeds in (1, 3, 5):
         found = trials(2000, n_seeds, 2, -EFFECT)

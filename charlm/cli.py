@@ -173,6 +173,7 @@ def generate(
 )
 @click.option("--whole", is_flag=True, help="Measure all of a large split.")
 @click.option("--stride", type=COUNT, help="Step between windows; below block_size every target has more context.")
+@click.option("--context", type=COUNT, help="Least number of characters before a target; 1 to block_size.")
 @click.option("--text", type=click.Path(path_type=Path), help="Score this text instead: a file, a folder or a glob.")
 @output("--losses", "Write the loss of each target: FILE.npz with nats, and the characters before each.")
 @click.option("--certify", is_flag=True, help="Also check that the loss is what it seems; see docs/runs.md.")
@@ -184,6 +185,7 @@ def evaluate(
     splits: tuple[str, ...],
     whole: bool,
     stride: int | None,
+    context: int | None,
     text: Path | None,
     losses: Path | None,
     certify: bool,
@@ -199,11 +201,18 @@ def evaluate(
     from charlm.data.corpora import PUBLISHED
     from charlm.evaluate import figures, splits_to_evaluate
     from charlm.files import plain
+    from charlm.run import results
     from charlm.study.systems import data_of
 
     loaded = checkpoint.load(run, device, trust)
     data = data_of(loaded, run, **({"final_targets": None} if whole else {}))
     name = name_of(loaded.config["model"]) + (f" at {loaded.step:,}" if loaded.step else "")
+    if context is not None:
+        if stride is not None:
+            raise InputError("--context and --stride set the same: give one of them")
+        if context > data.block_size:
+            raise InputError(f"--context {context} is not possible: give 1 to block_size ({data.block_size})")
+        stride = data.block_size - context + 1
     if text:
         evaluate_text(loaded, data, text, stride, name, as_json)
         return
@@ -222,6 +231,8 @@ def evaluate(
     failures = [f"{check}: {failure}" for check, failure in checks.items() if failure]
     passed = [check for check, failure in checks.items() if not failure]
     found |= {"certified": passed} if certify else {}
+    if certify and loaded.path.parent.name == "checkpoints":
+        results.certify(loaded.path.parent.parent, loaded.step, [] if failures else passed)
     if failures:
         raise Refuted(f"{loaded.path} is not certified: {'; '.join(failures)}")
     if as_json:
@@ -402,8 +413,17 @@ def train(arguments: tuple[str, ...]) -> None:
 @click.argument("places", metavar="SWEEP_OR_RUNS...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @output("--html", "Where to write the page. Default: report.html in the folder.")
 @output("--png", "Also draw the main plots as one picture.")
+@click.option("--columns", help="The settings to show in the table, such as lr,block_size. Default: all that differ.")
+@click.option("--compress", is_flag=True, help="Also compress val, given train: rows without a model.")
 @AS_JSON
-def report(places: tuple[Path, ...], html: Path | None, png: Path | None, as_json: bool) -> None:
+def report(
+    places: tuple[Path, ...],
+    html: Path | None,
+    png: Path | None,
+    columns: str | None,
+    compress: bool,
+    as_json: bool,
+) -> None:
     """Compare runs over seeds: table, plots, one HTML page.
 
     SWEEP_OR_RUNS are folders of runs or of sweeps, or folders that hold such, at any depth.
@@ -411,18 +431,22 @@ def report(places: tuple[Path, ...], html: Path | None, png: Path | None, as_jso
     from charlm import terminal
     from charlm.files import plain, write_atomically
     from charlm.study import read_study
+    from charlm.study.systems import compressed_val
     from charlm.study.text import text
 
     study = read_study(places)
+    names = None if columns is None else study.named(columns.split(","))
+    others = compressed_val(study) if compress else {}
     if as_json:
-        print_json(plain(study.found()))
+        found = study.found()
+        print_json(plain(found | {"references": found["references"] | others}))
     else:
-        terminal.console.print(text(study, terminal.console))
+        terminal.console.print(text(study, terminal.console, names, others))
         html = html or (places[0] if len(places) == 1 else Path()) / "report.html"
     if html:
         from charlm.study.page import page
 
-        content = page(study, f"charlm report: {', '.join(map(str, places))}").encode()
+        content = page(study, f"charlm report: {', '.join(map(str, places))}", names, others).encode()
         write_atomically(html, lambda file: file.write(content))
     if png:
         from charlm.study.plots import draw_png

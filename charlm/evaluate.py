@@ -17,6 +17,10 @@ from charlm.model import device_of
 # Reports progress of an evaluation: batches done, batches in total.
 Reporter = Callable[[int, int], None]
 
+BLOCK = 1000  # characters; errors of differences over shorter ones come out too small
+FEWEST, MOST = 10, 1000  # blocks of a text
+FINE = 100  # characters, of which blocks are made
+
 
 @dataclass(frozen=True)
 class Score:
@@ -101,6 +105,47 @@ class Score:
         }
 
 
+class Blocks:
+    """The losses of all targets of a split, summed over blocks of its text, so that models can be compared in pairs.
+
+    Blocks have BLOCK characters, more in a text of more than MOST such blocks, and fewer in one of less than FEWEST.
+
+    Args:
+        ids: tokens of the split.
+        sizes: characters and bytes of each token, (V, 2); None: one of each.
+    """
+
+    def __init__(self, ids: Tensor, sizes: Tensor | None):
+        self.sizes = sizes
+        self.first = self.characters = 1 if sizes is None else int(sizes[int(ids[0]), 0])  # before the next target
+        self.fine: dict[int, float] = {}  # nats of each FINE characters
+
+    def add(self, nll: Tensor, y: Tensor) -> None:
+        """Add the losses of the next targets y (B, T), where y is not IGNORE."""
+        counted = y != IGNORE
+        ids, nats = y[counted].cpu(), nll[counted].double().cpu()
+        lengths = torch.ones_like(ids) if self.sizes is None else self.sizes[ids, 0]
+        ends = self.characters + lengths.cumsum(0)
+        if len(ids):
+            places = (ends - lengths) // FINE
+            begin = int(places[0])
+            for place, nats_there in enumerate(torch.bincount(places - begin, nats).tolist(), begin):
+                self.fine[place] = self.fine.get(place, 0.0) + nats_there
+            self.characters = int(ends[-1])
+
+    def summed(self) -> tuple[Tensor, Tensor]:
+        """Return the characters of each block and their nats, (n,) each; the last takes what is left of the text."""
+        size = max(min(BLOCK, self.characters // FEWEST), -(-self.characters // MOST))
+        size = max(FINE, size // FINE * FINE)
+        n = max(1, self.characters // size)
+        nats, characters = torch.zeros(n).double(), torch.full((n,), float(size)).double()
+        for place, nats_there in self.fine.items():
+            nats[min(n - 1, place * FINE // size)] += nats_there
+        characters[-1] += self.characters - n * size
+        characters[0] -= self.first  # no target begins there
+        return characters, nats
+
+
 def token_losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The loss of each target of x, y (B, T) in nats: (B, T), 0 where the target is IGNORE."""
     shortcut: Any = getattr(model, "loss", None)
@@ -126,10 +171,13 @@ def in_single(logits: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, windows: Windows, report: Reporter | None = None) -> Score:
+def evaluate(model: nn.Module, windows: Windows, report: Reporter | None = None, blocks: Blocks | None = None) -> Score:
     """The loss of `model` on all targets of `windows`, on the device where the model is.
 
     The mode of the model, training or not, is restored.
+
+    Args:
+        blocks: where losses are summed in the order of the text.
     """
     was_training = model.training
     model.eval()
@@ -137,7 +185,10 @@ def evaluate(model: nn.Module, windows: Windows, report: Reporter | None = None)
     window_nll = torch.zeros(windows.n_windows, device=device)
     done = characters = n_bytes = 0
     for j, (x, y) in enumerate(windows, start=1):
-        window_nll[done : done + len(x)] = token_losses(model, x.to(device), y.to(device)).sum(1)
+        nll = token_losses(model, x.to(device), y.to(device))
+        window_nll[done : done + len(x)] = nll.sum(1)
+        if blocks:
+            blocks.add(nll, y.to(device))
         done += len(x)
         if windows.sizes is not None:
             found = windows.sizes[y[y != IGNORE].cpu()].sum(0).tolist()
@@ -190,6 +241,7 @@ def figures(
     splits: list[str],
     report: Reporter | None = None,
     stride: int | None = None,
+    blocks: Blocks | None = None,
 ) -> dict[str, Any]:
     """Return the figures of a model over splits, and the count baselines.
 
@@ -197,12 +249,16 @@ def figures(
 
     On train the counts are unsmoothed, which is the optimum: no bigram has a lower loss there. Elsewhere one is added
     to each count, so that a pair that train never showed is possible.
+
+    Args:
+        blocks: where the losses of val are summed, if all of it is scored.
     """
     device = device_of(model)
     found: dict[str, Any] = {"baselines": {}}
     windows = {split: data.windows(split, device, stride=stride, most=data.final_targets) for split in splits}
     for split in splits:
-        found |= evaluate(model, windows[split], report).figures(split)
+        wanted = blocks if split == "val" and not windows[split].partial else None
+        found |= evaluate(model, windows[split], report, wanted).figures(split)
         smoothing = 0.0 if split == "train" else 1.0
         v, scored = data.tokenizer.vocab_size, windows[split]
         pairs = Pairs.of_targets(scored, v) if scored.partial else data.pairs(split)

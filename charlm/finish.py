@@ -1,5 +1,6 @@
 """The final figures of a run: what results.json holds."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -10,21 +11,32 @@ from charlm import terminal
 from charlm.budget import stopped_by
 from charlm.callbacks.clock import Clock
 from charlm.data import CharDataModule
-from charlm.evaluate import figures, splits_to_evaluate
+from charlm.data.compressors import of_small_text
+from charlm.evaluate import Blocks, figures, splits_to_evaluate
 from charlm.generate import continuation
 from charlm.logger import FINISHED
+from charlm.meaning import meaning
 from charlm.module import VALIDATION
+from charlm.run.results import write_blocks
 from charlm.schema import name_of
+from charlm.sweep import ledger
 
 
 def evaluate_run(
     config: dict[str, Any], data: CharDataModule, model: nn.Module, trainer: L.Trainer, clock: Clock
 ) -> tuple[dict[str, Any], str]:
-    """Evaluate a trained model exactly. Returns the results, which go to the dashboard as well, and a sample."""
+    """Evaluate a trained model exactly, and write its losses on blocks of val into the run's folder.
+
+    Returns:
+        The results, which go to the dashboard as well, and a sample.
+    """
     model = model.to(trainer.strategy.root_device)
     splits = splits_to_evaluate(config["evaluate"], len(data.splits["train"]) - 1 - clock.tokens)
+    blocks = Blocks(data.splits["val"], data.sizes)
     with terminal.tracked("evaluating") as progress:
-        found = figures(model, data, splits, report=progress)
+        found = figures(model, data, splits, report=progress, blocks=blocks)
+    if blocks.fine:
+        write_blocks(Path(config["run_dir"]), *blocks.summed())
     # The curves reach the last step. HPARAMS shows the first names of the alphabet: among them should be the verdict.
     logged = {"final/val/loss": found["val/loss"]}
     module: Any = trainer.lightning_module
@@ -52,3 +64,10 @@ def evaluate_run(
     with torch.inference_mode():
         sample = continuation(model, data.tokenizer, config["sample_length"], seed=config["seed"])
     return results, sample
+
+
+def in_words(results: dict[str, Any], config: dict[str, Any]) -> list[str]:
+    """Say what the loss of a run means. A job of a sweep leaves compressors out, because others wait."""
+    run_dir = Path(config["run_dir"])
+    job = (run_dir.parent / ledger.SWEEP_JSON).is_file()
+    return meaning(results, config, run_dir, {} if job else of_small_text(config["data"]))

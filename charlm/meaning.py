@@ -1,7 +1,7 @@
 """A final loss in plain words: where it lies, whether the run overfits, and what would probably help most."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,24 @@ RISEN, FALLEN = 0.01, 0.005  # nats by which val must rise from its lowest, or f
 LAST = 100  # steps whose losses are averaged
 GAP = 0.05  # part of the val loss by which the loss of train may be lower without a word
 NEAR = 0.01  # nats per character from the counted bigram that no table can improve on
+USUAL = 0.1  # part of a text that is val
 LARGER = {"n_layer", "n_embd", "n_hidden"}  # settings by which a model grows
 
+NOTHING: Mapping[str, float] = {}
 Validations = Sequence[tuple[int, float, float]]  # step, seconds of training, loss
 
 
-def meaning(results: dict[str, Any], config: dict[str, Any], run_dir: Path) -> list[str]:
+def meaning(
+    results: dict[str, Any], config: dict[str, Any], run_dir: Path, others: Mapping[str, float] = NOTHING
+) -> list[str]:
     """Return a few plain lines about a finished run.
 
     Args:
         results: its final figures.
         config: its settings.
+        others: losses on the same text, nats per character, by what reaches them, next to `references`.
     """
-    lines, losses = [where(results)], read_validations(run_dir)
+    lines, losses = [where(results, {**references(results, config), **others})], read_validations(run_dir)
     if losses and results["val/share"] == 1 and losses[-1][0] < results["steps"]:
         losses = [*losses, (results["steps"], results["train/seconds"], results["val/loss"])]
     if results["steps"]:
@@ -46,18 +51,24 @@ def last_loss(run_dir: Path) -> float | None:
     return float(found.mean()) if len(found) else None
 
 
-def where(results: dict[str, Any]) -> str:
-    """Say between which known figures the val loss lies."""
-    loss = results["val/nats_per_char"]
+def references(results: dict[str, Any], config: dict[str, Any]) -> dict[str, float]:
+    """Losses on the val split of a run, nats per character, by what reaches them: counting, and what is published."""
     per_char = results["val/targets"] / results["val/characters"]  # baselines are per token
+    counted = results["baselines"]["val"]
     known = {
-        "guessing": results["baselines"]["val"]["uniform"] * per_char,
-        "counting characters": results["baselines"]["val"]["unigram"] * per_char,
-        "counting pairs": results["baselines"]["val"]["bigram"] * per_char,
+        "guessing": counted["uniform"] * per_char,
+        "counting characters": counted["unigram"] * per_char,
+        "counting pairs": counted["bigram"] * per_char,
     }
-    published = [one.bits_per_byte for one in PUBLISHED.get(results["corpus"], ()) if one.split in ("val", "test")]
-    if published:
-        known["the best published"] = min(published) * math.log(2) * results["val/bytes"] / results["val/characters"]
+    if config["data"].get("val_fraction") in (None, USUAL):  # else it is not the text of the published
+        nats = math.log(2) * results["val/bytes"] / results["val/characters"]
+        known |= {one.name: one.bits_per_byte * nats for one in PUBLISHED.get(results["corpus"], ()) if one.comparable}
+    return known
+
+
+def where(results: dict[str, Any], known: Mapping[str, float]) -> str:
+    """Say between which known losses the val loss lies."""
+    loss = results["val/nats_per_char"]
     above = min((item for item in known.items() if item[1] >= loss), key=lambda item: item[1], default=None)
     below = max((item for item in known.items() if item[1] < loss), key=lambda item: item[1], default=None)
     figure = f"{loss:.4f} nats per character"

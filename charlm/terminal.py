@@ -229,7 +229,7 @@ def published(found: dict[str, Any], name: str) -> Table:
         if split != "train"
     ]
     others = [(one["bits_per_byte"], one["name"], one["split"]) for one in found["published"]]
-    table = Table("published results", box=box.SIMPLE_HEAD)
+    table = Table("known results", box=box.SIMPLE_HEAD)
     table.add_column("text")
     table.add_column("bits per byte", justify="right")
     for row in sorted([*own, *others]):

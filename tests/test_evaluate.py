@@ -206,7 +206,7 @@ def test_published_results_are_shown_next_to_ones_own(call, trained, monkeypatch
     monkeypatch.setitem(corpora.PUBLISHED, "prose.txt", published)
     found = json.loads(call("evaluate", str(trained), "--split", "val", "--json").out)
     assert [one["name"] for one in found["published"]] == ["a giant", "a dwarf"]
-    lines = call("evaluate", str(trained), "--split", "val").out.split("published results")[1].splitlines()
+    lines = call("evaluate", str(trained), "--split", "val").out.split("known results")[1].splitlines()
     rows = [line.split() for line in lines if "0" in line]
     assert [row[:2] for row in rows] == [["a", "giant"], ["bigram", "at"], ["a", "dwarf"]]
     assert rows[1][-1] == f"{found['val/bits_per_byte']:.4f}"

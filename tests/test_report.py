@@ -1,21 +1,22 @@
 """`charlm report`: many runs as one study, on the terminal, as a page and for programs."""
 
 import copy
+import html
 import io
 import json
 import math
 import os
-import random
 import re
 import shutil
 import statistics
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -26,9 +27,9 @@ from scipy import stats
 
 from charlm.errors import InputError
 from charlm.study import read_study
+from charlm.study.comparison import SEED_SD, System, against_best
 from charlm.study.page import page
 from charlm.study.plots import counted_rows, curve_of, draw_curves, draw_png, geometric
-from charlm.study.study import range_test, welch
 from charlm.study.text import text
 from charlm.sweep.ledger import Ledger
 
@@ -199,66 +200,65 @@ def test_a_row_has_the_mean_and_the_spread_of_its_seeds(losses):
     assert means == sorted(means)
 
 
-# Two-sided 5% points of Student's t, from printed tables; with equal n and spread, Welch's df is 2n - 2.
-@pytest.mark.parametrize(("n", "point"), [(2, 4.303), (3, 2.776), (6, 2.228), (11, 2.086), (31, 2.000)])
-def test_welch_has_the_p_values_of_printed_tables(n, point):
-    one = [math.cos(k * math.pi) + (k == n - 1) * (n % 2) for k in range(n)]
-    error = math.sqrt(2 * statistics.variance(one) / n)
-    assert welch(one, [x + point * error for x in one]) == pytest.approx(0.05, abs=3e-4)
-    assert welch(one, one) == pytest.approx(1)
-    assert welch(one, [1.0]) is None
+def systems(*groups: Sequence[float]) -> list[System]:
+    """Systems with the given losses, on a text that has no blocks."""
+    return [System("x", tuple(range(len(g))), np.array(g, float)[:, None], np.ones(1)) for g in groups]
 
 
-def test_welch_of_unequal_spreads_is_as_published():
-    """Example 1 of "Welch's t-test" on Wikipedia: t = 2.46, df = 25, p = 0.021."""
-    a = [27.5, 21.0, 19.0, 23.6, 17.0, 17.9, 16.9, 20.1, 21.9, 22.6, 23.1, 19.6, 19.0, 21.7, 21.4]
-    b = [27.1, 22.0, 20.8, 23.4, 23.4, 23.5, 25.8, 22.0, 24.8, 20.2, 21.9, 22.1, 22.9, 20.5, 24.4]
-    assert welch(a, b) == pytest.approx(0.021, abs=1e-3)
-
-
-def test_two_groups_are_tested_as_another_implementation_does():
+def test_two_rows_are_tested_as_another_implementation_does():
     for shift in (1.0, 2.0, 2.2, 2.4, 3.0):
         groups = [[24.5, 23.5, 26.4, 27.1, 25.9], [x + shift for x in (24.0, 24.5, 26.1, 27.0, 25.2, 25.9)]]
-        assert range_test(groups)[1] == bool(stats.tukey_hsd(*groups).pvalue[0, 1] < 0.05)
+        [one] = against_best(systems(*groups))
+        assert one.p == pytest.approx(stats.tukey_hsd(*groups).pvalue[0, 1], rel=1e-6)
+        assert one.p == pytest.approx(stats.ttest_ind(*groups).pvalue, rel=1e-6)
 
 
-def test_several_groups_are_tested_by_the_point_of_printed_tables():
+def test_several_rows_are_tested_by_the_point_of_printed_tables():
     """4.339 is the 5% point of the studentized range for 3 groups and 6 degrees of freedom, half of 12."""
     equal = [-1.0, 0.0, 1.0, -1.0, 1.0]
     variance = statistics.variance(equal) / (3.3567 / 4)  # the median of chi-square with 4 degrees of freedom: 3.3567
-    for point, differs in ((4.32, False), (4.36, True)):
+    for point, verdict in ((4.32, "within noise"), (4.36, "worse")):
         shift = point * math.sqrt(variance / 5)
-        assert range_test([equal, equal, [x + shift for x in equal]]) == [False, False, differs]
-    assert range_test([[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]]) == [False, False, True]
-    assert range_test([[1.0, 2.0]]) == [False]
+        found = against_best(systems(equal, equal, [x + shift for x in equal]))
+        assert [one.verdict for one in found] == ["within noise", verdict]
+    assert [one.verdict for one in against_best(systems([1, 1], [1, 1], [2, 2]))] == ["within noise", "worse"]
+    assert against_best(systems([1.0, 2.0])) == []
 
 
-def test_rows_with_a_large_spread_hide_no_difference_among_the_others():
+def test_rows_with_a_large_spread_hide_no_difference_among_the_others_and_are_not_called_worse_by_chance():
     good, worse = [2.000, 2.001, 2.002], [2.020, 2.021, 2.022]
-    wild = [[3.0, 3.5, 2.6], [3.3, 2.9, 4.0]]
-    assert range_test([good, worse, [2.001, 2.002, 2.000], *wild])[1:3] == [True, False]
+    wild = [[2.0, 2.5, 1.6], [3.3, 2.9, 4.0]]
+    found = against_best(systems(good, worse, [2.001, 2.002, 2.000], *wild))
+    assert [one.verdict for one in found[:3]] == ["worse", "within noise", "within noise"]
 
 
-@pytest.mark.parametrize(("rows", "seeds"), [(2, 3), (10, 2), (10, 3), (20, 5)])
-def test_equal_rows_are_rarely_called_worse(rows, seeds):
-    """Of 2,000 tables without a difference, at most 5% have such a row."""
-    generator = random.Random(rows * seeds)
+def test_a_row_with_one_seed_is_judged_by_the_spread_of_the_others():
+    found = against_best(systems([2.000, 2.004, 1.996], [2.001, 2.005, 1.997], [2.002], [2.5]))
+    assert [one.verdict for one in found] == ["within noise", "within noise", "worse"]
+    alone = against_best(systems([2.000], [2.001], [2.5]))
+    assert [one.verdict for one in alone] == ["within noise", "worse"]
+    assert alone[0].seed_sd == SEED_SD
+
+
+@pytest.mark.parametrize(("rows", "seeds", "tables"), [(2, 3, 2000), (10, 1, 500), (5, 3, 200), (20, 5, 20)])
+def test_equal_rows_are_rarely_called_worse(rows, seeds, tables):
+    generator = np.random.default_rng([rows, seeds])
     wrong = 0
-    for _ in range(2000):
-        groups = sorted(([generator.gauss(2, 0.01) for _ in range(seeds)] for _ in range(rows)), key=statistics.fmean)
-        far = zip(groups, range_test(groups), strict=True)
-        wrong += any(differs and (welch(groups[0], group) or 0) < 0.05 for group, differs in far)
-    assert wrong <= 100
+    for _ in range(tables):
+        losses = generator.normal(2, SEED_SD, (rows, seeds))
+        found = against_best(systems(*losses[losses.mean(1).argsort()]))
+        wrong += any(one.verdict == "worse" for one in found)
+    assert wrong <= 0.05 * tables + 3 * math.sqrt(0.05 * 0.95 * tables)
 
 
 def test_what_noise_explains_is_told_apart_from_what_it_does_not(make, tmp_path):
-    losses = {1.0: (2.00, 2.02, 2.04), 2.0: (2.01, 2.03, 2.06), 3.0: (2.50, 2.52, 2.54), 4.0: (2.1,), 5.0: (9, 2, 2.6)}
+    losses = {1.0: (2.00, 2.02, 2.04), 2.0: (2.01, 2.03, 2.06), 3.0: (2.50, 2.52, 2.54), 4.0: (2.4,), 5.0: (9, 2, 2.6)}
     for lr, found in losses.items():
         for seed, loss in enumerate(found):
             make(f"lr={lr},seed={seed}", loss, seed, optimizer__lr=lr)
     study = read_study([tmp_path])
     told = {row.settings["optimizer.lr"]: study.verdict(row) for row in study.rows}
-    assert told == {1.0: "best", 2.0: "within noise", 3.0: "worse", 4.0: "one seed", 5.0: "1 of 3 above uniform"}
+    assert told == {1.0: "best", 2.0: "within noise", 3.0: "worse", 4.0: "worse", 5.0: "1 of 3 above uniform"}
 
 
 def test_a_run_that_was_repeated_counts_once(make, tmp_path):
@@ -562,10 +562,43 @@ def test_a_browser_opens_the_page_without_complaint(make, tmp_path):
         document.title += ' first=' + document.querySelector('tbody tr').cells[1].textContent })
     </script></head>"""
     (tmp_path / "r.html").write_text(told.replace("</head>", probe, 1))
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", f"--user-data-dir={tmp_path / 'user'}"]
-    command = ["chromium", *flags, "--dump-dom", (tmp_path / "r.html").as_uri()]
-    shown = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    assert "<title>a study first=0.01</title>" in shown
+    assert "<title>a study first=0.01</title>" in opened(tmp_path / "r.html")
+
+
+def opened(file: Path, *flags: str) -> str:
+    """Return a page as a browser has it after its scripts."""
+    common = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync"]
+    common += ["--disable-background-networking", "--disable-component-update", f"--user-data-dir={file.parent / 'u'}"]
+    command = ["chromium", *common, *flags, "--dump-dom", file.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="no browser: apt-get install chromium")
+@pytest.mark.parametrize(("theme", "text", "ground"), [(0, "rgb(228, 228, 228)", 22), (1, "rgb(27, 27, 27)", 255)])
+def test_the_page_fits_four_sizes_in_both_themes_and_asks_for_nothing(make, tmp_path, theme, text, ground):
+    """Windows in a page, because Chromium has none of its own as narrow as a phone."""
+    many = {"model__n_embd": 64, "model__dropout": 0.25, "optimizer__weight_decay": 0.1, "data__batch_size": 4}
+    grid(make, [1e-3, 1e-2], [8, 16], [1, 2])
+    make("g/<b>bold</b>", 3.5, **many)
+    told = page(read_study([tmp_path / "g"]), "a <script>study</script>")
+    widths = (360, 768, 1280, 1920)
+    frames = "".join(f'<iframe style="width:{w}px;border:0" srcdoc="{html.escape(told)}"></iframe>' for w in widths)
+    probe = """<script>addEventListener('load', () => {
+      document.title = [...document.querySelectorAll('iframe')].map(frame => {
+        const page = frame.contentDocument, look = frame.contentWindow.getComputedStyle(page.body)
+        const loss = page.querySelector('tbody td').getBoundingClientRect(), root = page.documentElement
+        const seen = loss.left >= 0 && loss.right <= root.clientWidth
+        const asked = frame.contentWindow.performance.getEntriesByType('resource').length
+        const bold = page.querySelectorAll('b b').length, fits = root.scrollWidth <= root.clientWidth
+        return [frame.clientWidth, fits, seen, asked, bold, look.color, look.backgroundColor].join('|') }).join(' / ')
+    })</script>"""
+    scheme = "<style>:root, iframe { color-scheme: light dark }</style>"
+    (tmp_path / "r.html").write_text(f"<!DOCTYPE html>{scheme}<title></title>{probe}{frames}")
+    shown = opened(tmp_path / "r.html", f"--blink-settings=preferredColorScheme={theme}")
+    found = re.search("<title>(.*)</title>", shown)
+    assert found
+    for width, seen in zip(widths, found[1].split(" / "), strict=True):
+        assert seen.startswith(f"{width}|true|true|0|0|{text}|rgb({ground},")
 
 
 def test_ngrams_are_reference_lines_and_have_no_budget(make, tmp_path):

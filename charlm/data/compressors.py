@@ -2,15 +2,18 @@
 
 import bz2
 import lzma
+import math
 import sys
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
 from tqdm import tqdm
 
+from charlm.data.corpora import PUBLISHED, corpus_of
 from charlm.data.datamodule import CharDataModule
+from charlm.tokenizer import ByteTokenizer
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -18,6 +21,7 @@ else:
     from backports import zstd
 
 BLOCK = 2**20  # bytes that are given to a compressor at a time
+FAST, SMALL = "bz2", 2 * 10**6  # takes 0.2 s per MB
 WINDOW: dict[int, int] = {  # zstd at its best that does not need more than 128 MB, and finds repetitions as far back
     zstd.CompressionParameter.compression_level: 19,
     zstd.CompressionParameter.window_log: 27,
@@ -48,6 +52,31 @@ def compressed(data: CharDataModule) -> Iterator[Compressed]:
         for name in COMPRESSORS:
             cold, alone, both = (size(name, at_work(parts, bar)) for parts in ([val], [train], [train, val]))
             yield Compressed(name, 8 * cold / len(val), 8 * (both - alone) / len(val))
+
+
+def of_small_text(data: Mapping[str, Any]) -> dict[str, float]:
+    """Return what a fast compressor makes of the val split of a small text, in nats per character.
+
+    Args:
+        data: settings of a run, resolved.
+    """
+    settings = {name: value for name, value in data.items() if not name.startswith("_")}
+    corpus = corpus_of(settings)
+    if corpus.name in PUBLISHED or corpus.survey.bytes > SMALL:
+        return {}
+    text = CharDataModule(**settings, tokenizer=ByteTokenizer.from_corpus)
+    per_char = math.log(2) * bytes_per_character(text)
+    train, val = text.splits["train"], text.splits["val"]
+    with tqdm(disable=True) as bar:
+        alone, both = (size(FAST, at_work(parts, bar)) for parts in ([train], [train, val]))
+    return {f"{FAST}, given train": 8 * (both - alone) / len(val) * per_char}
+
+
+def bytes_per_character(text: CharDataModule) -> float:
+    """Return the mean length of the characters of val in a text, whose tokenizer must be that of bytes."""
+    text.setup()
+    val = text.splits["val"]
+    return len(val) / int((val & 0xC0 != 0x80).sum())
 
 
 def size(name: str, blocks: Iterable[memoryview]) -> int:

@@ -32,6 +32,11 @@ class Published(NamedTuple):
     bits_per_byte: float
     split: str = "test"
 
+    @property
+    def comparable(self) -> bool:
+        """Whether it is of text that no model was trained on."""
+        return self.split != "whole"
+
 
 @dataclass(frozen=True)
 class Archive:
@@ -61,6 +66,8 @@ ARCHIVES = {
 # What to hold one's own results against, as their authors state them.
 PUBLISHED = {
     "tinyshakespeare": (
+        Published("bz2, given train", 2.398, "val"),
+        Published("modified Kneser-Ney 7-gram, windows of 256 (model=ngram)", 2.2068, "val"),
         Published("nanoGPT's GPU recipe, 10.7 M parameters", 2.1203, "val"),
         Published("lowest claim, one seed (nanoGPT, pull request 254)", 2.0981, "val"),
     ),

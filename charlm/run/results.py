@@ -1,21 +1,24 @@
 """The result files of a run: results.json, losses and validations."""
 
 import math
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge
 from typing_extensions import TypedDict
 
 from charlm.errors import InputError, printable
-from charlm.files import read_json, read_regular
+from charlm.files import read_json, read_regular, write_atomically, write_json
 
 T = TypeVar("T")
 
 LOSSES = "losses.f32"  # of all steps: numpy.fromfile(file, "<f4")
 VALIDATIONS = "validations.csv"  # step, seconds of training, val/loss; a line for each validation
+BLOCKS = "val_blocks.csv"  # characters, nats: the loss of each part of val, where all of it was scored
 RESULTS = "results.json"  # written last, so that its presence means a finished run
+CERTIFIED = "certified"  # the checks that the last state passed
 LARGEST_RESULTS = 2**24  # bytes of a file that is read
 
 Results = TypedDict(
@@ -58,6 +61,17 @@ def read_results(run_dir: Path) -> Results | None:
     return found
 
 
+def certify(run_dir: Path, step: int, checks: Iterable[str]) -> None:
+    """Write into the results of a finished run which checks its last state passed: `charlm.certify`.
+
+    Without effect where there are no results, or those of another step.
+    """
+    found: Any = whole_results(run_dir)
+    if found and found["steps"] == step:
+        rest = {name: value for name, value in found.items() if name != CERTIFIED}
+        write_json(run_dir / RESULTS, {**rest, **({CERTIFIED: "; ".join(checks)} if checks else {})})
+
+
 def in_characters(results: Results) -> dict[str, float | None]:
     """Return val/loss and its error in nats per character, in which runs with different tokenizers compare."""
     return {"val/loss": results["val/nats_per_char"], "val/loss_se": results["val/nats_per_char_se"]}
@@ -83,3 +97,20 @@ def read_validations(run_dir: Path) -> list[tuple[int, float, float]]:
             step, seconds, loss = line.split(",")
             found.append((int(step), float(seconds), float(loss)))
     return found
+
+
+def write_blocks(run_dir: Path, characters: Iterable[float], nats: Iterable[float]) -> None:
+    """Write the characters of each block of val and the sum of their losses."""
+    lines = [f"{int(n)},{float(loss):.6f}\n" for n, loss in zip(characters, nats, strict=True)]
+    text = "".join(["characters,nats\n", *lines]).encode()
+    write_atomically(run_dir / BLOCKS, lambda file: file.write(text))
+
+
+def read_blocks(run_dir: Path) -> list[tuple[float, float]]:
+    """Return characters and nats of each block of val; none if the file is missing or damaged."""
+    try:
+        lines = read_regular(run_dir / BLOCKS, LARGEST_RESULTS).decode().splitlines()
+        found = [(float(n), float(loss)) for n, loss in (line.split(",") for line in lines[1:])]
+    except (InputError, OSError, ValueError):
+        return []
+    return found if all(n > 0 and math.isfinite(loss) for n, loss in found) else []

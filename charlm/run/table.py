@@ -36,6 +36,7 @@ COLUMNS = (
     Column("train/tokens", "tokens", 0),
 )
 SPARE = ("perplexity", "tokens", "seconds", "bits/char")  # columns that a narrow terminal drops, in this order
+WIDEST, NARROWEST = 28, 20  # characters of a setting in one line
 LEFT = {"vs best"}  # heads of columns that are aligned left
 
 
@@ -52,33 +53,53 @@ def terminal_table(
 ) -> Table:
     """Return a table without the SPARE columns that do not fit on the console.
 
+    Settings that do not fit even then share one column, in several lines where they must.
+
     Args:
         settings: heads of the first columns.
         without: heads of columns to leave out.
     """
+    there = [head for head in (lines[0].cells if lines else ()) if head not in without]
     for number in range(len(SPARE) + 1):
-        table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, title=title)
-        table.title_justify, table.title_style = "left", "bold"
-        for i, setting in enumerate(settings):
-            widest = max((len(line.settings[i]) for line in lines), default=0)
-            table.add_column(
-                Text(setting),
-                justify="right",
-                overflow="fold",
-                min_width=min(widest, 28),
-                max_width=28,
-            )
-        left_out = {*without, *SPARE[:number]}
-        heads = [head for head in (lines[0].cells if lines else ()) if head not in left_out]
-        for head in heads:
-            justify: JustifyMethod = "left" if head in LEFT else "right"
-            width = max(len(head), *(len(line.cells[head]) for line in lines))
-            table.add_column(head, justify=justify, min_width=width, no_wrap=True)
-        for line in lines:
-            # Text, because callbacks=[default] is no markup.
-            table.add_row(*map(Text, line.settings), *(line.cells[head] for head in heads), style=line.style)
-        if console.measure(table, options=console.options.update(max_width=1000)).maximum <= console.width:
+        heads = [head for head in there if head not in SPARE[:number]]
+        table = table_of(title, settings, lines, heads)
+        if fits(table, console):
+            return table
+    pairs = [", ".join(f"{k}={v}" for k, v in zip(settings, line.settings, strict=True)) for line in lines]
+    grouped = [Line([pair], line.cells, line.style) for pair, line in zip(pairs, lines, strict=True)]
+    for width in range(max(map(len, pairs)), NARROWEST, -1):
+        table = table_of(title, ["settings"], grouped, heads, width)
+        if fits(table, console):
             break
+    return table
+
+
+def fits(table: Table, console: Console) -> bool:
+    return console.measure(table, options=console.options.update(max_width=1000)).maximum <= console.width
+
+
+def table_of(
+    title: str, settings: Sequence[str], lines: Sequence[Line], heads: Sequence[str], widest: int = WIDEST
+) -> Table:
+    """Return a table.
+
+    Args:
+        heads: of the columns after the settings.
+        widest: characters of a setting in one line.
+    """
+    table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, title=title)
+    table.title_justify, table.title_style = "left", "bold"
+    for i, setting in enumerate(settings):
+        width = min(widest, max((len(line.settings[i]) for line in lines), default=0))
+        justify: JustifyMethod = "right" if widest == WIDEST else "left"
+        table.add_column(Text(setting), justify=justify, overflow="fold", min_width=width, max_width=widest)
+    for head in heads:
+        justify = "left" if head in LEFT else "right"
+        width = max(len(head), *(len(line.cells[head]) for line in lines))
+        table.add_column(head, justify=justify, min_width=width, no_wrap=True)
+    for line in lines:
+        # Text, because callbacks=[default] is no markup.
+        table.add_row(*map(Text, line.settings), *(line.cells[head] for head in heads), style=line.style)
     return table
 
 

@@ -9,16 +9,18 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
 
 ALPHA = 0.05  # of verdicts
 LEVEL = 0.95  # of intervals
-BLOCK = 1000  # characters; errors of differences over shorter ones come out too small
 SEED_SD = 0.005  # nats per character: of small models on small texts, where no two seeds tell
 PAIRED_BY_SEED = 8  # seeds that match; with fewer, it costs more degrees of freedom than it gains
 POWER = 0.8
+CERTAIN = 1e-4  # p values below are not computed exactly, which takes 30 ms each
+LARGE = 200  # degrees of freedom that are as good as infinitely many
 
 Verdict = Literal["better", "worse", "within noise", "not comparable"]
 
@@ -104,6 +106,10 @@ class Comparison:
             more = f"{self.more_seeds} more seed{'s' * (self.more_seeds != 1)} of each would show {self.detectable:.3f}"
         return f"{name}: within noise, {self.difference:+.4f} ± {self.se:.4f} (p = {self.p:.2g}); {more}"
 
+    def against(self) -> dict[str, Any]:
+        """Return what a table says of B."""
+        return {name: getattr(self, name) for name in ("difference", "se", "interval", "p")}
+
     def found(self) -> dict[str, Any]:
         """Return the comparison as plain types, for programs."""
         kept = ("a", "b", "verdict", "difference", "se", "interval", "p", "reasons", "seed_sd", "seed_sd_from")
@@ -111,13 +117,28 @@ class Comparison:
 
 
 def spread(systems: Sequence[System], default: float = SEED_SD) -> tuple[float, float, str]:
-    """Return the standard deviation over seeds, its degrees of freedom, and where it comes from."""
+    """Return the standard deviation over seeds, its degrees of freedom, and where it comes from.
+
+    It is pooled from two systems. Of more, it is the median, so that a few systems with a large spread, such as those
+    of a learning rate that is too high, hide no differences among the others; half of the degrees of freedom pay.
+    """
     several = [system.losses for system in systems if len(system.seeds) > 1]
     if not several:
         return default, math.inf, "assumed, as there is one seed of each"
-    free = sum(len(losses) - 1 for losses in several)
-    pooled = sum(float(losses.var(ddof=1)) * (len(losses) - 1) for losses in several) / free
-    return math.sqrt(pooled), free, f"of {free + len(several)} runs"
+    sizes, variances = [len(losses) for losses in several], [float(losses.var(ddof=1)) for losses in several]
+    free, source = sum(sizes) - len(sizes), f"of {sum(sizes)} runs"
+    if len(several) == 2:
+        return math.sqrt(sum(v * (n - 1) for v, n in zip(variances, sizes, strict=True)) / free), free, source
+    variance = statistics.median(v / median_of_variance(n) for v, n in zip(variances, sizes, strict=True))
+    return math.sqrt(variance), max(1, free // 2) if len(several) > 2 else free, source
+
+
+@cache
+def median_of_variance(n: int) -> float:
+    """Return the median of the sample variance of n normal values, whose variance is 1."""
+    from scipy import stats  # here, because it takes a second to import
+
+    return float(stats.chi2.median(n - 1) / (n - 1))
 
 
 def compare(
@@ -138,14 +159,42 @@ def compare(
     return [replace(one, p=p, verdict=verdict_of(one.difference, p)) for one, p in zip(found, adjusted, strict=True)]
 
 
+def against_best(systems: Sequence[System], default_sd: float = SEED_SD) -> list[Comparison]:
+    """Compare each system with the first, which is the best of them.
+
+    The best was chosen by its loss, so the difference of any other is at most the range of all: its p value is that of
+    the studentized range (Tukey 1949, with Kramer's correction for unequal variances, 1956). That assumes equal spreads
+    over seeds, so a system is worse only if a test by the two systems' own spreads (Welch 1947) says so too.
+    """
+    first, *others = systems
+    sd, free, source = spread(systems, default_sd)
+    found = []
+    for other in others:
+        one = one_by_one(first, other, sd, free, source, LEVEL, len(systems))
+        if min(one.n_seeds) > 1 and len(systems) > 2:
+            n, m = one.n_seeds
+            mine, theirs = float(first.losses.var(ddof=1)) / n, float(other.losses.var(ddof=1)) / m
+            of_seeds = mine + theirs
+            spent = mine**2 / (n - 1) + theirs**2 / (m - 1)
+            own = of_seeds**2 / spent if spent else math.inf
+            one = replace(one, p=max(one.p, p_of(one.difference, one.paired**2, of_seeds, own, len(first.characters))))
+        found.append(replace(one, verdict=verdict_of(one.difference, one.p)))
+    return found
+
+
 def verdict_of(difference: float, p: float) -> Verdict:
     if p >= ALPHA:
         return "within noise"
     return "better" if difference < 0 else "worse"
 
 
-def one_by_one(a: System, b: System, sd: float, free: float, source: str, level: float) -> Comparison:
-    """Compare two systems, without a correction for others."""
+def one_by_one(a: System, b: System, sd: float, free: float, source: str, level: float, best_of: int = 2) -> Comparison:
+    """Compare two systems.
+
+    Args:
+        sd, free, source: spread over seeds; see `spread`.
+        best_of: number of systems of which A was chosen as the best; 2 means that it was not chosen.
+    """
     from scipy import stats  # here, because it takes a second to import
 
     difference = b.loss - a.loss
@@ -161,23 +210,50 @@ def one_by_one(a: System, b: System, sd: float, free: float, source: str, level:
         sd, source = math.sqrt(float(by_seed.var(ddof=1)) / 2), f"of {len(by_seed)} differences, paired by seed"
     else:
         of_seeds = sd**2 * (1 / len(a.seeds) + 1 / len(b.seeds))
-    variance = paired + of_seeds
-    se = math.sqrt(variance)
-    if not se:
-        p, interval = float(difference == 0), (difference, difference)
-    else:
-        # Degrees of freedom of a sum of variances (Satterthwaite 1946).
-        spent = paired**2 / max(1, n - 1) + of_seeds**2 / free
-        t = stats.t(variance**2 / spent) if spent > 0 else stats.norm()
-        p = float(2 * t.sf(abs(difference) / se))
-        half = float(t.isf((1 - level) / 2)) * se
-        interval = difference - half, difference + half
+    se = math.sqrt(paired + of_seeds)
+    p = p_of(difference, paired, of_seeds, free, n, best_of)
+    half = float(stats.t.isf((1 - level) / 2, df=freedom(paired, of_seeds, free, n))) * se
+    interval = difference - half, difference + half
     detectable = max(0.001, round(abs(difference), 3))
     fewest = min(len(a.seeds), len(b.seeds))
     return Comparison(
         a.name, b.name, verdict_of(difference, p), difference, se, math.sqrt(paired), interval, p, sd, source,
         (len(a.seeds), len(b.seeds)), detectable, more_seeds(detectable, paired, sd, fewest),
     )  # fmt: skip
+
+
+def freedom(paired: float, of_seeds: float, free: float, n_blocks: int) -> float:
+    """Return the degrees of freedom of a sum of two variances (Satterthwaite 1946)."""
+    spent = paired**2 / max(1, n_blocks - 1) + of_seeds**2 / free
+    return (paired + of_seeds) ** 2 / spent if spent > 0 else math.inf
+
+
+def p_of(difference: float, paired: float, of_seeds: float, free: float, n_blocks: int, best_of: int = 2) -> float:
+    """Return the p value of a difference with the variances `paired` and `of_seeds`.
+
+    Args:
+        free: degrees of freedom of the second.
+        best_of: number of systems of whose range the difference is a part.
+    """
+    from scipy import stats
+
+    se = math.sqrt(paired + of_seeds)
+    if not se:
+        return float(difference == 0)
+    df, t = freedom(paired, of_seeds, free, n_blocks), abs(difference) / se
+    alone = float(2 * stats.t.sf(t, df=df))
+    pairs = best_of * (best_of - 1) / 2
+    if best_of <= 2 or alone * pairs < CERTAIN:
+        return min(1.0, alone * pairs)
+    return range_p(best_of, round(df) if df < LARGE else math.inf, round(t * math.sqrt(2), 3))
+
+
+@cache
+def range_p(n_groups: int, free: float, q: float) -> float:
+    """Return the probability that the studentized range of `n_groups` exceeds q."""
+    from scipy import stats
+
+    return float(stats.studentized_range.sf(q, n_groups, max(1, free)))
 
 
 def more_seeds(difference: float, paired: float, sd: float, there: int) -> int | None:

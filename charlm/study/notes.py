@@ -37,7 +37,7 @@ def notes(runs: list[Run], follows: dict[str, list[str]], repeated: int = 0, dam
         repeated: number of runs that a newer run with the same settings and seed replaces.
         damaged: a line for each folder that could not be read.
     """
-    found = [*texts(runs), *windows(runs), *budget(runs), *environment(runs)]
+    found = [*texts(runs), *windows(runs), *budget(runs), *environment(runs), *certificates(runs)]
     found += [Note(f"with {choice} also differ: {', '.join(names)}") for choice, names in follows.items()]
     if repeated:
         count = "a run repeats" if repeated == 1 else f"{repeated} runs repeat"
@@ -46,6 +46,16 @@ def notes(runs: list[Run], follows: dict[str, list[str]], repeated: int = 0, dam
     if len(damaged) > MOST_DAMAGED:
         found.append(Note(f"left out: {len(damaged) - MOST_DAMAGED} more folders that cannot be read"))
     return sorted((Note(printable(text, 500), loud) for text, loud in found), key=lambda note: not note.loud)
+
+
+def certificates(runs: list[Run]) -> Iterator[Note]:
+    """Which checks of `charlm evaluate --certify` the runs passed."""
+    certified = [run.certified for run in runs if run.certified]
+    if certified:
+        checks = dict.fromkeys(check for checks in certified for check in checks.split("; "))
+        passed = [check for check in checks if all(check in one.split("; ") for one in certified)]
+        which = "certified" if len(certified) == len(runs) else f"{len(certified)} of {len(runs)} runs are certified"
+        yield Note(f"{which}: {', '.join(passed)}")
 
 
 def texts(runs: list[Run]) -> Iterator[Note]:

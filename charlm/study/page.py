@@ -1,19 +1,20 @@
 """A study as one self-contained HTML file: notes, tables, plots. All text is escaped."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 
 from charlm import __version__
 from charlm.errors import printable
+from charlm.meaning import NOTHING
 from charlm.run.table import COLUMNS, LOSS
 from charlm.study.plots import Panel, curves_panels, maps_panels, settings_panels
 from charlm.study.runs import LONGEST, Run
-from charlm.study.study import CRITERION, Row, Study
+from charlm.study.study import Row, Study
 
-TEXTUAL = dict.fromkeys(("state", "run", "why", "against the best"), "text")  # columns aligned left
+TEXTUAL = dict.fromkeys(("state", "run", "why", "what", "against the best"), "text")  # columns aligned left
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 1160px; margin: 2em auto;
-  padding: 0 1.2em }
+  padding: 0 1.2em; overflow-wrap: anywhere }
 h1 { font-size: 1.5em; margin-bottom: 0 } h2 { font-size: 1.15em; margin-top: 2em }
 small, .pale { color: #666; font-size: 13px }
 ul.notes { padding-left: 1.2em } .loud { color: #a00018; font-weight: 600 }
@@ -21,7 +22,7 @@ ul.notes { padding-left: 1.2em } .loud { color: #a00018; font-weight: 600 }
 th, td { padding: .22em .8em; text-align: right; white-space: nowrap } td.text, th.text { text-align: left }
 td.reason { white-space: normal; text-align: left } thead th { border-bottom: 1.5px solid #1b1b1b; cursor: pointer }
 tbody tr:hover { background: #f3f6fa } tr.best { font-weight: 600 } tr.within { background: #eef6ee }
-.figures { display: flex; flex-wrap: wrap; gap: 1.2em } figure { margin: 0 }
+.figures { display: flex; flex-wrap: wrap; gap: 1.2em } figure { margin: 0; max-width: 100% }
 figure svg { max-width: 100%; height: auto }
 figcaption { color: #666; font-size: 13px; width: 0; min-width: 100% } figcaption b { color: #1b1b1b }
 figure svg { background: #fff; border-radius: 4px }
@@ -45,8 +46,9 @@ document.querySelectorAll('th').forEach(head => head.addEventListener('click', (
 """
 
 
-def page(study: Study, title: str) -> str:
-    """The whole file."""
+def page(study: Study, title: str, columns: Sequence[str] | None = None, others: Mapping[str, float] = NOTHING) -> str:
+    """The whole file; see `charlm.study.text.text`."""
+    names = study.swept if columns is None else columns
     title = escape(printable(title, LONGEST))
     text = "".join(f"<li{' class=loud' if note.loud else ''}>{escape(note.text)}</li>" for note in study.notes)
     parts = [
@@ -54,7 +56,8 @@ def page(study: Study, title: str) -> str:
         f"<p class=pale>{escape(counts(study))}</p>",
         f"<ul class=notes>{text}</ul>" if text else "",
         section("Without a final figure", unfinished(study, study.failed)) if study.failed else "",
-        section("Runs", table(study)) if study.rows else "",
+        section("Runs", table(study, names)) if study.rows else "",
+        section("On the same text", references(study, others)) if study.references else "",
         "".join(f"<p>{escape(line)}</p>" for line in study.meaning),
         pictures("One setting at a time", settings_panels(study)),
         pictures("Two at a time", maps_panels(study)),
@@ -92,23 +95,36 @@ def pictures(title: str, panels: Sequence[Panel]) -> str:
     return f"<h2>{title}</h2>\n<div class=figures>{''.join(drawn)}</div>" if drawn else ""
 
 
-def table(study: Study) -> str:
+def references(study: Study, others: Mapping[str, float]) -> str:
+    """Return the table of what reaches which loss without training, with the best row among it."""
+    best = "the best row"
+    lines = [*({**study.references, **others}).items(), (best, study.rows[0].loss)]
+    return html_table(
+        ["what", "val loss"],
+        [
+            f'<tr class="{"best" if name == best else ""}">{cell(name, kind="text")}{cell(f"{loss:.4f}")}</tr>'
+            for name, loss in sorted(lines, key=lambda line: line[1])
+        ],
+    )
+
+
+def table(study: Study, names: Sequence[str]) -> str:
     rest = [column.head for column in COLUMNS if column != LOSS]
-    heads = [LOSS.head, *(study.labels[name] for name in study.swept), "seeds", *rest]  # the loss is seen on a phone
+    heads = [LOSS.head, *(study.labels[name] for name in names), "seeds", *rest]  # the loss is seen on a phone
     seeds = {len(row.runs) for row in study.rows}
     text = "Losses are in nats per character. "
     text += "± is the standard deviation over seeds. " if max(seeds) > 1 else ""
     text += "±*: there is one seed, and this is the standard error of the text. " if 1 in seeds else ""
-    return html_table([*heads, "against the best"], [line(study, row) for row in study.rows]) + (
-        f"</div><p class=pale>{escape(f'{text}Against the best: {CRITERION}')}</p><div>"
+    return html_table([*heads, "against the best"], [line(study, row, names) for row in study.rows]) + (
+        f"</div><p class=pale>{escape(text + study.criterion)}</p><div>"
     )
 
 
-def line(study: Study, row: Row) -> str:
+def line(study: Study, row: Row, names: Sequence[str]) -> str:
     verdict = study.verdict(row)
     cells = [
         cell(study.formatted[name][row.settings[name]], row.settings[name]) if name in row.settings else cell("-")
-        for name in study.swept
+        for name in names
     ]
     cells.append(cell(str(len(row.runs))))
     figures = {}
@@ -121,6 +137,9 @@ def line(study: Study, row: Row) -> str:
         figures[head] = cell(text, mean)
     cells = [figures.pop(LOSS.head), *cells, *figures.values()]
     kind = {"best": "best", "within noise": "within"}.get(verdict, "")
+    one = study.compared.get(id(row))
+    if one and verdict == one.verdict:
+        verdict += f", {one.difference:+.4f} ± {one.se:.4f} (p = {one.p:.2g})"
     return f'<tr class="{kind}">{"".join(cells)}{cell(verdict, kind="text")}</tr>'
 
 

@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from charlm.errors import InputError, printable
 from charlm.files import is_regular
 from charlm.run.overrides import typed
 from charlm.run.record import RUN_JSON, Record, flat, read_record
-from charlm.run.results import RESULTS, in_characters, read_results, read_validations
+from charlm.run.results import CERTIFIED, RESULTS, in_characters, read_blocks, read_results, read_validations
 from charlm.schema import name_of
 from charlm.sweep import ledger
 
@@ -47,6 +48,7 @@ class Run:
         settings: all that it was trained with, by dotted names; a choice by its group: {"model": "gpt"}.
         given: the names of those that its command line set, in its order.
         figures: the numbers of its results.json, by their names there and below: "baselines.val.bigram".
+        certified: the checks that it passed, joined by "; ".
         stopped_by: what ended the training of a run that has finished.
         validations: step, seconds and val loss of each.
         record: its run.json.
@@ -61,6 +63,7 @@ class Run:
     given: tuple[str, ...] = ()
     figures: dict[str, float] = field(default_factory=dict)
     stopped_by: str = ""
+    certified: str = ""
     validations: list[tuple[int, float, float]] = field(default_factory=list)
     record: Record | None = None
     folder: str = ""
@@ -81,6 +84,15 @@ class Run:
         corpus = (self.record and self.record["corpus"]) or {}
         parts = (self.settings.get(f"data.{part}_fraction") for part in ("val", "test"))
         return (corpus.get("sha256"), *parts, self.figures.get("min_context", 1.0))
+
+    @cached_property
+    def blocks(self) -> list[tuple[float, float]]:
+        """Characters and nats of each block of val; none if the run does not have them, or if they are of other losses
+        than its results.
+        """
+        found = read_blocks(Path(self.folder)) if self.folder and self.loss is not None else []
+        loss = sum(nats for _, nats in found) / sum(n for n, _ in found) if found else math.nan
+        return found if math.isclose(loss, self.figures.get("val/loss", 0.0), abs_tol=1e-3) else []
 
     @property
     def lost(self) -> bool:
@@ -172,6 +184,7 @@ def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
         tuple(given),
         figures,
         printable(str(results.get("stopped_by", "")), LONGEST),
+        printable(str(results.get(CERTIFIED, "")), 500),
         [validation for validation in validations if all(map(sane, validation))],
         record,
         str(folder),

@@ -7,24 +7,21 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from charlm.errors import InputError, printable
-from charlm.meaning import meaning
+from charlm.meaning import meaning, references
 from charlm.run.results import whole_results
 from charlm.run.table import COLUMNS
+from charlm.study.comparison import ALPHA, Comparison, System, against_best
 from charlm.study.notes import Note, notes
 from charlm.study.runs import FAILED, LONGEST, STATES, Run, Value, ordered, read_runs, shown
 
 CHOICES = {"model", "optimizer", "scheduler", "tokenizer", "logger", "data", "experiment", "callbacks"}
-SIGNIFICANT = 0.05
-CRITERION = (
-    f"within noise of it, by a range test over the seeds of all rows and Welch's t-test of the two (p >= {SIGNIFICANT} "
-    "in either; among equal rows, at most one table in twenty calls any worse); one seed cannot tell. Above uniform: "
-    "worse than guessing among all characters."
-)
 
 
 @dataclass(frozen=True)
@@ -54,6 +51,16 @@ class Row:
     @property
     def loss(self) -> float:
         return statistics.fmean(self.values("val/loss"))
+
+    def system(self, name: str, paired: bool) -> System:
+        """Return the row as `charlm.study.comparison` takes it.
+
+        Args:
+            paired: by blocks of val; False: with the whole as one block.
+        """
+        blocks = [run.blocks if paired else [(1.0, run.figures["val/loss"])] for run in self.runs]
+        characters, nats = np.array(blocks).transpose(2, 0, 1)
+        return System(name, tuple(run.seed or 0 for run in self.runs), nats, characters[0])
 
     @property
     def error(self) -> float | None:
@@ -116,34 +123,66 @@ class Study:
         names = [name for name in (self.swept if names is None else names) if name in row.settings]
         return ", ".join(f"{self.labels[name]}={self.formatted[name][row.settings[name]]}" for name in names)
 
+    def named(self, words: Sequence[str]) -> list[str]:
+        """Return the swept settings with the given names or labels.
+
+        Raises:
+            InputError: if there is no such setting.
+        """
+        known = {label: name for name, label in self.labels.items()} | {name: name for name in self.swept}
+        if unknown := [word for word in words if word not in known]:
+            there = ", ".join(self.labels.values()) or "none"
+            raise InputError(f"--columns {unknown[0]} is no setting in which these runs differ: {there}")
+        return [known[word] for word in words]
+
     def near(self, run: Run) -> str:
         """Return the folder of a run relative to that of the study."""
         return run.name.removeprefix(self.place)
 
     def verdict(self, row: Row) -> str:
-        """Compare a row with the best, by CRITERION."""
+        """Compare a row with the best; see `criterion`."""
         if not self.comparable:
             return "not comparable"
         if lost := sum(run.lost for run in row.runs):
             return "above uniform" if lost == len(row.runs) else f"{lost} of {len(row.runs)} above uniform"
         if row is self.rows[0]:
             return "best"
-        worse = self.worse.get(id(row))
-        return "one seed" if worse is None else "worse" if worse else "within noise"
+        one = self.compared.get(id(row))
+        return one.verdict if one else "worse"
 
     @cached_property
-    def worse(self) -> dict[int, bool]:
-        """Whether each row with several seeds is worse than the best, by the row's id.
-
-        The range test accounts for the number of rows and for the choice of the best among them, which a t-test against
-        the best does not; it assumes equal variances, and the t-test does not. A row is worse only if both say so.
-        """
-        rows = [row for row in self.rows if len(row.runs) > 1 and not any(run.lost for run in row.runs)]
-        if not rows or rows[0] is not self.rows[0]:
+    def compared(self) -> dict[int, Comparison]:
+        """How each row compares with the best, by the row's id; none of rows that are worse than guessing."""
+        rows = [row for row in self.rows if not any(run.lost for run in row.runs)]
+        if not self.comparable or not rows or rows[0] is not self.rows[0]:
             return {}
-        groups = [row.values("val/loss") for row in rows]
-        differs = zip(rows, groups, range_test(groups), strict=True)
-        return {id(row): far and (welch(groups[0], group) or 0) < SIGNIFICANT for row, group, far in differs}
+        found = against_best([row.system(self.label(row), self.paired) for row in rows])
+        return {id(row): one for row, one in zip(rows[1:], found, strict=True)}
+
+    @cached_property
+    def paired(self) -> bool:
+        """Whether all runs have the losses of the same blocks of val."""
+        numbers = {len(run.blocks) for row in self.rows for run in row.runs}
+        return len(numbers) == 1 and numbers.pop() > 1
+
+    @cached_property
+    def criterion(self) -> str:
+        """Say what the verdicts mean."""
+        lost = " Above uniform: worse than guessing among all characters." if self.has_lost else ""
+        if not self.compared:
+            return lost.strip()
+        one = next(iter(self.compared.values()))
+        text = "of the text, in pairs by blocks of val, and " if self.paired else ""
+        return (
+            f"Within noise: p >= {ALPHA} in a test that knows of the choice among {len(self.compared) + 1} rows; of "
+            f"tables with equal rows, at most one in twenty calls any worse. The error is that {text}of the seed, with "
+            f"a standard deviation of {one.seed_sd:.2g} nats {one.seed_sd_from}.{lost}"
+        )
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether a run is worse than guessing."""
+        return any(run.lost for row in self.rows for run in row.runs)
 
     def best_by_value(self, name: str) -> dict[Value, Row]:
         """The best row of each value of a setting."""
@@ -171,11 +210,24 @@ class Study:
 
         return sorted((name for name in self.swept if len(self.values(name)) > 1), key=effect, reverse=True)
 
+    @cached_property
+    def references(self) -> dict[str, float]:
+        """Losses on the same text without training, nats per character, by what reaches them."""
+        run = self.rows[0].runs[0] if self.rows and self.comparable else None
+        results: Any = whole_results(Path(run.folder)) if run and run.folder else None
+        if not run or not run.record or not results:
+            return {}
+        try:
+            return references(results, run.record["config"])
+        except (KeyError, TypeError, ValueError, ArithmeticError):  # figures of a stranger
+            return {}
+
     def found(self) -> dict[str, Any]:
         """Return the study as plain types, for programs."""
         return {
             "notes": [note._asdict() for note in self.notes],
             "swept": self.swept,
+            "references": self.references,
             "rows": [
                 {
                     "settings": row.settings,
@@ -184,6 +236,7 @@ class Study:
                     **{c.figure: {"mean": row.mean(c.figure), "sd": row.sd(c.figure)} for c in COLUMNS},
                     "val/loss_se": row.mean("val/loss_se"),
                     "verdict": self.verdict(row),
+                    **(self.compared[id(row)].against() if id(row) in self.compared else {}),
                 }
                 for row in self.rows
             ],
@@ -267,58 +320,3 @@ def short(names: Sequence[str]) -> dict[str, str]:
     """Shorten names to their last part, where that is unique."""
     times = Counter(name.rpartition(".")[2] for name in names)
     return {name: last if times[last := name.rpartition(".")[2]] == 1 else name for name in names}
-
-
-def welch(one: Sequence[float], other: Sequence[float]) -> float | None:
-    """Return the two-sided p value of equal means where variances may differ (Welch 1947).
-
-    None with fewer than two values each.
-    """
-    from scipy import stats  # here, because it takes a second to import
-
-    if min(len(one), len(other)) < 2:
-        return None
-    if len({*one}) == len({*other}) == 1:  # no variance: the test divides by it
-        return float(one[0] == other[0])
-    return float(stats.ttest_ind(one, other, equal_var=False).pvalue)
-
-
-def range_test(groups: Sequence[Sequence[float]]) -> list[bool]:
-    """Return whether each group's mean differs from that of the first, by a robust form of Tukey's range test.
-
-    Tukey (1949), with Kramer's (1956) correction for groups of different sizes, pools the variances of all groups. Here
-    the pooled variance is their median, so that a few groups with a large spread, such as those of a learning rate that
-    is too high, do not hide differences among the others; half of the degrees of freedom pay for that. In simulations
-    any of 2 to 20 equal groups differs in fewer than one case of twenty. Each group has at least two values.
-    """
-    if len(groups) < 2:
-        return [False] * len(groups)
-    sizes, variances = [len(group) for group in groups], [statistics.variance(group) for group in groups]
-    free = sum(sizes) - len(groups)  # degrees of freedom
-    if len(groups) == 2:
-        variance = sum(v * (n - 1) for v, n in zip(variances, sizes, strict=True)) / free
-    else:
-        variance = statistics.median(v / median_of_variance(n) for v, n in zip(variances, sizes, strict=True))
-        free = max(1, free // 2)
-    found = []
-    for group in groups:
-        error = math.sqrt(variance / 2 * (1 / len(group) + 1 / sizes[0]))
-        apart = abs(statistics.fmean(group) - statistics.fmean(groups[0]))
-        found.append(apart > range_point(len(groups), free) * error if error else apart > 0)
-    return found
-
-
-@cache
-def range_point(groups: int, free: int) -> float:
-    """Return the upper point of the studentized range, for SIGNIFICANT and `free` degrees of freedom."""
-    from scipy import stats  # here, because it takes a second to import
-
-    return float(stats.studentized_range.isf(SIGNIFICANT, groups, free))
-
-
-@cache
-def median_of_variance(n: int) -> float:
-    """Return the median of the sample variance of n normal values, whose variance is 1."""
-    from scipy import stats
-
-    return float(stats.chi2.median(n - 1) / (n - 1))

@@ -1,7 +1,8 @@
 """Runs, rows of sweeps and checkpoints -> systems to compare: what differs, and their losses on one text."""
 
+import math
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,18 +15,20 @@ from torch import Tensor, nn
 from charlm import checkpoint
 from charlm.data import CharDataModule
 from charlm.data.chunks import IGNORE
+from charlm.data.compressors import bytes_per_character, compressed
 from charlm.data.corpora import corpus_of
 from charlm.errors import InputError
-from charlm.evaluate import token_losses
+from charlm.evaluate import Blocks, evaluate, token_losses
 from charlm.model import device_of
 from charlm.run.overrides import typed
+from charlm.run.record import RUN_JSON
 from charlm.schema import check_node
-from charlm.study.comparison import BLOCK, System
+from charlm.study.comparison import System
 from charlm.study.notes import Note, budget, environment
 from charlm.study.runs import Run, parsed, read_runs
-from charlm.study.study import study_of
+from charlm.study.study import Study, study_of
+from charlm.tokenizer import ByteTokenizer
 
-FEWEST = 10  # blocks, where a text is short
 ROW = "@"  # before the settings of a row: SWEEP@optimizer.lr=0.01,model=gpt
 
 
@@ -120,17 +123,9 @@ def losses_of(
     return Losses(torch.cat(nats), ends - lengths, int(ends[-1]))
 
 
-def system_of(name: str, seeds: Sequence[int], found: Sequence[Losses]) -> System:
-    """Sum the losses of runs over blocks of BLOCK characters, or FEWEST blocks; the last takes the rest."""
-    block = max(1, min(BLOCK, found[0].characters // FEWEST))
-    n_blocks = found[0].characters // block
-    nats = [
-        torch.bincount((one.position // block).clamp_max(n_blocks - 1), one.nats, n_blocks).numpy() for one in found
-    ]
-    characters = np.full(n_blocks, float(block))
-    characters[-1] += found[0].characters - n_blocks * block
-    characters[0] -= int(found[0].position[0])  # those that no target begins with
-    return System(name, tuple(seeds), np.stack(nats), characters)
+def system_of(name: str, seeds: Sequence[int], found: Sequence[tuple[Tensor, Tensor]]) -> System:
+    """Join runs of one recipe, given the characters and the nats of their blocks."""
+    return System(name, tuple(seeds), np.stack([nats.numpy() for _, nats in found]), found[0][0].numpy())
 
 
 def data_of(one: checkpoint.Checkpoint, run: Path, **changes: Any) -> CharDataModule:
@@ -143,17 +138,47 @@ def data_of(one: checkpoint.Checkpoint, run: Path, **changes: Any) -> CharDataMo
     Raises:
         InputError: if its settings are none of a data module, or the text has changed since.
     """
-    settings = {k: v for k, v in one.config["data"].items() if not k.startswith("_")}
-    try:
-        check_node("data", settings | {"_target_": "charlm.data.CharDataModule"})
-    except InputError as error:
-        raise InputError(f"{one.path} is not used: {error}") from error
-    corpus = corpus_of(settings)
-    if corpus.survey.sha256 != one.corpus["sha256"]:
-        raise InputError(f"{corpus.source} has changed since {run} was trained on it: put the old text back")
+    settings = checked(one.config["data"], one.corpus["sha256"], one.path, run)
     data = CharDataModule(**(settings | changes), tokenizer=lambda *_: one.tokenizer)
     data.setup()
     return data
+
+
+def checked(data: Mapping[str, Any], sha256: str, file: Path, run: Path | str) -> dict[str, Any]:
+    """Return the arguments of a data module from the settings of a run.
+
+    Args:
+        data, sha256: settings and hash of the text, as `file` has them.
+        run: as it was typed.
+
+    Raises:
+        InputError: if they are none of a data module, or the text has changed since.
+    """
+    settings = {k: v for k, v in data.items() if not k.startswith("_")}
+    try:
+        check_node("data", settings | {"_target_": "charlm.data.CharDataModule"})
+    except InputError as error:
+        raise InputError(f"{file} is not used: {error}") from error
+    corpus = corpus_of(settings)
+    if corpus.survey.sha256 != sha256:
+        raise InputError(f"{corpus.source} has changed since {run} was trained on it: put the old text back")
+    return settings
+
+
+def compressed_val(study: Study) -> dict[str, float]:
+    """Return what general compressors make of the val split of a study's runs, nats per character.
+
+    Raises:
+        InputError: if there is no such text, or it has changed.
+    """
+    run = study.rows[0].runs[0] if study.rows and study.comparable else None
+    if not run or not run.record or not run.record["corpus"]:
+        raise InputError("--compress needs finished runs on one text")
+    sha256 = str(run.record["corpus"].get("sha256"))
+    settings = checked(run.record["config"].get("data") or {}, sha256, Path(run.folder, RUN_JSON), run.name)
+    data = CharDataModule(**settings, tokenizer=ByteTokenizer.from_corpus)
+    per_char = math.log(2) * bytes_per_character(data)
+    return {f"{one.compressor}, given train": one.given_train * per_char for one in compressed(data)}
 
 
 def measure(
@@ -181,7 +206,11 @@ def measure(
         for number, kept in enumerate(several, 1):
             of = f" {number} of {len(several)}" if len(several) > 1 else ""
             with tracked(f"evaluating {one.name}{of}") as report:
-                found.append(losses_of(kept.model, data_of(kept, kept.path), split, context, report))
+                data = data_of(kept, kept.path)
+                windows = data.windows(split, device_of(kept.model), stride=data.block_size - context + 1)
+                blocks = Blocks(data.splits[split], data.sizes)
+                evaluate(kept.model, windows, report, blocks)
+                found.append(blocks.summed())
         seeds = [int(kept.config.get("seed", number)) for number, kept in enumerate(several)]
         systems.append(system_of(one.name, seeds, found))
     return systems, [], context

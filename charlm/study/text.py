@@ -1,7 +1,7 @@
 """A study on the terminal: notes, failed runs, the table, the effect of each setting; and verdicts."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -10,25 +10,35 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from charlm.meaning import NOTHING
 from charlm.run.table import COLUMNS, LOSS, Line, terminal_table
 from charlm.study.comparison import Comparison, System
 from charlm.study.runs import Run
-from charlm.study.study import CRITERION, Row, Study
+from charlm.study.study import Row, Study
 
 MOST_ROWS = 30
 MOST_VALUES = 8
-MARKS = {"within noise": "≈ best", "one seed": "?"}  # as a terminal is narrow
+MARKS = {"within noise": "≈ best"}  # as a terminal is narrow
 
 
-def text(study: Study, console: Console) -> RenderableType:
-    """Return the whole text of a study, fitted to the console."""
+def text(
+    study: Study, console: Console, columns: Sequence[str] | None = None, others: Mapping[str, float] = NOTHING
+) -> RenderableType:
+    """Return the whole text of a study, fitted to the console.
+
+    Args:
+        columns: names of settings to show; None: all that were swept.
+        others: losses on the same text, by what reaches them; they are shown next to `Study.references`.
+    """
     parts: list[RenderableType] = [
         Text(f"! {note.text}", "bold red") if note.loud else Text(f"- {note.text}") for note in study.notes
     ]
     if study.failed:
         parts += [unfinished(study, study.failed, "without a final figure", "bold red")]
     if study.rows:
-        parts += [Text(), table(study, console), Text(legend(study), "dim")]
+        parts += [Text(), table(study, console, study.swept if columns is None else columns)]
+        parts += [Text(legend(study), "dim")]
+        parts += [Text(), references(study, others)] if study.references else []
         parts += [Text(), *map(Text, study.meaning)] if study.meaning else []
         parts += [Text(), settings(study)] if study.varied else []
     if study.others:
@@ -36,18 +46,33 @@ def text(study: Study, console: Console) -> RenderableType:
     return Group(*parts)
 
 
-def table(study: Study, console: Console) -> Table:
-    """Return the table of rows, best first, without columns that do not fit."""
-    lines = [line_of(study, row) for row in study.rows[:MOST_ROWS]]
-    # With one seed per row there are no statistics over seeds.
-    without = ("seeds", "vs best") if all(len(row.runs) == 1 for row in study.rows) else ()
+def references(study: Study, others: Mapping[str, float]) -> Table:
+    """Return the table of what reaches which loss without training, with the best row among it."""
+    made = Table("", "val loss", box=box.SIMPLE_HEAD, title="On the same text")
+    made.title_justify, made.title_style = "left", "bold"
+    made.columns[1].justify = "right"
+    best = f"the best row: {study.label(study.rows[0])}" if study.swept else "the best row"
+    lines = [*({**study.references, **others}).items(), (best, study.rows[0].loss)]
+    for name, loss in sorted(lines, key=lambda line: line[1]):
+        made.add_row(Text(name), f"{loss:.4f}", style="bold" if name == best else "")
+    return made
+
+
+def table(study: Study, console: Console, names: Sequence[str]) -> Table:
+    """Return the table of rows, best first, without columns that do not fit.
+
+    Args:
+        names: of the settings to show.
+    """
+    lines = [line_of(study, row, names) for row in study.rows[:MOST_ROWS]]
+    without = ("seeds",) * all(len(row.runs) == 1 for row in study.rows) + ("vs best",) * (len(study.rows) == 1)
     runs = sum(len(row.runs) for row in study.rows)
     title = f"{runs} finished run{'s' * (runs > 1)}, by val loss (nats per character)"
-    return terminal_table(title, [study.labels[name] for name in study.swept], lines, console, without)
+    return terminal_table(title, [study.labels[name] for name in names], lines, console, without)
 
 
-def line_of(study: Study, row: Row) -> Line:
-    settings = [study.formatted[name][row.settings[name]] if name in row.settings else "-" for name in study.swept]
+def line_of(study: Study, row: Row, names: Sequence[str]) -> Line:
+    settings = [study.formatted[name][row.settings[name]] if name in row.settings else "-" for name in names]
     verdict = study.verdict(row)
     one_seed = len(row.runs) == 1
     cells = {
@@ -64,7 +89,7 @@ def legend(study: Study) -> str:
     seeds = {len(row.runs) for row in study.rows}
     parts = ["± is the standard deviation over seeds."] if max(seeds) > 1 else []
     parts += ["±* is the standard error of the text, as there is one seed."] if 1 in seeds else []
-    parts += [f"≈ best: {CRITERION}"] if len(study.rows) > 1 and max(seeds) > 1 else []
+    parts += [study.criterion] if len(study.rows) > 1 else []
     parts += [f"{len(study.rows) - MOST_ROWS} more rows are in the HTML file."] if len(study.rows) > MOST_ROWS else []
     return " ".join(parts)
 
