@@ -225,6 +225,8 @@ FILES: dict[str, Change] = {
     "zeros as checkpoint": instead("checkpoints/last.ckpt", zeros),
     "a linked lock": instead(".lock", link("log")),
     "a fifo as lock": instead(".lock", fifo),
+    "linked blocks": instead("val_blocks.csv", link("log")),
+    "garbage as blocks": instead("val_blocks.csv", holding(b"characters,nats\n1,2,3\n\xff\n0,nan\n1,1e999\n")),
     "linked validations": instead("validations.csv", link("log")),
     "a fifo as validations": instead("validations.csv", fifo),
     "garbage as validations": instead("validations.csv", holding(b"step\n1,2,3,4\n\xff\xfe\n1,nan,1e999\n")),

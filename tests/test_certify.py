@@ -115,6 +115,8 @@ def test_the_command_certifies_and_refuses(train, call, text_file, tmp_path):
     assert ended.code == 0, ended.err
     assert COUNTED in json.loads(ended.out)["certified"]
     assert f"certified: {SUMS}, {CAUSAL}" in call("evaluate", "run", "--certify").out.replace("\n", " ")
+    assert COUNTED in json.loads((tmp_path / "run" / "results.json").read_text())["certified"].split("; ")
+    assert f"certified: {SUMS}, {CAUSAL}" in call("report", "run").out.replace("\n", " ")
     place = tmp_path / "run" / "checkpoints" / "last.ckpt"
     content = read_archive(place)
     tokenizer = checkpoint.load("run").tokenizer
@@ -123,6 +125,7 @@ def test_the_command_certifies_and_refuses(train, call, text_file, tmp_path):
     ended = call("evaluate", "run", "--certify")
     assert ended.code == 1
     assert f"is not certified: {COUNTED}: it has counted 20,000 tokens that are not the 18,000" in ended.err
+    assert "certified" not in json.loads((tmp_path / "run" / "results.json").read_text())
 
 
 def test_any_other_text_can_be_scored(trained, call, tmp_path, prose):

@@ -125,6 +125,36 @@ def test_the_difference_is_that_of_the_exact_losses(runs, call):
     assert found["difference"] == pytest.approx(losses[1] - losses[0], abs=1e-5)
 
 
+def test_the_report_of_a_sweep_says_the_same_as_the_comparison_of_its_rows(runs, call):
+    found = json.loads(call("report", str(runs / "gpt"), "--json").out)
+    best, other = found["rows"]
+    names = [f"{runs / 'gpt'}@tokenizer={row['settings']['tokenizer']}" for row in (best, other)]
+    _, alone = compared(call, *names)
+    assert other["difference"] == pytest.approx(alone["difference"], abs=1e-4)
+    assert other["se"] == pytest.approx(alone["se"], rel=0.02)
+    assert other["p"] == pytest.approx(alone["p"], rel=0.1)
+    assert list(found["references"]) == ["guessing", "counting characters", "counting pairs"]
+    with_others = json.loads(call("report", str(runs / "gpt"), "--json", "--compress").out)["references"]
+    assert {"xz, given train", "gzip, given train"} <= with_others.keys()
+    assert all(0.5 < loss < 6 for loss in with_others.values())
+    shown = call("report", str(runs / "gpt"), "--compress").out
+    assert "xz, given train" in shown
+    assert "of the text, in pairs by blocks" in " ".join(shown.split())
+
+
+def test_blocks_that_are_missing_or_damaged_are_not_used(runs, call, tmp_path):
+    import shutil
+
+    shutil.copytree(runs / "gpt", tmp_path / "gpt")
+    file = next((tmp_path / "gpt").glob("*/val_blocks.csv"))
+    for damage in (b"characters,nats\n1000,1.0\n", b"\xff\xfe", b"characters,nats\n1,x\n", b"a\n0,nan\n"):
+        file.write_bytes(damage)
+        ended = call("report", "gpt")
+        assert ended.code == 0
+        assert "of the text, in pairs" not in " ".join(ended.out.split())
+        assert "of the seed, with a standard deviation" in " ".join(ended.out.split())
+
+
 def test_three_are_each_compared_with_the_first(runs, call):
     names = [str(runs / "bigram"), f"{runs / 'bigram'}@seed=1", f"{runs / 'gpt'}@tokenizer=char"]
     code, found = compared(call, *names)

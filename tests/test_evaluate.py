@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from charlm.data.chunks import Windows
+from charlm.data.chunks import IGNORE, Windows
 from charlm.data.corpus import Corpus
 from charlm.data.datamodule import CharDataModule
 from charlm.data.pairs import Pairs
 from charlm.errors import InputError
-from charlm.evaluate import Score, baselines, evaluate, figures
+from charlm.evaluate import FINE, Blocks, Score, baselines, evaluate, figures
 from charlm.model.bigram import Bigram
 from charlm.tokenizer import CharTokenizer
 
@@ -210,3 +210,32 @@ def test_published_results_are_shown_next_to_ones_own(call, trained, monkeypatch
     rows = [line.split() for line in lines if "0" in line]
     assert [row[:2] for row in rows] == [["a", "giant"], ["bigram", "at"], ["a", "dwarf"]]
     assert rows[1][-1] == f"{found['val/bits_per_byte']:.4f}"
+
+
+def test_a_least_context_is_a_stride(call, trained):
+    by_context = json.loads(call("evaluate", str(trained), "--split", "val", "--context", "4", "--json").out)
+    by_stride = json.loads(call("evaluate", str(trained), "--split", "val", "--stride", "5", "--json").out)
+    assert by_context == by_stride
+    assert by_context["min_context"] == 4
+    assert call("evaluate", str(trained), "--context", "9").err.endswith("give 1 to block_size (8)\n")
+    assert "give one of them" in call("evaluate", str(trained), "--context", "2", "--stride", "2").err
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=3000), st.integers(1, 50), st.booleans())
+def test_blocks_hold_all_targets_in_the_order_of_the_text(ids, width, of_bytes):
+    sizes = torch.tensor([[1, 1], [2, 2], [3, 4], [0, 1], [1, 2]]) if of_bytes else None
+    tokens = torch.tensor([0, *ids])
+    blocks = Blocks(tokens, sizes)
+    lengths = torch.ones_like(tokens) if sizes is None else sizes[tokens, 0]
+    for start in range(1, len(tokens), width):
+        y = tokens[start : start + width][None]
+        padded = torch.cat([torch.full((1, 2), IGNORE), y], 1)
+        blocks.add(torch.where(padded == IGNORE, 0.0, 0.5), padded)
+    characters, nats = blocks.summed()
+    assert float(nats.sum()) == pytest.approx(0.5 * (len(tokens) - 1))
+    assert int(characters.sum()) == int(lengths[1:].sum())
+    size = int(characters[0]) + 1
+    assert size == FINE or size <= max(1000, int(lengths.sum()) // 10)
+    begins = lengths.cumsum(0) - lengths
+    first = begins[1:] // size == 0 if len(characters) > 1 else torch.ones(len(tokens) - 1, dtype=torch.bool)
+    assert float(nats[0]) == pytest.approx(0.5 * int(first.sum()))

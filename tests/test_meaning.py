@@ -8,6 +8,7 @@ import pytest
 
 from charlm.meaning import meaning
 
+DATA: dict[str, Any] = {"data": {"val_fraction": 0.1}}
 BASELINES = {"uniform": 4.2, "unigram": 3.3, "bigram": 2.5}
 
 
@@ -25,7 +26,7 @@ def of(
     (tmp_path / "validations.csv").write_text("\n".join(["step,seconds,val/loss", *lines, ""]))
     if train is not None:
         np.full(300, train, "<f4").tofile(tmp_path / "losses.f32")
-    return meaning(found, {"model": model or {"n_layer": 2, "n_embd": 8}}, tmp_path)
+    return meaning(found, DATA | {"model": model or {"n_layer": 2, "n_embd": 8}}, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -42,10 +43,18 @@ def test_it_says_between_which_known_figures_a_loss_lies(tmp_path, loss, words):
 
 
 def test_published_results_are_among_them(tmp_path):
-    known = "nats per character lies between counting pairs (2.5000) and the best published (1.4543)."
+    known = "nats per character lies between counting pairs (2.5000) and bz2, given train (1.6622)."
     assert known in of(tmp_path, results(1.9, steps=0, corpus="tinyshakespeare"), [])[0]
+    ngram = of(tmp_path, results(1.6, steps=0, corpus="tinyshakespeare"), [])[0]
+    assert "and modified Kneser-Ney 7-gram, windows of 256 (model=ngram) (1.5296)" in ngram
     better = of(tmp_path, results(1.4, steps=0, corpus="tinyshakespeare"), [])[0]
-    assert better.endswith("is better than the best published (1.4543).")
+    assert better.endswith("is better than lowest claim, one seed (nanoGPT, pull request 254) (1.4543).")
+
+
+def test_published_results_are_of_the_usual_split_only(tmp_path):
+    found = results(1.4, steps=0, corpus="tinyshakespeare")
+    other = meaning(found, {"data": {"val_fraction": 0.2}, "model": {}}, tmp_path)
+    assert other == ["1.4000 nats per character is better than counting pairs (2.5000)."]
 
 
 def test_baselines_are_per_character_whatever_the_tokens(tmp_path):
@@ -86,4 +95,4 @@ def test_a_bigram_at_its_floor_can_do_no_better(tmp_path):
 def test_damaged_files_of_a_run_cost_no_line(tmp_path):
     (tmp_path / "losses.f32").write_bytes(b"abc")
     (tmp_path / "validations.csv").write_text("nonsense")
-    assert len(meaning(results(1.9), {"model": {}}, tmp_path)) == 2
+    assert len(meaning(results(1.9), DATA | {"model": {}}, tmp_path)) == 2

@@ -550,6 +550,23 @@ def test_a_narrow_terminal_shows_whole_figures(make, tmp_path, width):
     assert all(f"{row.loss:.4f} ± {row.sd():.4f}" in out for row in study.rows)
 
 
+def test_many_settings_share_a_column_or_are_chosen(make, tmp_path, call):
+    for i, lr in enumerate((1e-3, 1e-2)):
+        many = {"model__n_embd": 64 + i, "model__dropout": 0.25 * i, "optimizer__weight_decay": 0.1 * i}
+        make(f"s/{i}", 2 + 0.3 * i, data__batch_size=4 + i, data__min_context=1, optimizer__lr=lr, **many)
+    console = Console(width=60, file=io.StringIO())
+    console.print(text(read_study([tmp_path / "s"]), console))
+    out = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "lr=0.001" in out
+    assert "2.0000 ±" in out
+    assert all(len(line) <= 60 for line in out.splitlines())
+    few = call("report", "s", "--columns", "lr,batch_size").out.split("by val loss")[1].split("±")[0]
+    assert few.split()[3:5] == ["lr", "batch_size"]
+    assert call("report", "s", "--columns", "foo").err == (
+        "charlm: --columns foo is no setting in which these runs differ: lr, batch_size\n"
+    )
+
+
 @pytest.mark.skipif(not shutil.which("chromium"), reason="no browser: apt-get install chromium")
 def test_a_browser_opens_the_page_without_complaint(make, tmp_path):
     grid(make, [1e-3, 1e-2], [8, 16], [1, 2])

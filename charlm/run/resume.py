@@ -12,7 +12,7 @@ from charlm.errors import InputError
 from charlm.files import PARTIAL, contents, is_regular
 from charlm.run.overrides import changes
 from charlm.run.record import previous, read_record
-from charlm.run.results import RESULTS, whole_results
+from charlm.run.results import BLOCKS, RESULTS, whole_results
 from charlm.schema import is_default, leaves, unknown_key
 
 if TYPE_CHECKING:  # torch is imported only to read a checkpoint
@@ -148,7 +148,8 @@ def tidy(run_dir: Path) -> None:
     for leftover in contents(run_dir):
         if leftover.name.startswith(PARTIAL) and is_regular(leftover):
             leftover.unlink()
-    (run_dir / RESULTS).unlink(missing_ok=True)
+    for name in (RESULTS, BLOCKS):
+        (run_dir / name).unlink(missing_ok=True)
 
 
 def finished(run_dir: Path, content: Mapping[str, Any], cfg: DictConfig) -> bool:
