@@ -35,7 +35,8 @@ SECONDS = 20
 LATE = 99  # the exit code of a case that was ended by its alarm
 STEPS = 12
 CONF = ROOT / "conf"
-FILES = ["run.json", "results.json", "validations.csv", "val_blocks.csv", "losses.f32", "checkpoints/last.ckpt", ".hydra/config.yaml"]
+OF_RUNS = ["run.json", "results.json", "validations.csv", "val_blocks.csv", "losses.f32"]
+FILES = [*OF_RUNS, "checkpoints/last.ckpt", ".hydra/config.yaml"]
 FILES_OF_SWEEPS = ["sweep.json", "sweep.json", "seed=1/results.json", "seed=2/run.json"]
 READERS = ["report", "evaluate", "generate", "checkpoint", "reproduce", "resume", "rerun"]
 STRANGE: list[Any] = [
