@@ -53,7 +53,8 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
         initial.load(model, data.tokenizer)
     if hasattr(model, "count"):
         terminal.console.print(f"counting the contexts of {len(data.splits['train']):,} tokens")
-        model.count(data.splits["train"])
+        with terminal.tracked("counting") as progress:
+            model.count(data.splits["train"], progress)
     choose(cfg, model, data)
     config, corpus = plain(cfg), data.corpus.card()
     record = checkpoint.record(config, data.tokenizer, corpus)

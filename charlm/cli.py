@@ -5,6 +5,7 @@ import math
 import runpy
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ Examples:
   charlm reproduce outputs/RUN                     train it again: is it the same to the bit, and if not, why?
   charlm compare outputs/RUN outputs/OTHER         is the other better, or is it noise?
   charlm report outputs/SWEEP                      what many runs found: over seeds, with plots, as one page
-  tensorboard --logdir outputs                     all runs in one dashboard
+  charlm doctor                                    what this machine can do, and what is missing
+  charlm board                                     all runs of outputs in TensorBoard, under short names
 """
 RUN = click.argument("run", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, and nothing else.")
@@ -487,6 +489,35 @@ def inspect(
         print_json(plain(found))
     else:
         terminal.console.print(inspection.text(found))
+
+
+@charlm.command()
+@AS_JSON
+def doctor(as_json: bool) -> None:
+    """Show what this machine can do, what GPUs, clusters and compilation still need, and how to get it."""
+    from charlm import terminal
+    from charlm.doctor import examine
+
+    found = list(examine(Path("outputs")))
+    print_json([one._asdict() for one in found]) if as_json else terminal.console.print(terminal.health(found))
+
+
+@charlm.command()
+@click.argument("places", metavar="[FOLDERS]...", nargs=-1, type=click.Path(path_type=Path))
+@click.option("--port", type=click.IntRange(0, 65535), default=6006, show_default=True, help="0 is any free one.")
+def board(places: tuple[Path, ...], port: int) -> None:
+    """Open TensorBoard on all runs in FOLDERS, outputs by default.
+
+    Runs have short names that differ at the front, and HPARAMS shows the loss and the settings that were varied. Runs
+    that begin later appear too.
+    """
+    from charlm import terminal
+    from charlm.board import serving
+
+    with serving(places or (Path("outputs"),), port) as (address, wait):
+        terminal.console.print(f"{address}  Ctrl-C ends it.", soft_wrap=True)
+        with suppress(KeyboardInterrupt):
+            wait()
 
 
 @charlm.command()

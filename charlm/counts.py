@@ -4,7 +4,7 @@ The log-probability of a symbol is that without context, and to it are added the
 characters, as far as they were ever seen. So any model that backs off is a sum over one row per context.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from typing import Any, NamedTuple, Self
@@ -17,6 +17,13 @@ MULTIPLIER = 6364136223846793005  # the multiplier of Knuth's generator modulo 2
 INVERSE = -(-pow(MULTIPLIER, -1, 2**64) % 2**64)  # to undo it, as a number with a sign
 SCATTER = 0xBF58476D1CE4E5B9 - 2**64  # of SplitMix64
 SCALE = 0.3  # brings logarithms of counts, which reach 10, near 1
+
+# Shows progress: steps done, steps in all.
+Reporter = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """Show no progress."""
 
 
 def hashes(idx: Tensor, n: int) -> Tensor:
@@ -194,9 +201,10 @@ class Counts(Table):
         vocab_size: V.
         n_context: K, the characters of the longest context.
         n_folds: number of folds of the text. Each context has a row of counts per fold, taken from all other folds.
+        report: shows the progress: lengths of contexts done, and in all.
     """
 
-    def __init__(self, text: Tensor, vocab_size: int, n_context: int, n_folds: int):
+    def __init__(self, text: Tensor, vocab_size: int, n_context: int, n_folds: int, report: Reporter = silent):
         self.text, self.V, self.K, self.codes = text, vocab_size, n_context, None
         self.order: dict[int, tuple[Tensor, Tensor]] = {}  # per length of chunk: sorted hashes, and their positions
         self.position = torch.arange(len(text) - 1)
@@ -208,9 +216,9 @@ class Counts(Table):
         )
         often = often.sum(0) - often + 0.1  # row 0: in the whole text; row i: in all folds but the i-th
         self.alone = (often / often.sum(1, keepdim=True)).log()
-        self.count()
+        self.count(report)
 
-    def count(self) -> None:
+    def count(self, report: Reporter) -> None:
         """Fill the table, from the shortest contexts to the longest."""
         V, y, n_folds = self.V, self.text[1:], len(self.alone) - 1
         nothing = torch.empty(0, dtype=torch.uint8 if V <= 256 else torch.int32)  # symbols of no entries
@@ -258,6 +266,7 @@ class Counts(Table):
             n_rows += len(lower)
             whole, others = torch.zeros_like(whole), torch.zeros_like(others)
             whole[at], others[at] = context, number  # where it occurs nowhere else, no longer one does
+            report(n, min(self.K, len(y)))
         columns = (torch.cat(column) for column in zip(*table, strict=True))
         lengths, self.symbols, self.change, self.other, self.seen = columns
         self.starts = F.pad(lengths.cumsum(0), (1, 0))
@@ -314,15 +323,15 @@ class Counting(nn.Module):
         self.register_buffer("text", torch.zeros(0, dtype=torch.uint8 if vocab_size <= 256 else torch.int32))
         self.counted: Table | None = None
 
-    def counted_in(self, text: Tensor) -> Table:
+    def counted_in(self, text: Tensor, report: Reporter = silent) -> Table:
         """Return the counts of a text, ids (N,) int64 on the CPU."""
         raise NotImplementedError
 
-    def count(self, ids: Tensor) -> None:
+    def count(self, ids: Tensor, report: Reporter = silent) -> None:
         """Count the contexts of a text, ids (N,)."""
         self.text, self.counted = ids.to(self.text), None
         if len(ids) > 1:
-            self.counted = self.counted_in(ids.cpu().long())
+            self.counted = self.counted_in(ids.cpu().long(), report)
 
     def table(self, device: torch.device) -> Table:
         """Return the counts of `text` on a device; they are made if they are not there."""

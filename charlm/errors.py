@@ -133,7 +133,8 @@ def ending_for(error: BaseException, smaller: str) -> tuple[str, int] | None:
     if type(error).__name__ == "SIGTERMException":
         error = Terminated(signal.SIGTERM)
     if isinstance(error, Terminated):
-        return f"stopped by {error.signal.name} before the end", 128 + error.signal
+        name = "Ctrl-C" if error.signal == signal.SIGINT else error.signal.name
+        return f"stopped by {name} before the end", 128 + error.signal
     if isinstance(error, SystemExit):
         return None
     if trouble := out_of_memory(error, smaller):

@@ -17,9 +17,9 @@ from charlm.generate import continuation
 from charlm.logger import FINISHED
 from charlm.meaning import meaning
 from charlm.module import VALIDATION
+from charlm.run.folder import SWEEP_JSON
 from charlm.run.results import write_blocks
 from charlm.schema import name_of
-from charlm.sweep import ledger
 
 
 def evaluate_run(
@@ -69,5 +69,5 @@ def evaluate_run(
 def in_words(results: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """Say what the loss of a run means. A job of a sweep leaves compressors out, because others wait."""
     run_dir = Path(config["run_dir"])
-    job = (run_dir.parent / ledger.SWEEP_JSON).is_file()
+    job = (run_dir.parent / SWEEP_JSON).is_file()
     return meaning(results, config, run_dir, {} if job else of_small_text(config["data"]))

@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # slow imports that only training needs
 
     from charlm.data import CharDataModule
     from charlm.data.store import Kept
+    from charlm.doctor import Finding
 
 
 class SafeConsole(Console):
@@ -161,6 +162,15 @@ def describe_device(device: "torch.device") -> str:
         if device.type == "cpu"
         else str(device)
     )
+
+
+def health(findings: Sequence["Finding"]) -> Table:
+    """Return what `charlm doctor` has found, a mark before what works and before what is missing."""
+    table = Table.grid(padding=(0, 2))
+    for one in findings:
+        mark = {True: Text("ok", "green"), False: Text("no", "yellow"), None: Text("")}[one.ready]
+        table.add_row(mark, Text(one.name, "bold cyan"), Text(one.text, overflow="fold"))
+    return table
 
 
 @contextmanager
@@ -359,17 +369,18 @@ def summary(results: dict[str, Any], sample: str, meaning: Sequence[str] = ()) -
 
 
 def stopped(why: str, step: int, run_dir: Path | None) -> None:
-    """Print why a run stopped and how to resume it."""
-    how = f"go on with: {COMMAND} resume={quote(run_dir)}" if run_dir else "without checkpoints, nothing is left"
-    warn(f"{why} after step {step:,}; {how}")
+    """Print why a run stopped and, on a line of its own, the command that resumes it."""
+    warn(f"{why} after step {step:,}; {'go on with:' if run_dir else 'without checkpoints, nothing is left'}")
+    if run_dir:
+        print(f"  {COMMAND} resume={quote(run_dir)}", file=sys.stderr)
 
 
 def next_commands(run_dir: Path) -> None:
     """Print the commands to type next."""
     from charlm.checkpoint import BEST
 
-    charlm, board = command("charlm", "charlm"), command("tensorboard", "tensorboard.main")
-    commands = {f"{board} --logdir {quote(run_dir.parent)}": "the dashboard of all runs there"}
+    charlm = command("charlm", "charlm")
+    commands = {f"{charlm} board {quote(run_dir.parent)}": "the dashboard of all runs there"}
     checkpoints = run_dir / "checkpoints"
     if (checkpoints / BEST).is_file():
         commands = {
@@ -479,11 +490,11 @@ def sweep_summary(sweep_dir: Path, rows: list[dict[str, Any]], swept: list[str],
     console.print(f"All figures: {quote(sweep_dir / 'results.csv')}", soft_wrap=True)
     if best:
         console.print(Text(f"The best again: {COMMAND} {shlex.join(best)}"), soft_wrap=True)
-    charlm, board = command("charlm", "charlm"), command("tensorboard", "tensorboard.main")
+    charlm = command("charlm", "charlm")
     type_next(
         {
             f"{charlm} report {quote(sweep_dir)}": "what each setting did, over seeds, with plots",
-            f"{board} --logdir {quote(sweep_dir)}": "the dashboard of all runs there",
+            f"{charlm} board {quote(sweep_dir)}": "the dashboard of all runs there",
         }
     )
 

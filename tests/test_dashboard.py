@@ -185,6 +185,42 @@ def test_hparams_has_the_columns_of_all_runs_those_that_differ_first(board):
     assert lrs["another_model"] is None
 
 
+def test_charlm_board_has_short_names_and_the_loss_beside_what_was_varied(outputs, tmp_path, browser):
+    command = [sys.executable, "-m", "charlm", "board", str(outputs), "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path) as server:
+        assert server.stdout
+        assert server.stderr
+        try:
+            address = server.stdout.readline().split()[0].rstrip("/")
+            until(lambda: len(ended(address)) == 4)
+            names = {name for name in ask(f"{address}/data/runs") if name.startswith("lr=")}
+            assert {name.split(",")[0] for name in names} == {"lr=0.01", "lr=0.1", "lr=1e+38"}
+            assert all("max_steps=" in name and "seed=" in name for name in names)
+            experiment = ask(f"{address}/data/plugin/hparams/experiment", {"experimentName": ""})
+            shown = {info["name"] for info in experiment["hparamInfos"]}
+            assert "optimizer.lr" in shown
+            assert len(shown) <= 4
+            assert experiment["metricInfos"][0]["name"]["tag"] == "final/val/loss"
+            loss = f"{results(outputs / 'single')['val/loss']:.5g}"
+            browser(f"{address}/#hparams")
+            until(lambda: loss in (text := browser()) and "final/val/loss" in text)
+            server.send_signal(signal.SIGINT)
+            assert server.wait(60) == 0
+            assert server.stderr.read() == ""
+        finally:
+            server.kill()
+
+
+def test_charlm_board_needs_runs_and_a_free_port(charlm, tmp_path):
+    ended = charlm("board")
+    assert (ended.code, ended.err) == (
+        2,
+        "charlm: outputs is no folder: give folders of runs or of sweeps, such as outputs\n",
+    )
+    (tmp_path / "outputs").mkdir()
+    assert "holds no run" in charlm("board").err
+
+
 def test_text_and_table_are_there_before_the_first_step_and_until_the_last(board):
     texts = ask(f"{board}/data/plugin/text/text?{urlencode({'run': 'single', 'tag': 'sample/text_summary'})}")
     assert [text["step"] for text in texts] == [0, 50, 100, 130]
@@ -302,7 +338,9 @@ def test_progress_through_a_pipe_and_its_end_by_ctrl_c(tmp_path, text_file, monk
         line = next(line for line in process.stdout if line.startswith("step"))
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
-    assert re.fullmatch(r"charlm: stopped by SIGINT after step [\d,]+; go on with: python train.py resume=run\n", told)
+    assert re.fullmatch(
+        r"charlm: stopped by Ctrl-C after step [\d,]+; go on with:\n  python train.py resume=run\n", told
+    )
     assert process.returncode == 130
     assert re.fullmatch(r"step +[\d,]+/1,000,000  loss \d\.\d{4}  (val .*)?[\d,]+ tokens/s  [\d,]+ s left\n", line)
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -364,3 +365,26 @@ def test_looking_up_counts_sorts_no_indices():
         assert torch.are_deterministic_algorithms_enabled()
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def test_the_doctor_names_what_works_and_how_to_get_what_does_not(call, tmp_path):
+    found = {one["name"]: one for one in json.loads(call("doctor", "--json").out)}
+    assert {"charlm", "Python", "CPU", "outputs", "cache", "GPU", "bf16", "compile", "Slurm", "Ray"} <= found.keys()
+    assert found["CPU"]["ready"] is True
+    assert "free" in found["outputs"]["text"]
+    for one in found.values():
+        if one["ready"] is False:
+            assert re.search("needs|install|choose|little", one["text"])
+    shown = call("doctor").out
+    assert "hydra/launcher=slurm" in shown
+    assert f"torch {torch.__version__.partition('+')[0]}" in shown
+
+
+def test_the_doctor_sees_a_full_and_a_forbidden_disk(tmp_path, monkeypatch):
+    from charlm import doctor
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=2**20))
+    assert "which is little" in doctor.disk("outputs", tmp_path / "a" / "b").text
+    monkeypatch.undo()
+    monkeypatch.setattr("os.access", lambda *_: False)
+    assert "cannot be written" in doctor.disk("outputs", tmp_path / "a").text

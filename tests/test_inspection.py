@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from charlm import checkpoint
+from charlm.callbacks.attention import attention
 from charlm.data import CharDataModule
 from charlm.model.bigram import Bigram
 from charlm.model.gpt import GPT
 from charlm.study import inspection
-from charlm.study.inspection import attention, by_class, by_position, longest_copy, novel, points
+from charlm.study.inspection import by_class, by_position, longest_copy, novel, points
 
 TEXTS = st.text("abc", min_size=1, max_size=60)
 

@@ -20,6 +20,7 @@ import torch
 
 from charlm import checkpoint, terminal
 from charlm.errors import one_line_errors
+from charlm.run.folder import SWEEP_JSON
 from charlm.run.results import LOSSES, RESULTS, read_results
 from charlm.sweep import ledger
 from charlm.system import streams
@@ -111,7 +112,8 @@ def test_a_pipe_that_closes_during_training_stops_the_run_and_resume_gives_the_u
     assert (found["status"], found["reason"]) == ("stopped", "SIGPIPE")
     assert 0 < found["step"] < 1500
     said = (tmp_path / "err").read_text()
-    assert said == f"charlm: stopped by SIGPIPE after step {found['step']:,}; go on with: python train.py resume=cut\n"
+    step = f"{found['step']:,}"
+    assert said == f"charlm: stopped by a closed pipe after step {step}; go on with:\n  python train.py resume=cut\n"
     assert train("resume=cut").code == train(*settings, "hydra.run.dir=whole").code == 0
     kept, whole = (tmp_path / name for name in ("cut", "whole"))
     assert (kept / LOSSES).read_bytes() == (whole / LOSSES).read_bytes()
@@ -152,7 +154,7 @@ def test_a_sweep_whose_pipe_closes_stops_and_resume_finishes_it(tmp_path, train,
         assert end_of(process) == 141
     said = (tmp_path / "err").read_text()
     assert said == "charlm: stopped with 1 of 3 jobs done; the rest: python train.py resume=sweep\n"
-    states = ledger.read(tmp_path / "sweep" / ledger.SWEEP_JSON)["jobs"]
+    states = ledger.read(tmp_path / "sweep" / SWEEP_JSON)["jobs"]
     assert [states[f"seed={n}"]["state"] for n in (1, 2, 3)] == ["done", "waiting", "waiting"]
     assert (tmp_path / "sweep" / ledger.TABLE).is_file()
     ended = train("resume=sweep")

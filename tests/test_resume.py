@@ -346,8 +346,8 @@ def test_a_stopped_run_says_how_to_go_on(start, tmp_path, text_file):
     assert b"session_start_info" in events
     assert b"session_end_info" not in events  # it has neither succeeded nor failed
     log = (tmp_path / "log").read_text()
-    for name, step in (("SIGINT", 5), ("SIGTERM", 10), ("SIGUSR1", 15), ("SIGHUP", 20)):
-        assert f"charlm: stopped by {name} after step {step}; go on with: python train.py resume=" in log
+    for name, step in (("Ctrl-C", 5), ("SIGTERM", 10), ("SIGUSR1", 15), ("SIGHUP", 20)):
+        assert f"charlm: stopped by {name} after step {step}; go on with:\n  python train.py resume=" in log
 
 
 @pytest.mark.parametrize(("end", "code"), [("term", 143), pytest.param("hup", 129, marks=pytest.mark.slow)])

@@ -77,6 +77,7 @@ FLOORS = [
     ["system", "home", "errors", "files", "seeds", "internals"],  # the operating system, other libraries' private names
     [
         "devices",
+        "doctor",
         "schema",
         "tokenizer",
         "data",
@@ -98,6 +99,7 @@ FLOORS = [
     ["preflight"],
     ["sweep"],
     ["study"],
+    ["board"],
     ["cli", "__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -79,7 +79,14 @@ def test_the_terminal_shows_what_is_trained_what_came_of_it_and_what_to_type_nex
         "cpu",
     ):
         assert word in before
-    for word in ("perplexity", "bits per character", "a sample", "generate a --length 500", "evaluate a", "--logdir ."):
+    for word in (
+        "perplexity",
+        "bits per character",
+        "a sample",
+        "generate a --length 500",
+        "evaluate a",
+        "charlm board .",
+    ):
         assert word in after
 
 

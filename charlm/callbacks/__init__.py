@@ -1,6 +1,7 @@
 """Observers of training: adding or removing one leaves the trained weights bitwise the same."""
 
 from charlm.callbacks.at_steps import AtSteps
+from charlm.callbacks.attention import Attention
 from charlm.callbacks.best import Best
 from charlm.callbacks.bigram_table import BigramTable
 from charlm.callbacks.checkpoint import AtomicCheckpointIO, Checkpoint
@@ -13,6 +14,7 @@ __all__ = [
     "EMA",
     "AtSteps",
     "AtomicCheckpointIO",
+    "Attention",
     "Best",
     "BigramTable",
     "Checkpoint",

@@ -18,6 +18,7 @@ from charlm.model import device_of
 Image.preinit()  # here, and not once more in each job of a sweep
 
 TAG = "what_follows/bigram_table"  # its own group, which TensorBoard sorts behind train and val
+CAPTION = "row: last character, column: next character"
 LETTER = 11  # pixels of one probability, at least: room for one letter on the axes
 SIDE = 480  # pixels of a heat map, at least: room for its titles
 LEFT, TOP, GAP, BOTTOM = 24, 44, 24, 40
@@ -66,8 +67,8 @@ def table_of(pairs: Pairs, vocab_size: int, most: int) -> tuple[Tensor, Tensor]:
     return shown, (among / frequency[shown].clamp_min(1)[:, None]).float()
 
 
-def draw_frame(labels: list[str], titles: list[str]) -> Image.Image:
-    """Draw all but the two heat maps: axes, titles and the colour scale."""
+def draw_frame(labels: list[str], titles: list[str], caption: str = CAPTION) -> Image.Image:
+    """Draw all but the heat maps, which are side by side: axes, a title and the caption over each, the colour scale."""
     cell = cell_of(len(labels))
     side = cell * len(labels)
     image = Image.new("L", (left_of(len(titles), side) - LEFT, TOP + side + BOTTOM), PAPER)
@@ -75,7 +76,7 @@ def draw_frame(labels: list[str], titles: list[str]) -> Image.Image:
     for t, title in enumerate(titles):
         left = left_of(t, side)
         pen.text((left, 20), title, INK, large, anchor="ls")
-        pen.text((left + side, 20), "row: last character, column: next character", INK, font, anchor="rs")
+        pen.text((left + side, 20), caption, INK, font, anchor="rs")
         for i, label in enumerate(labels):
             name = NAMES.get(label, label if label.isprintable() else "?")
             middle = (i + 0.5) * cell

@@ -30,7 +30,7 @@ class Progress(AtSteps):
         self.bar: Bar | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.start = time.perf_counter()
+        self.start, self.validating = time.perf_counter(), 0.0
         self.budget = budget_of(trainer)
         self.first_step = self.shown_at = trainer.global_step
         self.next_look = self.start + self.pace if trainer.is_global_zero else float("inf")
@@ -63,6 +63,13 @@ class Progress(AtSteps):
         self.next_look = now + self.pace
         self.show(trainer)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.validation_start = time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self.validating += time.perf_counter() - self.validation_start
+
     def on_validation_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
@@ -82,8 +89,10 @@ class Progress(AtSteps):
         loss = loss * trainer.accumulate_grad_batches  # undo Lightning's division
         step, seconds = trainer.global_step, time.perf_counter() - self.start
         self.shown_at = step
-        steps_per_second = (step - self.first_step) / seconds
-        tokens = steps_per_second * chunk_tokens * trainer.world_size * trainer.accumulate_grad_batches
+        steps_per_second = (step - self.first_step) / seconds  # with validations, which the time left has too
+        tokens_per_step = chunk_tokens * trainer.world_size * trainer.accumulate_grad_batches
+        # Without them, as `charlm.callbacks.clock` counts and as the summary says.
+        tokens = (step - self.first_step) * tokens_per_step / max(seconds - self.validating, 1e-9)
         val = trainer.callback_metrics.get("val/loss")
         line = f"loss {loss.item():.4f}  "
         share = getattr(trainer.val_dataloaders, "share", 1.0)

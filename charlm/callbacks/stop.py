@@ -15,7 +15,8 @@ from charlm.system import posix, streams
 
 # Slurm sends the last two before the time limit: sbatch --signal=USR1@60, and USR2 for submitit.
 SIGNALS = posix.signals("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2")
-NAMES = {streams.SIGPIPE: "SIGPIPE"} | {number: number.name for number in SIGNALS}
+NAMES = {streams.SIGPIPE: "a closed pipe"} | {number: number.name for number in SIGNALS}
+NAMES[signal.SIGINT] = "Ctrl-C"
 
 
 class Stop:

@@ -11,7 +11,8 @@ fit in.
 Where there is a shorter way to a loss than through logits, it has `loss(idx, targets) -> (B, T)`: the loss of each
 target in nats, as cross entropy of `forward` gives it, and 0 where a target is negative and does not count.
 
-One that counts has `count(ids)`, which is given the training split, (N,), before the first step; `text`, a buffer with
+One that counts has `count(ids, report)`, which is given the training split, (N,), before the first step, and shows its
+progress with `report(done, total)`; `text`, a buffer with
 what it has counted; `memory_to_count(n, **arguments) -> bytes`, which tells in advance how much memory that takes; and
 `counts() -> tensors` and `use_counts(tensors)`, so that nobody counts the same text twice. One that only
 counts has `closed_form = True`, and takes no steps.

@@ -23,7 +23,7 @@ import torch
 from annotated_types import Ge, Le, Lt
 from torch import Tensor, nn
 
-from charlm.counts import Counting, Counts, Found, memory_to_count
+from charlm.counts import Counting, Counts, Found, Reporter, memory_to_count, silent
 from charlm.model import keeps_arguments
 from charlm.model.transformerpp import Cache, TransformerPP
 
@@ -143,8 +143,8 @@ class Mixture(Counting):
         super().__setstate__(state)
         self.register()  # a copy has its own
 
-    def counted_in(self, text: Tensor) -> Counts:
-        return Counts(text, self.vocab_size, self.n_context, self.n_folds)
+    def counted_in(self, text: Tensor, report: Reporter = silent) -> Counts:
+        return Counts(text, self.vocab_size, self.n_context, self.n_folds, report)
 
     @staticmethod
     def memory_to_count(n: int, n_context: int = 8, **_: Any) -> int:

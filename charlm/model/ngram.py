@@ -13,7 +13,7 @@ from annotated_types import Ge, Le
 from torch import Tensor
 from torch.nn import functional as F
 
-from charlm.counts import SCALE, Counting, Table, discounts, hashes, memory_to_count
+from charlm.counts import SCALE, Counting, Reporter, Table, discounts, hashes, memory_to_count, silent
 from charlm.model import keeps_arguments
 
 Smoothing = Literal["kneser_ney", "witten_bell", "backoff"]
@@ -37,7 +37,7 @@ def level(text: Tensor, vocab_size: int, n: int) -> Level:
     return Level(contexts, context, pairs, pair, times)
 
 
-def counted(text: Tensor, vocab_size: int, order: int, smoothing: Smoothing) -> Table:
+def counted(text: Tensor, vocab_size: int, order: int, smoothing: Smoothing, report: Reporter = silent) -> Table:
     """The table of an n-gram model of a text, (N,) int64 on the CPU with N of at least 2."""
     V, K = vocab_size, min(order - 1, len(text) - 1)
     here = level(text, V, 0)
@@ -69,6 +69,7 @@ def counted(text: Tensor, vocab_size: int, order: int, smoothing: Smoothing) -> 
             table.append((kinds, symbols, log_p - below, other, seen))
             keys.append((here.contexts, n_rows))
             n_rows += n_contexts
+        report(n + 1, K + 1)
         if longer:
             here, below = longer, log_p[shorter]
     lengths, symbols, change, other, seen = (torch.cat(column) for column in zip(*table, strict=True))
@@ -109,8 +110,8 @@ class NGram(Counting):
         self.order, self.smoothing = order, smoothing
         self.block_size = max(1, order - 1)
 
-    def counted_in(self, text: Tensor) -> Table:
-        return counted(text, self.vocab_size, self.order, self.smoothing)
+    def counted_in(self, text: Tensor, report: Reporter = silent) -> Table:
+        return counted(text, self.vocab_size, self.order, self.smoothing, report)
 
     @staticmethod
     def memory_to_count(n: int, order: int = 7, **_: Any) -> int:

@@ -31,7 +31,7 @@ Train a language model on text.
   {COMMAND} resume=outputs/RUN                   continue an interrupted run or sweep
   {COMMAND} model=gpt --help                     this help, with the settings and defaults of a GPT
 """
-AFTERWARDS = "Look at the results: charlm --help, and tensorboard --logdir outputs"
+AFTERWARDS = "Look at the results: charlm --help, and charlm board"
 MOST_USED = (
     "model",
     "data",

@@ -14,6 +14,7 @@ from charlm.errors import InputError
 from charlm.files import check_kind, check_tree, unshare
 
 LOCK = ".lock"
+SWEEP_JSON = "sweep.json"  # in the folder of a sweep
 
 
 def held(folder: Path) -> str | None:

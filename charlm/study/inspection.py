@@ -2,12 +2,11 @@
 
 import base64
 import html
-import io
 import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,12 +17,12 @@ from rich.text import Text
 from torch import Tensor
 
 from charlm import checkpoint
+from charlm.callbacks.attention import draw_attention
 from charlm.callbacks.bigram_table import draw_frame, paste, png, table_of
 from charlm.counts import hashes
 from charlm.data import CharDataModule
 from charlm.generate import continuation
 from charlm.model import device_of
-from charlm.model.gpt import GPT, Block
 from charlm.study.systems import losses_of
 
 LENGTHS = (4, 8, 12, 16, 20)  # of n-grams that are looked for in train
@@ -204,29 +203,6 @@ def coloured(surprise: Sequence[dict[str, Any]]) -> Text:
 
 
 @torch.inference_mode()
-def attention(model: Any, idx: Tensor) -> Tensor | None:
-    """The attention of a GPT on idx (1, T): (n_layer, n_head, T, T), rows look at columns; None for other models."""
-    if not isinstance(model, GPT):
-        return None
-    inputs: list[Tensor] = []
-    hooks = [
-        block.attention.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))  # type: ignore[union-attr]
-        for block in model.blocks
-    ]
-    try:
-        model(idx)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found, (nh, hs), T = [], model.heads, idx.shape[1]
-    for block, x in zip(model.blocks, inputs, strict=True):
-        q, k, _ = cast(Block, block).attention.qkv(x).view(T, 3, nh, hs).permute(1, 2, 0, 3)  # (nh, T, hs) each
-        scores = q @ k.mT / math.sqrt(hs)
-        future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-        found.append(scores.masked_fill(future, -math.inf).softmax(-1))
-    return torch.stack(found).float().cpu()
-
-
 def pictures(loaded: checkpoint.Checkpoint, data: CharDataModule) -> dict[str, bytes]:
     """Draw what a model says after single characters next to what was counted, and the attention of a GPT, as PNG."""
     device = device_of(loaded.model)
@@ -238,32 +214,11 @@ def pictures(loaded: checkpoint.Checkpoint, data: CharDataModule) -> dict[str, b
     paste(frame, logits.float().softmax(-1)[:, shown.to(device)].cpu(), 0)
     paste(frame, counted, 1)
     found = {"What follows a character": png(frame)}
-    idx = data.splits["val"][: min(data.block_size, MOST_POSITIONS)].long()
-    maps = attention(loaded.model, idx[None].to(device))
-    if maps is not None:
-        found["Attention, a row for each layer and a column for each head"] = draw_attention(maps, idx, data)
+    with torch.inference_mode():
+        drawn = draw_attention(loaded.model, data, MOST_POSITIONS)
+    if drawn:
+        found["Attention, a row for each layer and a column for each head"] = png(drawn)
     return found
-
-
-def draw_attention(maps: Tensor, idx: Tensor, data: CharDataModule) -> bytes:
-    """Draw attention (n_layer, n_head, T, T): rows look at columns."""
-    from matplotlib.figure import Figure
-
-    n_layer, n_head, T = maps.shape[:3]
-    labels = [data.tokenizer.decode(idx[t : t + 1]) for t in range(T)]
-    names = [label if label.isprintable() and label.strip() else "\u00b7" for label in labels]
-    size = 2.6
-    figure = Figure((size * n_head, size * n_layer), layout="constrained")
-    for layer, row in enumerate(figure.subplots(n_layer, n_head, squeeze=False)):
-        for head, axes in enumerate(row):
-            axes.imshow(maps[layer, head].sqrt().numpy(), vmin=0, vmax=1)  # as most of them are small
-            axes.set_title(f"layer {layer + 1}, head {head + 1}", fontsize=8)
-            axes.set_xticks(range(T), names, fontsize=3, parse_math=False)
-            axes.set_yticks(range(T), names, fontsize=3, parse_math=False)
-            axes.tick_params(length=0, pad=1)
-    file = io.BytesIO()
-    figure.savefig(file, format="png", dpi=150)
-    return file.getvalue()
 
 
 def page(found: dict[str, Any], title: str, drawn: Mapping[str, bytes] = MappingProxyType({})) -> str:

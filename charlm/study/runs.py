@@ -18,6 +18,7 @@ from typing import Any
 
 from charlm.errors import InputError, printable
 from charlm.files import is_regular
+from charlm.run.folder import SWEEP_JSON
 from charlm.run.overrides import typed
 from charlm.run.record import RUN_JSON, Record, flat, read_record
 from charlm.run.results import CERTIFIED, RESULTS, in_characters, read_blocks, read_results, read_validations
@@ -119,7 +120,7 @@ def read_runs(places: Iterable[Path]) -> tuple[list[Run], list[str]]:
         if not os.path.isdir(place):
             raise InputError(f"{place} is no folder: give folders of runs or of sweeps, such as outputs")
         for folder, files in walk(place):
-            for name, found in ((RUN_JSON, folders), (ledger.SWEEP_JSON, sweeps)):
+            for name, found in ((RUN_JSON, folders), (SWEEP_JSON, sweeps)):
                 if name in files:
                     found.setdefault(os.path.realpath(folder), folder)
     runs, damaged = [], []
@@ -153,7 +154,7 @@ def walk(place: Path) -> Iterator[tuple[Path, Sequence[str]]]:
 
 def jobs_of(sweep_dir: Path) -> dict[str, ledger.Entry]:
     """Return the jobs of a sweep by the names of their folders, read-only; none if it is no sweep."""
-    file = sweep_dir / ledger.SWEEP_JSON
+    file = sweep_dir / SWEEP_JSON
     return ledger.read(file)["jobs"] if os.path.lexists(file) else {}
 
 

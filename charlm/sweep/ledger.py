@@ -9,9 +9,9 @@ from typing_extensions import TypedDict
 
 from charlm.errors import InputError
 from charlm.files import read_json, write_json
+from charlm.run.folder import SWEEP_JSON
 from charlm.run.trust import check_key, check_overrides
 
-SWEEP_JSON = "sweep.json"
 TABLE = "results.csv"  # written last
 FORMAT = 1
 LARGEST_LEDGER = 2**26  # bytes of a sweep.json that is read

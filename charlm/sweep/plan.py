@@ -27,13 +27,13 @@ from charlm.preflight.command import LAUNCHERS, check_overrides, check_processes
 from charlm.preflight.command_line import conf_dirs, options, parse, shows_only, with_standard_input
 from charlm.preflight.configs import composer, fallback_corpus, resolved, without_hydra
 from charlm.preflight.messages import one_line_hydra_errors
-from charlm.run.folder import check_folder, claim, own_folder
+from charlm.run.folder import SWEEP_JSON, check_folder, claim, own_folder
 from charlm.run.overrides import quoted, unquoted
 from charlm.run.trust import check_config
 from charlm.sweep import processes
 from charlm.sweep.checks import check_runs
 from charlm.sweep.composition import composed
-from charlm.sweep.ledger import SWEEP_JSON, Search, goes_on, read
+from charlm.sweep.ledger import Search, goes_on, read
 from charlm.sweep.space import Space, asked, recorded
 
 # The plugin package of Hydra that a launcher needs, and a program.
