@@ -98,6 +98,7 @@ FLOORS = [
     ["preflight"],
     ["sweep"],
     ["study"],
+    ["play"],
     ["cli", "__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
