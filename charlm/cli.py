@@ -186,7 +186,9 @@ def play(run: Path, other: Path | None, port: int, in_browser: bool, device: str
     except ModuleNotFoundError as missing:
         if missing.name not in ("starlette", "uvicorn", "sse_starlette"):
             raise
-        raise InputError(f"charlm play needs a package that is not there ({missing.name}): pip install 'charlm[play]'") from None
+        raise InputError(
+            f"charlm play needs a package that is not there ({missing.name}): pip install 'charlm[play]'"
+        ) from None
     from charlm.generate import use_threads
 
     with server.listen(port) as listener:  # a port in use is found before anything is loaded

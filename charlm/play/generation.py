@@ -60,7 +60,9 @@ class Settings:
             try:
                 check_value(name, value, hints[name])
             except InputError as error:
-                raise InputError(str(error) if len(repr(value)) < 100 else f"{name} has a value that is too long") from None
+                raise InputError(
+                    str(error) if len(repr(value)) < 100 else f"{name} has a value that is too long"
+                ) from None
         prompt = given.get("prompt") or ""
         if len(prompt) > LONGEST_PROMPT:
             raise InputError(f"the prompt has {len(prompt):,} characters: give at most {LONGEST_PROMPT:,}")

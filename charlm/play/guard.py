@@ -22,6 +22,8 @@ HEADERS = {
     "x-frame-options": "DENY",
 }
 
+CLOSE = {"connection": "close"}  # of answers to requests whose body is not read
+
 
 class Guard:
     """ASGI middleware: refuses requests from elsewhere, and answers errors in one line.
@@ -48,13 +50,14 @@ class Guard:
             await send(message)
 
         reason = self.refusal(Headers(scope=scope), scope["method"])
-        app = PlainTextResponse(f"{reason}\n", 403) if reason else self.app
+        app = PlainTextResponse(f"{reason}\n", 403, CLOSE) if reason else self.app
         try:
             await app(scope, receive, send_with_headers)
         except Exception as error:  # one request must not end the others
             warn(f"a request failed: {type(error).__name__}: {one_line(error)}")
             if not begun:
-                await PlainTextResponse("the request failed: see the terminal\n", 500)(scope, receive, send_with_headers)
+                failed = PlainTextResponse("the request failed: see the terminal\n", 500, CLOSE)
+                await failed(scope, receive, send_with_headers)
 
     def refusal(self, headers: Headers, method: str) -> str | None:
         """Return why a request is refused; None if it is not."""

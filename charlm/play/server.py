@@ -27,7 +27,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from charlm.errors import InputError, one_line, printable
 from charlm.play.copies import SHORTEST
 from charlm.play.generation import LONGEST, LONGEST_PROMPT, Generation, Settings
-from charlm.play.guard import NAMES, Guard
+from charlm.play.guard import CLOSE, NAMES, Guard
 from charlm.play.player import Player
 
 PAGE = Path(__file__).with_name("page.html")
@@ -78,7 +78,7 @@ class Generate:
         except InputError as error:
             await PlainTextResponse(f"{printable(str(error))}\n", 400)(scope, receive, send)
         except Refused as refused:
-            await PlainTextResponse(f"{refused}\n", refused.status)(scope, receive, send)
+            await PlainTextResponse(f"{refused}\n", refused.status, CLOSE)(scope, receive, send)
         except (ClientDisconnect, SendTimeoutError):
             pass  # nobody reads an answer
 
@@ -122,13 +122,16 @@ async def body(request: Request) -> bytes:
     """
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refused(415, "the request is not of type application/json: send it as JSON")
+    too_large = Refused(413, f"the request has more than {LARGEST_BODY:,} bytes: shorten the prompt")
+    if int(request.headers.get("content-length", 0)) > LARGEST_BODY:  # h11 has checked that it is a number
+        raise too_large
     held = bytearray()
     try:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 held += chunk
                 if len(held) > LARGEST_BODY:
-                    raise Refused(413, f"the request has more than {LARGEST_BODY:,} bytes: shorten the prompt")
+                    raise too_large
     except TimeoutError:
         raise Refused(408, f"the request was not complete after {BODY_SECONDS:g} seconds: send it again") from None
     return bytes(held)
@@ -194,7 +197,7 @@ def listen(port: int) -> socket.socket:
         return socket.create_server((NAMES[0], port))
     except OSError as error:
         raise InputError(
-            f"--port {port} cannot be used ({error.strerror}): choose another one, or --port 0 for one that is free"
+            f"--port {port} cannot be used ({os.strerror(error.errno or 0)}): choose another one, or --port 0 for one that is free"
         ) from None
 
 
