@@ -176,8 +176,8 @@ def generate(
 def play(run: Path, other: Path | None, port: int, in_browser: bool, device: str, trust: tuple[str, ...]) -> None:
     """Show a page on which one checkpoint generates text, or two next to each other.
 
-    The page shows how surprised the model is by each character, what else could have come, what was counted in train, and
-    which spans are copied from it. Only this machine can open it. It needs the packages of charlm[play].
+    The page shows how surprised the model is by each character, what else could have come, what was
+    counted in train, and which spans are copied from it. Only this machine can open the page.
     """
     import webbrowser
 
@@ -186,9 +186,8 @@ def play(run: Path, other: Path | None, port: int, in_browser: bool, device: str
     except ModuleNotFoundError as missing:
         if missing.name not in ("starlette", "uvicorn", "sse_starlette"):
             raise
-        raise InputError(
-            f"charlm play needs a package that is not there ({missing.name}): pip install 'charlm[play]'"
-        ) from None
+        needed = "charlm play needs packages that are not there"
+        raise InputError(f"{needed} ({missing.name}): pip install 'charlm[play]'") from None
     from charlm.generate import use_threads
 
     with server.listen(port) as listener:  # a port in use is found before anything is loaded

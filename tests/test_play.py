@@ -524,7 +524,7 @@ def test_a_port_in_use_and_a_missing_run_and_package_are_one_line(call, trained,
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     ended = call("play", str(trained))
     assert (ended.code, ended.out) == (2, "")
-    assert ended.err == "charlm: charlm play needs a package that is not there (uvicorn): pip install 'charlm[play]'\n"
+    assert ended.err == "charlm: charlm play needs packages that are not there (uvicorn): pip install 'charlm[play]'\n"
 
 
 def test_a_browser_is_opened_only_if_asked_for(call, trained, monkeypatch):
@@ -585,9 +585,8 @@ def test_a_browser_generates_inspects_stops_and_continues(chromium, player, trai
         assert given == ""
         assert 0 <= float(its) <= 1
         # Hovering shows what could have come.
-        move = [
-            {"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": element(chromium, "span:nth-child(9)")}
-        ]
+        [ninth] = chromium.run("return [document.querySelectorAll('.text span')[8]]")
+        move = [{"type": "pointerMove", "duration": 0, "x": 0, "y": 0, "origin": ninth}]
         chromium.ask("/actions", actions=[{"type": "pointer", "id": "mouse", "actions": move}])
         rows = "return [...document.querySelectorAll('#panel tbody tr')].map(row => row.textContent)"
         assert len(chromium.run(rows)) >= 8
@@ -616,11 +615,6 @@ def test_a_browser_generates_inspects_stops_and_continues(chromium, player, trai
         assert set(chromium.run(others)) == {f"http://127.0.0.1:{port}/generate"}
         complaints = [line for line in chromium.complaints() if "400 (Bad Request)" not in line]
         assert complaints == []
-
-
-def element(chromium: Browser, selector: str) -> dict[str, str]:
-    found: dict[str, str] = chromium.ask("/element", using="css selector", value=selector)
-    return found
 
 
 def test_the_stop_button_and_leaving_the_page_stop_the_model(chromium):

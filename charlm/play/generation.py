@@ -86,8 +86,8 @@ class Shown(NamedTuple):
 def characters(player: Player, settings: Settings) -> Iterator[dict[str, Any]]:
     """Yield what comes: its text, surprise, the likeliest at its place, and the length of the copy that ends there.
 
-    Surprise and probabilities are those of the model itself, before temperature, top-k and top-p. A character of several
-    tokens comes once, with the bits of them all, and the probabilities at its last one.
+    Surprise and probabilities are those of the model itself, before temperature, top-k and top-p. A character of
+    several tokens comes once, with the bits of them all, and the probabilities at its last one.
 
     Raises:
         InputError: if the prompt is empty or has a character that the model does not know.

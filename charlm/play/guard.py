@@ -1,7 +1,7 @@
 """Who may ask: the page itself, on this machine. A page of another site, which a visitor has open, may not.
 
-A browser sends the name that it was given as Host, so a name of a stranger that leads to this machine (DNS rebinding) is
-refused by it; and it says where a request comes from, in Origin and in Sec-Fetch-Site.
+A browser sends the name in the address as Host, which shows that a stranger's name leads to this machine (DNS
+rebinding). It names the site that a request comes from in Origin and Sec-Fetch-Site.
 """
 
 from starlette.datastructures import Headers, MutableHeaders

@@ -8,7 +8,7 @@ import os
 import re
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -196,8 +196,9 @@ def listen(port: int) -> socket.socket:
     try:
         return socket.create_server((NAMES[0], port))
     except OSError as error:
+        reason = os.strerror(error.errno or 0)
         raise InputError(
-            f"--port {port} cannot be used ({os.strerror(error.errno or 0)}): choose another one, or --port 0 for one that is free"
+            f"--port {port} cannot be used ({reason}): choose another one, or --port 0 for one that is free"
         ) from None
 
 
@@ -216,7 +217,5 @@ def server(app: ASGIApp) -> uvicorn.Server:
 
 def serve(players: Sequence[Player], listener: socket.socket) -> None:
     """Serve the page until Ctrl-C."""
-    try:
+    with suppress(KeyboardInterrupt):  # the usual end
         server(application(players, listener.getsockname()[1])).run(sockets=[listener])
-    except KeyboardInterrupt:
-        pass  # the usual end
