@@ -502,14 +502,22 @@ def test_five_hundred_hostile_requests(played):
     attack(played, 500)
 
 
-def test_ctrl_c_ends_it_quietly_while_a_text_is_generated(played):
+@pytest.mark.parametrize(
+    ("number", "code", "err"),
+    [
+        (signal.SIGINT, 0, ""),
+        (signal.SIGTERM, 143, "charlm: stopped by SIGTERM before the end\n"),
+        (signal.SIGHUP, 129, "charlm: stopped by SIGHUP before the end\n"),
+    ],
+)
+def test_a_signal_ends_it_in_a_line_while_a_text_is_generated_and_ctrl_c_quietly(played, number, code, err):
     port = int(played.line("open ").split(":")[2].split("/")[0])
     with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
         connection.sendall(request(port, b'{"length": 5000}'))
         assert connection.recv(100)
-        played.send_signal(signal.SIGINT)
+        played.send_signal(number)
         ended = played.end(30)
-    assert (ended.code, ended.err) == (0, "")
+    assert (ended.code, ended.err) == (code, err)
     assert ended.out == f"open http://127.0.0.1:{port}/ in a browser; Ctrl-C ends it\n"
 
 

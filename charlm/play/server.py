@@ -44,7 +44,7 @@ class Refused(Exception):
     """A request that gets no stream.
 
     Args:
-        status: of HTTP.
+        status: the status of HTTP.
         line: what is wrong, and what to do.
     """
 
@@ -67,14 +67,11 @@ class Generate:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            with self.place():
-                generation = self.begin(await body(Request(scope, receive)))
-                try:
-                    first = await self.more(generation)
-                    response = EventSourceResponse(self.events(generation, first), send_timeout=SEND_SECONDS)
-                    await response(scope, receive, send)
-                finally:
-                    generation.leave()
+            generation = self.begin(await body(Request(scope, receive)))
+            with self.place_for(generation):
+                first = await self.more(generation)  # a mistake in the prompt is found here, before the stream begins
+                response = EventSourceResponse(self.events(generation, first), send_timeout=SEND_SECONDS)
+                await response(scope, receive, send)
         except InputError as error:
             await PlainTextResponse(f"{printable(str(error))}\n", 400)(scope, receive, send)
         except Refused as refused:
@@ -83,14 +80,15 @@ class Generate:
             pass  # nobody reads an answer
 
     @contextmanager
-    def place(self) -> Iterator[None]:
-        """Count a generation while it lasts."""
+    def place_for(self, generation: Generation) -> Iterator[None]:
+        """Count a generation while its visitor is there, and end it then."""
         if self.at_work >= self.most:
             raise Refused(503, f"{self.most} texts are being generated already: try again in a moment")
         self.at_work += 1
         try:
             yield
         finally:
+            generation.leave()
             self.at_work -= 1
 
     def begin(self, raw: bytes) -> Generation:
