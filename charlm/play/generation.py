@@ -118,14 +118,14 @@ def look(player: Player, step: Step) -> tuple[float, list[Shown]]:
     drawn, counted = int(step.next_idx[0]), player.following(int(step.last_idx[0]))
     chosen = {drawn, *log_p.topk(min(LIKELIEST, len(log_p))).indices.tolist()}
     if counted is not None:
-        often, ids = counted.topk(min(LIKELIEST_COUNTED, len(counted)))
-        chosen |= {i for i, p in zip(ids.tolist(), often.tolist(), strict=True) if p > 0}
+        often = counted.topk(min(LIKELIEST_COUNTED, len(counted)))
+        chosen |= {i for i, p in zip(often.indices.tolist(), often.values.tolist(), strict=True) if p > 0}
     ids = sorted(chosen)
     p = log_p[ids].exp().nan_to_num(0.0).tolist()
     q = [None] * len(ids) if counted is None else counted[ids].tolist()
     rows = [
-        Shown(player.labels[i], round(its, 5), None if often is None else round(often, 5))
-        for i, its, often in zip(ids, p, q, strict=True)
+        Shown(player.labels[i], round(model, 5), None if bigram is None else round(bigram, 5))
+        for i, model, bigram in zip(ids, p, q, strict=True)
     ]
     return -float(log_p[drawn]) / math.log(2), sorted(rows, key=lambda row: -row.p)
 

@@ -9,7 +9,6 @@ import re
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,8 @@ from charlm.play.player import Player
 PAGE = Path(__file__).with_name("page.html")
 MODELS = "{{models}}"  # where the page has the description of its models
 LARGEST_BODY = 8 * LONGEST_PROMPT  # bytes: JSON may take six for a character, and other settings are short
+LARGEST_HEAD = 2**16  # bytes of a request before its body
+KEEP_ALIVE_SECONDS = 5  # between two requests of a connection
 BODY_SECONDS = 10.0  # in which a request must be complete
 SEND_SECONDS = 30.0  # after which a visitor who does not read has left
 MOST_AT_ONCE = 64  # generations
@@ -207,10 +208,22 @@ def address_of(listener: socket.socket) -> str:
 
 def server(app: ASGIApp) -> uvicorn.Server:
     """Return a server for the application, without logs: every refusal is in its answer."""
-    settings = {"ws": "none", "lifespan": "off", "proxy_headers": False, "server_header": False, "access_log": False}
-    limits = {"limit_concurrency": MOST_CONNECTIONS, "h11_max_incomplete_event_size": 2**16, "timeout_keep_alive": 5}
-    make = partial(uvicorn.Config, http="h11", log_config=None, log_level="critical", timeout_graceful_shutdown=1)
-    return uvicorn.Server(make(app, **settings, **limits))
+    config = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        lifespan="off",
+        proxy_headers=False,
+        server_header=False,
+        access_log=False,
+        log_config=None,
+        log_level="critical",
+        limit_concurrency=MOST_CONNECTIONS,
+        h11_max_incomplete_event_size=LARGEST_HEAD,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=1,
+    )
+    return uvicorn.Server(config)
 
 
 def serve(players: Sequence[Player], listener: socket.socket) -> None:
