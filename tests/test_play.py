@@ -302,7 +302,8 @@ def raw(port: int, content: bytes, end: str = "half") -> bytes:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             return found
         if end == "half":
-            connection.shutdown(socket.SHUT_WR)
+            with suppress(OSError):  # the server has closed it already
+                connection.shutdown(socket.SHUT_WR)
         while part := connection.recv(65536):
             found += part
     return found
