@@ -13,7 +13,7 @@ from charlm.model import device_of
 from charlm.tokenizer import Tokenizer
 
 BYTES_OF_CHARACTER = 4  # that UTF-8 has at most
-MULTITHREADED = 1e8  # weights, over all samples, from which on one step is enough work for several threads
+MULTITHREADED = 1e8  # weights times samples: with fewer, a step is too little work for several threads
 
 
 class Step(NamedTuple):
@@ -25,14 +25,14 @@ class Step(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What one step adds to each sample: its text, empty within a character of several bytes."""
+    """A step and the text that it adds to each sample; no text within a character of several bytes."""
 
     texts: list[str]  # B of them
     step: Step
 
 
 def use_threads(models: Iterable[nn.Module], num_samples: int = 1) -> None:
-    """Let PyTorch compute with one thread where a step of each model is too little work for several."""
+    """Let PyTorch compute with one thread if a step of each model is too little work for several."""
     if num_samples * max(sum(p.numel() for p in model.parameters()) for model in models) < MULTITHREADED:
         torch.set_num_threads(1)
 
