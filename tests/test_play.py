@@ -35,6 +35,7 @@ from charlm.data.corpora import load_corpus
 from charlm.errors import InputError
 from charlm.generate import continuation
 from charlm.model.bigram import Bigram
+from charlm.model.gpt import GPT
 from charlm.model.ngram import NGram
 from charlm.play import server
 from charlm.play.copies import SHORTEST, Copies, Spans
@@ -398,30 +399,36 @@ def test_a_model_that_fails_ends_its_own_stream_only(capfd):
     assert capfd.readouterr().err == "charlm: a request failed: RuntimeError: first line; second line\n"
 
 
-def visit(port: int, known: Player, seconds: float, number: int) -> int:
+def visit(port: int, players: Sequence[Player], seconds: float, number: int) -> int:
     """Generate again and again, each time with another seed, and compare; return how many texts came."""
     end, count = time.monotonic() + seconds, 0
+    model = number % len(players)
+    known = players[model]
     while not count or time.monotonic() < end:
         seed, length = 1000 * number + count, 60 + number
         expected = continuation(known.loaded.model, known.loaded.tokenizer, length, "e", seed=seed)
-        assert text(read(port, seed=seed, length=length, prompt="e")) == expected
+        assert text(read(port, model=model, seed=seed, length=length, prompt="e")) == expected
         count += 1
     return count
 
 
-def crowd(port: int, known: Player, seconds: float) -> None:
-    with ThreadPoolExecutor(VISITORS) as pool:
-        counts = [*pool.map(lambda number: visit(port, known, seconds, number), range(VISITORS))]
+def crowd(player: Player, seconds: float) -> None:
+    """Serve visitors, half of them with a model that keeps a cache of what it has seen."""
+    torch.manual_seed(0)
+    tokenizer = player.loaded.tokenizer
+    players = [player, player_of(GPT(tokenizer.vocab_size, 32, 2, 2, 32), tokenizer)]
+    with serving(players) as port, ThreadPoolExecutor(VISITORS) as pool:
+        counts = [*pool.map(lambda number: visit(port, players, seconds, number), range(VISITORS))]
     assert min(counts) >= 1
 
 
-def test_twenty_visitors_get_their_own_texts(port, player):
-    crowd(port, player, seconds=1)
+def test_twenty_visitors_get_their_own_texts(player):
+    crowd(player, seconds=1)
 
 
 @pytest.mark.slow
-def test_twenty_visitors_for_a_minute(port, player, capfd):
-    crowd(port, player, seconds=60)
+def test_twenty_visitors_for_a_minute(player, capfd):
+    crowd(player, seconds=60)
     assert capfd.readouterr().err == ""
 
 
