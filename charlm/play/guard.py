@@ -1,4 +1,4 @@
-"""Who may ask: the page itself, on this machine. A page of another site, which a visitor has open, may not.
+"""Refuses requests that do not come from the page itself, such as those of another site that a visitor has open.
 
 A browser sends the name in the address as Host, which shows that a stranger's name leads to this machine (DNS
 rebinding). It names the site that a request comes from in Origin and Sec-Fetch-Site.

@@ -42,9 +42,9 @@ class Player:
     missing: str | None
 
     def following(self, idx: int) -> Tensor | None:
-        """Return how often each token followed another one in train, as probabilities (V,).
+        """Return the probabilities (V,) of the next token after `idx`, as counted in train.
 
-        None if the text is not at hand, or has nothing after that token.
+        Returns None if the text is not at hand, or nothing follows that token in it.
         """
         if self.text is None:
             return None
