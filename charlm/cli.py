@@ -168,7 +168,11 @@ def generate(
 @RUN
 @click.argument("other", metavar="[RUN_OR_CHECKPOINT]", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="Of this machine; 0 for a free one."
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port of this machine; 0 picks a free one.",
 )
 @click.option("--open", "in_browser", is_flag=True, help="Open the page in a browser.")
 @DEVICE

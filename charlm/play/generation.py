@@ -25,7 +25,7 @@ LAYOUT = "\n\t"
 
 @dataclass(frozen=True)
 class Settings:
-    """What a request may set; the same words, ranges and defaults as `charlm generate` has, but for limits on length.
+    """The settings of a request: names and defaults of `charlm generate`, with limits on lengths.
 
     Args:
         model: the number of the checkpoint, as typed in the command.
@@ -84,7 +84,7 @@ class Shown(NamedTuple):
 
 
 def characters(player: Player, settings: Settings) -> Iterator[dict[str, Any]]:
-    """Yield what comes: its text, surprise, the likeliest at its place, and the length of the copy that ends there.
+    """Yield each character: its text, surprise, likeliest alternatives, and the length of the copy that ends there.
 
     Surprise and probabilities are those of the model itself, before temperature, top-k and top-p. A character of
     several tokens comes once, with the bits of them all, and the probabilities at its last one.
@@ -131,14 +131,14 @@ def look(player: Player, step: Step) -> tuple[float, list[Shown]]:
 
 
 class Generation:
-    """A generation that worker threads take on by turns, one thread at a time."""
+    """A generation that goes on whenever `more` is called, by one thread at a time."""
 
     def __init__(self, player: Player, settings: Settings):
         self.characters = characters(player, settings)
         self.begun = self.left = False
 
     def more(self) -> list[Mapping[str, Any]]:
-        """Generate for a short while and return what came: the first character alone; nothing at the end."""
+        """Generate for a short while and return the characters: the first one alone; none at the end."""
         until = time.perf_counter() + AT_ONCE * self.begun
         self.begun = True
         found: list[Mapping[str, Any]] = []
