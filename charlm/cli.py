@@ -26,6 +26,7 @@ Examples:
   charlm data FILE_OR_FOLDER_OR_GLOB               look at a text before you train on it
   charlm generate outputs/RUN                      text from what it learned
   charlm generate outputs/RUN --prompt "ROMEO:" --temperature 0.8 --num-samples 3
+  charlm play outputs/RUN                          a page that shows its text as it comes, and what surprised it
   charlm evaluate outputs/RUN --split val          its exact loss, beside that of counting
   charlm checkpoint outputs/RUN                    what its last state holds; --export for other tools
   charlm inspect outputs/RUN                       learned or copied? what surprises it?
@@ -141,14 +142,11 @@ def generate(
     **sampling: Any,
 ) -> None:
     """Generate text, character by character."""
-    import torch
-
     from charlm import checkpoint
-    from charlm.generate import sample_text
+    from charlm.generate import sample_text, use_threads
 
     loaded = checkpoint.load(run, device, trust)
-    if num_samples * sum(p.numel() for p in loaded.model.parameters()) < 1e8:
-        torch.set_num_threads(1)  # one character is too little work for several threads
+    use_threads([loaded.model], num_samples)
     stream = sample_text(loaded.model, loaded.tokenizer, length, prompt, num_samples=num_samples, **sampling)
     if num_samples == 1 and not as_json:
         [first] = next(stream)  # a mistake in the prompt is found here, before anything is printed
@@ -166,6 +164,46 @@ def generate(
         return
     for number, text in enumerate(texts, start=1):
         print(f"--- sample {number} of {num_samples} ---\n{printable(text, keep=LAYOUT)}")
+
+
+@charlm.command()
+@RUN
+@click.argument("other", metavar="[RUN_OR_CHECKPOINT]", required=False, type=click.Path(path_type=Path))
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8000,
+    show_default=True,
+    help="Port of this machine; 0 picks a free one.",
+)
+@click.option("--open", "in_browser", is_flag=True, help="Open the page in a browser.")
+@DEVICE
+@TRUST
+def play(run: Path, other: Path | None, port: int, in_browser: bool, device: str, trust: tuple[str, ...]) -> None:
+    """Show a page on which one checkpoint generates text, or two next to each other.
+
+    The page shows how surprised the model is by each character, what else could have come, what was
+    counted in train, and which spans are copied from it. Only this machine can open the page.
+    """
+    import webbrowser
+
+    try:
+        from charlm.play import player, server
+    except ModuleNotFoundError as missing:
+        if missing.name not in ("starlette", "uvicorn", "sse_starlette"):
+            raise
+        needed = "charlm play needs packages that are not there"
+        raise InputError(f"{needed} ({missing.name}): pip install 'charlm[play]'") from None
+    from charlm.generate import use_threads
+
+    with server.listen(port) as listener:  # a port in use is found before anything is loaded
+        players = [player.load(place, device, trust) for place in (run, other) if place]
+        use_threads([one.loaded.model for one in players])
+        address = server.address_of(listener)
+        print(f"open {address} in a browser; Ctrl-C ends it", flush=True)
+        if in_browser:
+            webbrowser.open(address)
+        server.serve(players, listener)
 
 
 @charlm.command()

@@ -1,9 +1,9 @@
 """Text from a model, token by token."""
 
 import codecs
-from collections.abc import Iterator
-from contextlib import nullcontext
-from typing import Any
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,28 @@ from charlm.model import device_of
 from charlm.tokenizer import Tokenizer
 
 BYTES_OF_CHARACTER = 4  # that UTF-8 has at most
+MULTITHREADED = 1e8  # weights times samples: with fewer, a step is too little work for several threads
+
+
+class Step(NamedTuple):
+    """One step of a generation, for each sample of a batch."""
+
+    last_idx: Tensor  # (B,) int64: the token before
+    logits: Tensor  # (B, V) float32, of the model: before temperature, top_k and top_p
+    next_idx: Tensor  # (B,) int64: the token that was drawn
+
+
+class Piece(NamedTuple):
+    """A step and the text that it adds to each sample; no text within a character of several bytes."""
+
+    texts: list[str]  # B of them
+    step: Step
+
+
+def use_threads(models: Iterable[nn.Module], num_samples: int = 1) -> None:
+    """Let PyTorch compute with one thread if a step of each model is too little work for several."""
+    if num_samples * max(sum(p.numel() for p in model.parameters()) for model in models) < MULTITHREADED:
+        torch.set_num_threads(1)
 
 
 def generate(
@@ -25,7 +47,23 @@ def generate(
     top_p: float | None = None,
     use_cache: bool = True,
 ) -> Iterator[Tensor]:
-    """Yield the next ids, (B,) int64, `length` times, so that text can be shown as it comes.
+    """Yield the next ids, (B,) int64, `length` times, so that text can be shown as it comes; see `steps`."""
+    with closing(steps(model, idx, length, generator, temperature, top_k, top_p, use_cache)) as taken:
+        for step in taken:
+            yield step.next_idx
+
+
+def steps(
+    model: nn.Module,
+    idx: Tensor,
+    length: int,
+    generator: torch.Generator | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    use_cache: bool = True,
+) -> Generator[Step, None, None]:
+    """Generate `length` tokens per sample, and yield each step.
 
     The model sees the whole text so far if its `block_size` is None; otherwise its last block_size characters,
     where it has no `decode`. One that has both goes on from the newer half whenever block_size characters are full, so
@@ -51,6 +89,7 @@ def generate(
     most: int = model.block_size or idx.shape[1] + length  # type: ignore[assignment]
     kept = max(1, most // 2) if hasattr(model, "decode") else most
     seen = new = idx[:, -most:]  # (B, T)
+    last_idx = idx[:, -1]
     state: Any = None
     model.eval()
     try:
@@ -61,7 +100,8 @@ def generate(
                     logits, state = decode(new, state)  # (B, V)
                 else:
                     logits = model(seen)[:, -1]
-                next_idx = sample(logits.float(), generator, temperature, top_k, top_p)  # (B,)
+                logits = logits.float()
+                next_idx = sample(logits, generator, temperature, top_k, top_p)  # (B,)
                 new = next_idx[:, None]
                 if most == 1 or (decode and model.block_size is None):  # earlier characters are not needed again
                     seen, state = new, None if most == 1 else state
@@ -70,7 +110,8 @@ def generate(
                 if seen.shape[1] > most:
                     seen = new = seen[:, -kept:]
                     state = None
-            yield next_idx
+            yield Step(last_idx, logits, next_idx)
+            last_idx = next_idx
     finally:
         model.train(was_training)
 
@@ -111,7 +152,25 @@ def sample_text(
     top_k: int | None = None,
     top_p: float | None = None,
 ) -> Iterator[list[str]]:
-    """Yield what follows in each of `num_samples` samples, until each has `length` characters.
+    """Yield what follows in each of `num_samples` samples, until each has `length` characters; see `sample_pieces`."""
+    pieces = sample_pieces(model, tokenizer, length, prompt, seed, num_samples, temperature, top_k, top_p)
+    with closing(pieces):
+        for piece in pieces:
+            yield piece.texts
+
+
+def sample_pieces(
+    model: nn.Module,
+    tokenizer: Tokenizer,
+    length: int,
+    prompt: str | None = None,
+    seed: int = 1337,
+    num_samples: int = 1,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+) -> Generator[Piece, None, None]:
+    """Generate `num_samples` samples until each has `length` characters, and yield each step with its text.
 
     Bytes that are not UTF-8, which a model of bytes may produce, appear as U+FFFD.
 
@@ -134,15 +193,16 @@ def sample_text(
     left = [length] * num_samples
     partial = None in texts
     most = length * BYTES_OF_CHARACTER if partial else length
-    for next_idx in generate(model, idx, most, generator, temperature, top_k, top_p):
-        found = []
-        for b, i in enumerate(next_idx.tolist()):
-            whole = decoders[b].decode(tokens[i]) if partial else str(texts[i])
-            found.append(whole[: left[b]])
-            left[b] -= len(found[-1])
-        yield found
-        if not any(left):
-            return
+    with closing(steps(model, idx, most, generator, temperature, top_k, top_p)) as taken:
+        for step in taken:
+            found = []
+            for b, i in enumerate(step.next_idx.tolist()):
+                whole = decoders[b].decode(tokens[i]) if partial else str(texts[i])
+                found.append(whole[: left[b]])
+                left[b] -= len(found[-1])
+            yield Piece(found, step)
+            if not any(left):
+                return
 
 
 def text_of(token: bytes) -> str | None:

@@ -100,6 +100,7 @@ FLOORS = [
     ["sweep"],
     ["study"],
     ["board"],
+    ["play"],
     ["cli", "__main__"],
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
