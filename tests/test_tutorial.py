@@ -134,6 +134,7 @@ def run_block(block: Block, folder: Path, names: dict[str, Any], may_fail: bool)
 )
 def test_a_chapter_prints_what_it_shows(chapter, tmp_path, monkeypatch, shakespeare):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)  # what PYTHONPATH=. does; commands are forked, and find it here
     shutil.copytree(TUTORIAL, tmp_path / "docs" / "tutorial")
     names: dict[str, Any] = {"__name__": "tutorial"}
     found = blocks(TUTORIAL / "en" / chapter)
