@@ -14,6 +14,7 @@ from charlm.sweep.plan import is_sweep
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIAL = sorted((ROOT / "docs" / "tutorial").glob("*/*.md"))  # tests/test_tutorial.py has its commands
 
 
 def commands(start: str) -> list[list[str]]:
@@ -24,15 +25,15 @@ def commands(start: str) -> list[list[str]]:
     return [words for words in found if not any(re.search(r"\b[A-Z]{3,}\b", word) for word in words)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *TUTORIAL], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         path, _, heading = target.partition("#")
         if "://" in target:
             continue
         file = page.parent / path if path else page
         assert file.is_file(), target
-        headings = re.findall("^#+ (.*)", file.read_text(), re.M) if heading else []
+        headings = re.findall("^#+ (.*)", file.read_text(encoding="utf-8"), re.M) if heading else []
         anchors = [re.sub(r"[^\w -]", "", found).lower().replace(" ", "-") for found in headings]
         assert not heading or heading in anchors, target
 
