@@ -63,7 +63,7 @@ def test_a_model_of_ones_own_package_trains_and_its_run_is_used_with_trust_only(
 
 
 def test_a_trusted_package_that_cannot_be_imported_is_named():
-    with pytest.raises(InputError, match="cannot be imported .* name the folder that holds it in PYTHONPATH"):
+    with pytest.raises(InputError, match="name the folder that holds it in PYTHONPATH"):
         build({"_target_": "mylab.models.Unigram"}, vocab_size=5, trust=["mylab"])
 
 

@@ -20,6 +20,7 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +163,7 @@ def test_the_notebook_prints_what_its_chapter_shows(tmp_path, tmp_path_factory, 
     found = blocks(TUTORIAL / "en" / NOTEBOOK)
     shown = {
         block.text.strip(): after.text
-        for block, after in zip(found, found[1:], strict=False)
+        for block, after in pairwise(found)
         if block.kind == "python" and after.kind == "text"
     }
     for cell in notebook.cells:
