@@ -132,6 +132,7 @@ def run_block(block: Block, folder: Path, names: dict[str, Any], may_fail: bool)
     return printed_by_all
 
 
+@pytest.mark.timeout(900)  # on a busy machine; two idle cores take a minute or two for the longest
 @pytest.mark.parametrize(
     "chapter", [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in CHAPTERS if c != NOTEBOOK]
 )
