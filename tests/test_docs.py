@@ -89,7 +89,7 @@ def shortened(words: list[str]) -> list[str]:
     if "hydra/sweeper=optuna" in kept:
         kept.append("hydra.sweeper.n_trials=2")
     if "experiment=cpu_90s" in kept:
-        kept.append("data.final_targets=10_000")
+        kept += ["data.final_targets=10_000", "scheduler.warmup_steps=1"]
     several = "-m" in kept or any(word.startswith("sweep=") for word in kept)
     return [*kept, "data=text", "data.path=my.txt"] if several else kept
 
