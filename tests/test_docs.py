@@ -53,7 +53,9 @@ def test_each_command_passes_the_checks(words, tmp_path, monkeypatch):
     assert check(words[1:], ROOT / "conf")
 
 
-NOT_HERE = re.compile(r"&&|gpu|hydra/launcher=|trainer=ddp|torchrun|^pip|^tensorboard|one_machine|myconf|mylab")
+NOT_HERE = re.compile(
+    r"&&|gpu|hydra/launcher=|trainer=ddp|torchrun|^pip|^tensorboard|^charlm (play|board)|one_machine|myconf|mylab"
+)
 
 
 @pytest.mark.slow
