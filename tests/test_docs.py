@@ -53,7 +53,7 @@ def test_each_command_passes_the_checks(words, tmp_path, monkeypatch):
     assert check(words[1:], ROOT / "conf")
 
 
-NOT_HERE = re.compile(
+NOT_HERE = re.compile(  # what needs a GPU, a cluster, an installation or a package, and what serves a page
     r"&&|gpu|hydra/launcher=|trainer=ddp|torchrun|^pip|^tensorboard|^charlm (play|board)|one_machine|myconf|mylab"
 )
 
