@@ -42,7 +42,8 @@ class Budget:
         if not self.steps:
             return f"{time}, in steps of {tokens_per_step:,} tokens"
         times = self.steps * tokens_per_step / tokens_of_text
-        steps = f"{self.steps:,} steps of {tokens_per_step:,} tokens ({times:.2g} times the text)"
+        shown = f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
+        steps = f"{self.steps:,} steps of {tokens_per_step:,} tokens ({shown} times the text)"
         return f"{steps} or {time}, whichever ends first" if time else steps
 
 

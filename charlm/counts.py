@@ -358,6 +358,6 @@ def make_room(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> N
     """Give a model's text the length that it has in a state dict; PyTorch calls this before it loads one."""
     text = state_dict.get(f"{prefix}text")
     if text is not None:
-        if text.dim() != 1 or text.dtype != model.text.dtype or (len(text) and text.max() >= model.vocab_size):
+        if text.dim() != 1 or text.dtype != model.text.dtype or (len(text) and int(text.max()) >= model.vocab_size):
             raise ValueError("the text that the model has counted is not one of its symbols")
         model.text, model.counted = torch.empty_like(text), None

@@ -1,5 +1,6 @@
 """The documentation is true: its links lead somewhere, its commands pass all checks, its tree exists."""
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -7,13 +8,14 @@ from pathlib import Path
 import pytest
 
 from charlm import __version__
-from charlm.cli import charlm
+from charlm.cli import charlm as cli
 from charlm.preflight.command import check_command
 from charlm.sweep.plan import check_command as check_sweep
 from charlm.sweep.plan import is_sweep
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+TUTORIAL = sorted((ROOT / "docs" / "tutorial").glob("*/*.md"))  # tests/test_tutorial.py has its commands
 
 
 def commands(start: str) -> list[list[str]]:
@@ -24,15 +26,15 @@ def commands(start: str) -> list[list[str]]:
     return [words for words in found if not any(re.search(r"\b[A-Z]{3,}\b", word) for word in words)]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [*PAGES, *TUTORIAL], ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page):
-    for target in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
         path, _, heading = target.partition("#")
         if "://" in target:
             continue
         file = page.parent / path if path else page
         assert file.is_file(), target
-        headings = re.findall("^#+ (.*)", file.read_text(), re.M) if heading else []
+        headings = re.findall("^#+ (.*)", file.read_text(encoding="utf-8"), re.M) if heading else []
         anchors = [re.sub(r"[^\w -]", "", found).lower().replace(" ", "-") for found in headings]
         assert not heading or heading in anchors, target
 
@@ -51,8 +53,51 @@ def test_each_command_passes_the_checks(words, tmp_path, monkeypatch):
     assert check(words[1:], ROOT / "conf")
 
 
+NOT_HERE = re.compile(  # what needs a GPU, a cluster, an installation or a package, and what serves a page
+    r"&&|gpu|hydra/launcher=|trainer=ddp|torchrun|^pip|^tensorboard|^charlm (play|board)|one_machine|myconf|mylab"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_each_command_that_a_cpu_can_run_runs(tmp_path, train, charlm, shakespeare):
+    """With few steps and a short text, and the placeholders of the pages as runs and files."""
+    (tmp_path / "my.txt").write_text(shakespeare[:20_000], encoding="utf-8")
+    (tmp_path / "unseen.txt").write_text(shakespeare[20_000:22_000], encoding="utf-8")
+    short, env = ["data=text", "data.path=my.txt", "trainer.max_steps=4"], {"CHARLM_DATA": os.environ["CHARLM_DATA"]}
+    for name in ("RUN", "OTHER"):
+        assert not train("model=gpt", *short, f"seed={len(name)}", f"hydra.run.dir=outputs/{name}").code
+    assert not train("-m", *short, "optimizer.lr=0.01,0.03", "hydra.sweep.dir=outputs/SWEEP").code
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for line in dict.fromkeys(line for page in pages for line in lines_of(page) if not NOT_HERE.search(line)):
+        words = shlex.split(line, comments=True)
+        ended = charlm(*words[1:], **env) if words[0] == "charlm" else train(*shortened(words[2:]), timeout=300, **env)
+        assert ended.code == 0, f"{line}\n{ended.out}\n{ended.err}"
+
+
+def lines_of(page: Path) -> list[str]:
+    found = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    lines = [line.split("  #")[0].strip() for block in found for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if line]
+
+
+def shortened(words: list[str]) -> list[str]:
+    """Give a command of train.py few steps, and what takes long otherwise a short text."""
+    kept = [word for word in words if not word.startswith("trainer.max_steps=")]
+    if any(word.startswith("max_tokens=") for word in kept):
+        kept = ["max_tokens=2_048" if word.startswith("max_tokens=") else word for word in kept]
+    else:
+        kept.append(f"trainer.max_steps={6 if any(word.startswith('resume=') for word in kept) else 4}")
+    if "hydra/sweeper=optuna" in kept:
+        kept.append("hydra.sweeper.n_trials=2")
+    if "experiment=cpu_90s" in kept:
+        kept += ["data.final_targets=10_000", "scheduler.warmup_steps=1"]
+    several = "-m" in kept or any(word.startswith("sweep=") for word in kept)
+    return [*kept, "data=text", "data.path=my.txt"] if several else kept
+
+
 def test_the_commands_of_charlm_exist():
-    assert {words[1] for words in commands("charlm ")} <= {*charlm.commands} | {"--help"}
+    assert {words[1] for words in commands("charlm ")} <= {*cli.commands} | {"--help"}
 
 
 def test_the_tree_exists():

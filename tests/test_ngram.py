@@ -152,3 +152,11 @@ def test_several_processes_have_nothing_to_share_in_counting(check, text_file, t
     ended = check("data=text", "data.path=prose.txt", "model=ngram", f"trainer={trainer}", "trainer.devices=2")
     assert ended.code == 2
     assert "model=ngram only counts, in one process; leave out trainer=ddp or fsdp" in ended.err
+
+
+@pytest.mark.parametrize("symbols", [255, 256, 257])
+def test_a_model_of_as_many_symbols_as_a_byte_has_is_loaded(symbols):
+    model, again = NGram(symbols, 3), NGram(symbols, 3)
+    model.count(torch.arange(symbols))
+    again.load_state_dict(model.state_dict())
+    assert torch.equal(again.text, model.text)

@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from charlm import load
+from charlm.checkpoint.model import build
 from charlm.errors import InputError
 
 MODEL = """
@@ -59,6 +60,11 @@ def test_a_model_of_ones_own_package_trains_and_its_run_is_used_with_trust_only(
     with pytest.raises(InputError, match="trust its package"):
         load(tmp_path / "run")
     assert len(load(tmp_path / "run", trust=["mylab"]).generate("a", 5)) == 6
+
+
+def test_a_trusted_package_that_cannot_be_imported_is_named():
+    with pytest.raises(InputError, match="name the folder that holds it in PYTHONPATH"):
+        build({"_target_": "mylab.models.Unigram"}, vocab_size=5, trust=["mylab"])
 
 
 def test_trust_is_never_taken_from_a_folder(lab, train, tmp_path):

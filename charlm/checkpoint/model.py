@@ -180,12 +180,20 @@ def build(node: dict[str, Any], vocab_size: int | None, trust: Collection[str] =
         trust: packages outside of charlm whose models may be built.
 
     Raises:
-        InputError: if the class is neither charlm's nor trusted, or does not take the settings.
+        InputError: if the class is neither charlm's nor trusted, cannot be imported, or does not take the settings.
     """
     target = node["_target_"] if isinstance(node["_target_"], str) else "no name"
     package = target.partition(".")[0]
     own, trusted = target.startswith("charlm.model."), package in trust and package != "charlm"
-    found = pkgutil.resolve_name(target) if own or trusted else None
+    try:
+        found = pkgutil.resolve_name(target) if own or trusted else None
+    except ModuleNotFoundError as error:
+        if own:
+            raise
+        raise InputError(
+            f"{printable(target, 100)} is its model, and cannot be imported ({one_line(error)}): install the package "
+            f"{printable(package, 50)}, or name the folder that holds it in PYTHONPATH"
+        ) from error
     is_model = isinstance(found, type) and issubclass(found, nn.Module)
     if not isinstance(found, type) or not is_model or (own and not found.__module__.startswith("charlm.model.")):
         raise InputError(

@@ -22,7 +22,8 @@ from charlm.run.resume import CONSTANT
 from charlm.run.trust import check_run
 
 TRAINED = ("state_dict", "optimizer_states", "lr_schedulers", "ema")  # keys of a checkpoint that training changes
-ELSEWHERE = ("results.stopped_by", "results.device")  # figures that depend on the machine, like all times
+# Figures that depend on the machine, like all times, or that `charlm evaluate --certify` adds later.
+ELSEWHERE = ("results.stopped_by", "results.device", "results.certified")
 
 
 def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence[str] = ()) -> dict[str, Any]:
