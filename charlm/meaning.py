@@ -37,7 +37,8 @@ def meaning(
     if losses and results["val/share"] == 1 and losses[-1][0] < results["steps"]:
         losses = [*losses, (results["steps"], results["train/seconds"], results["val/loss"])]
     if results["steps"]:
-        lines.append(overfitting(results, losses) or what_next(results, losses, config, last_loss(run_dir)))
+        kept = (run_dir / "checkpoints" / "best.ckpt").is_file()
+        lines.append(overfitting(results, losses, kept) or what_next(results, losses, config, last_loss(run_dir)))
     return lines
 
 
@@ -79,14 +80,19 @@ def where(results: dict[str, Any], known: Mapping[str, float]) -> str:
     return f"{figure} lies between {above[0]} ({above[1]:.4f}) and {below[0]} ({below[1]:.4f})."
 
 
-def overfitting(results: dict[str, Any], losses: Validations) -> str | None:
-    """Say since when val has been rising, if it has."""
+def overfitting(results: dict[str, Any], losses: Validations, kept: bool) -> str | None:
+    """Say since when val has been rising, if it has.
+
+    Args:
+        kept: whether the checkpoint of its lowest is there.
+    """
     step, _, lowest = min(losses, key=lambda one: one[2], default=(0, 0.0, math.inf))
     if not losses or losses[-1][2] - lowest <= RISEN or losses[-1][0] <= step:
         return None
+    where = "checkpoints/best.ckpt has" if kept else "callbacks=[default,best] keeps"
     return (
-        f"It overfits: val was lowest at step {step:,} ({lowest:.4f}) and has risen since. callbacks=[default,best] "
-        f"keeps that state; more text, dropout or a smaller model would help."
+        f"It overfits: val was lowest at step {step:,} ({lowest:.4f}) and has risen since. {where} that state; more "
+        f"text, dropout or a smaller model would help."
     )
 
 

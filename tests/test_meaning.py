@@ -66,6 +66,9 @@ def test_a_val_that_has_risen_is_overfitting(tmp_path):
     lines = of(tmp_path, results(1.9), [2.1, 1.7, 1.8, 1.85])
     assert lines[1].startswith("It overfits: val was lowest at step 200 (1.7000) and has risen since.")
     assert "callbacks=[default,best]" in lines[1]
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "best.ckpt").touch()
+    assert "checkpoints/best.ckpt has that state" in of(tmp_path, results(1.9), [2.1, 1.7, 1.8, 1.85])[1]
     part = of(tmp_path, results(1.9, **{"val/share": 0.1}), [2.1, 1.7, 1.705])  # the final loss is of other text
     assert not part[1].startswith("It overfits")
 

@@ -19,6 +19,7 @@ LEVEL = 0.95  # of intervals
 SEED_SD = 0.005  # nats per character: of small models on small texts, where no two seeds tell
 PAIRED_BY_SEED = 8  # seeds that match; with fewer, it costs more degrees of freedom than it gains
 POWER = 0.8
+MANY = 100  # seeds
 CERTAIN = 1e-4  # p values below are not computed exactly, which takes 30 ms each
 LARGE = 200  # degrees of freedom that are as good as infinitely many
 
@@ -102,6 +103,8 @@ class Comparison:
             return f"{name} is {self.verdict} by {size} (p = {self.p:.2g})"
         if self.more_seeds is None:
             more = f"no number of seeds would show {self.detectable:.3f} on so little text"
+        elif self.more_seeds > MANY:
+            more = f"as good as equal: more than {MANY} more seeds of each would have to show {self.detectable:.3f}"
         else:
             more = f"{self.more_seeds} more seed{'s' * (self.more_seeds != 1)} of each would show {self.detectable:.3f}"
         return f"{name}: within noise, {self.difference:+.4f} ± {self.se:.4f} (p = {self.p:.2g}); {more}"
