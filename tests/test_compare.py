@@ -51,8 +51,6 @@ def test_a_verdict_says_how_many_more_seeds_would_help():
     assert "more seeds of each would show" in one.text("B") or "no number of seeds would show" in one.text("B")
     much = replace(one, verdict="within noise", more_seeds=3167)
     assert "as good as equal: more than 100 more seeds" in much.text("B")
-        "B"
-    )
 
 
 def test_the_same_runs_do_not_differ():
