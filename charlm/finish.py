@@ -13,6 +13,7 @@ from charlm.data import CharDataModule
 from charlm.evaluate import figures, splits_to_evaluate
 from charlm.generate import continuation
 from charlm.logger import FINISHED
+from charlm.model import flops_per_token
 from charlm.module import VALIDATION
 from charlm.schema import name_of
 
@@ -47,6 +48,7 @@ def evaluate_run(
         "train/tokens": clock.tokens,
         "train/seconds": clock.seconds,
         "train/tokens_per_second": clock.tokens_per_second,
+        "train/flops_per_token": flops_per_token(model, data.block_size),
         **found,
     }
     with torch.inference_mode():
