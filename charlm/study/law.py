@@ -75,7 +75,9 @@ class Fit:
         seed: of the bootstrap.
     """
 
-    def __init__(self, n: Sequence[float], d: Sequence[float], losses: Sequence[float], cells: Sequence[int], seed: int = 0):
+    def __init__(
+        self, n: Sequence[float], d: Sequence[float], losses: Sequence[float], cells: Sequence[int], seed: int = 0
+    ):
         self.n, self.d, self.losses = np.array(n, float), np.array(d, float), np.array(losses, float)
         self.cells, self.generator = np.array(cells), np.random.default_rng(seed)
         self.count = int(self.cells.max()) + 1
