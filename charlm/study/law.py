@@ -2,14 +2,15 @@
 
 L(N, D) = E + A / N^alpha + B / D^beta, Hoffmann et al. (2022), "Training Compute-Optimal Large Language Models", eq. 2.
 
-For given exponents the law is linear in E, A and B, which are not negative. So the fit searches alpha and beta only, and
-solves for the others at each point: variable projection (Golub and Pereyra 1973), by Levenberg and Marquardt with the
-Jacobian of Kaufman (1975). It minimizes the Huber loss of the relative residuals (predicted - measured) / measured,
-which are the log residuals of Hoffmann et al., appendix D.4, to first order, and keep the problem linear.
+For given exponents the law is linear in E, A and B, which are not negative. So the fit searches alpha and beta only,
+and solves for the others at each point: variable projection (Golub and Pereyra 1973), by the method of Levenberg and
+Marquardt with the Jacobian of Kaufman (1975). It minimizes the Huber loss of the relative residuals (predicted -
+measured) / measured, which to first order are the log residuals of Hoffmann et al., section 3.3, and keep the problem
+linear. The parabolas of equal compute of Hoffmann et al. are biased even without noise (arXiv 2603.22339).
 
-Intervals come from a bootstrap of residuals (Davison and Hinkley 1997, section 6.2.3). A cell, which is all seeds of one
-size and budget, has one residual, so what counts is how far cells lie from the law, and not only how far seeds lie from
-each other. Residuals are divided by sqrt(1 - leverage), because a fit with 5 parameters follows the cells at the corners,
+Intervals come from a bootstrap of residuals (Davison and Hinkley 1997, section 6.2.3). A cell, which is all seeds of
+one size and budget, has one residual, so that the distance of cells from the law counts, and not only the spread of
+seeds. Residuals are divided by sqrt(1 - leverage), because a fit with 5 parameters follows the cells at the corners,
 and multiplied by the ratio of the quantiles of Student's t and of the normal distribution, because cells are few.
 """
 
@@ -52,7 +53,7 @@ class Laws:
     beta: Array
 
     def loss(self, n: float | Array, d: float | Array) -> Array:
-        """Return the losses of models with `n` parameters after `d` tokens; arrays of shape (R, 1) or (M,) broadcast."""
+        """Return the losses (R, M) of models with `n` parameters after `d` tokens, numbers or arrays (M,)."""
         E, A, alpha, B, beta = (np.reshape(each, (-1, 1)) for each in (self.E, self.A, self.alpha, self.B, self.beta))
         losses: Array = E + A * np.power(n, -alpha) + B * np.power(d, -beta)
         return losses
@@ -225,7 +226,7 @@ def project(
 
 
 def not_negative(columns: Array, weights: Array) -> Array:
-    """Return the x >= 0 (R, 3) with the least weighted squares of `columns` (R, M, 3) x - 1: the best of all subsets."""
+    """Return the x >= 0, (R, 3), with the least weighted squares of `columns` (R, M, 3) x - 1: the best subset's."""
     turned = np.swapaxes(columns * weights[..., None], 1, 2)
     gram, right = turned @ columns, turned.sum(-1)
     gram = gram + 1e-12 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(3)

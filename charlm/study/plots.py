@@ -1,4 +1,4 @@
-"""The pictures of a study: val loss against each swept setting, pairs of settings as heat maps, curves, a scaling law."""
+"""The pictures of a study: val loss against each swept setting, pairs as heat maps, curves, and a scaling law."""
 
 import io
 import itertools
@@ -171,7 +171,9 @@ def axis_of(axes: Axes, study: Study, name: str, along: str = "x") -> dict[Value
     if words:
         axes.set(**{f"{along}lim": (-0.5, len(values) - 0.5)})
     elif geometric(numbers):
-        axes.set(**{f"{along}scale": "log"})
+        # With limits, because Matplotlib divides by zero if the first line of a logarithmic axis has one point.
+        room = (max(numbers) / min(numbers)) ** 0.05
+        axes.set(**{f"{along}scale": "log", f"{along}lim": (min(numbers) / room, max(numbers) * room)})
         axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
         axis.set_minor_formatter(NullFormatter())
     if words or len(values) <= MOST_CELLS:
@@ -422,13 +424,17 @@ def stars(axes: Axes, scaling: Scaling, x: Sequence[float]) -> None:
         )
     if scaling.checks:
         losses = [check.measured.loss for check in scaling.checks if check.measured]
-        axes.scatter(x, losses, marker="*", s=70, color=ALARM, zorder=5, label="held out")
+        axes.scatter(x, losses, marker="*", s=45, color=ALARM, zorder=5, label="held out")
 
 
 def finish_scaling(axes: Axes, scaling: Scaling, label: str) -> None:
     losses = [cell.loss for cell in [*scaling.cells, *scaling.held_out]]
     room = 0.08 * (max(losses) - min(losses)) or 0.1
     axes.set(xscale="log", xlabel=label, ylabel=LOSS, ylim=(min(losses) - 1.5 * room, max(losses) + room))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda number, _: f"{number:,.0f}" if number < 1e7 else f"{number:.0e}")
+    )
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.legend(loc="upper right")
 
 

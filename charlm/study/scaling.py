@@ -2,8 +2,8 @@
 
 N counts all parameters, embeddings and head included, as Hoffmann et al. (2022) do. Kaplan et al. (2020, section 2.1)
 leave embeddings out; small models, in which they are a large part, then follow a law with other exponents (Pearce and
-Song 2024; Porian et al. 2024). D counts the tokens of training, and C is D times the floating-point operations per token,
-counted for each model (`charlm.model.flops_per_token`): 6 N would leave out attention.
+Song 2024; Porian et al. 2024). D counts the tokens of training, and C is D times the floating-point operations per
+token, counted for each model (`charlm.model.flops_per_token`): 6 N would leave out attention.
 """
 
 import math
@@ -91,7 +91,8 @@ class Scaling:
     def __init__(self, cells: Sequence[Cell], held_out: Sequence[Cell]):
         self.cells, self.held_out = cells, held_out
         runs = [(cell.n, cell.d, loss, number) for number, cell in enumerate(cells) for loss in cell.losses]
-        self.fit = Fit(*zip(*runs, strict=True))
+        n, d, losses, numbers = zip(*runs, strict=True)
+        self.fit = Fit(n, d, losses, numbers)
 
     @cached_property
     def intervals(self) -> dict[str, Interval]:
@@ -165,7 +166,7 @@ def scaling_of(study: Study) -> Scaling:
         raise InputError(f"--scaling fits one family of models, and these are {', '.join(families)}: report each alone")
     if not study.comparable:
         raise InputError(
-            "--scaling needs runs of one text and one least context, and these differ: charlm report without it tells how"
+            "--scaling needs runs of one text and one least context: charlm report without it shows how these differ"
         )
     best: dict[tuple[float, float], Cell] = {}
     for row in rows:  # best first

@@ -175,12 +175,13 @@ def predictions(found: Scaling) -> list[str]:
     """Return what the law predicts: held-out runs next to their outcome, and the next model."""
     lines = [outcome(found, check) for check in found.checks]
     lines += [] if lines else ["No run has 3 times the compute of all others, so none was held out to check the law."]
-    following, most = found.next, max(cell.compute for cell in [*found.cells, *found.held_out])
+    ahead = found.next
+    times = ahead.compute / max(cell.compute for cell in [*found.cells, *found.held_out])
     return [
         *lines,
-        f"Next: for {following.compute / most:.0f} times the largest compute, the best model has N = {following.n:,.0f} "
-        f"and D = {following.d:,.0f}; predicted {following.loss.value:.4f}, {LEVEL:.0%} interval of one run "
-        f"{following.loss.low:.4f} to {following.loss.high:.4f}.",
+        f"Next: for {times:.0f} times the largest compute, the best model has N = {ahead.n:,.0f} and D = "
+        f"{ahead.d:,.0f}; predicted {ahead.loss.value:.4f}, {LEVEL:.0%} interval of one run {ahead.loss.low:.4f} to "
+        f"{ahead.loss.high:.4f}.",
     ]
 
 
@@ -191,8 +192,9 @@ def outcome(found: Scaling, check: Prediction) -> str:
     times = check.compute / max(cell.compute for cell in found.cells)
     of = f"the mean of {seeds} seeds" if seeds > 1 else "one run"
     return (
-        f"Held out: N = {check.n:,.0f}, D = {check.d:,.0f}, {times:.2f} times the largest compute of the fit. Predicted "
-        f"{check.loss.value:.4f}, {LEVEL:.0%} interval of {of} {check.loss.low:.4f} to {check.loss.high:.4f}; measured "
-        f"{check.measured.loss:.4f}: {'within' if check.within else 'OUTSIDE'} the interval, "
+        f"Held out: N = {check.n:,.0f}, D = {check.d:,.0f}, {times:.2f} times the largest compute of the fit. "
+        f"Predicted {check.loss.value:.4f}, {LEVEL:.0%} interval of {of} {check.loss.low:.4f} to "
+        f"{check.loss.high:.4f}; "
+        f"measured {check.measured.loss:.4f}: {'within' if check.within else 'OUTSIDE'} the interval, "
         f"{abs(apart):.4f} {'above' if apart > 0 else 'below'} the prediction."
     )
