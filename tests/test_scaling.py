@@ -80,6 +80,19 @@ def test_the_fit_is_that_of_an_independent_minimizer():
     assert float(fit.law.E[0]) == pytest.approx(E, rel=0.01)
 
 
+@given(st.integers(0, 10**6))
+@settings(max_examples=10, deadline=None)
+def test_whatever_a_stranger_writes_has_a_law(seed):
+    """Figures up to the limits of `cell_of` end neither in an error nor in a warning."""
+    n, d, losses = np.random.default_rng(seed).choice([1e-5, 1e-3, 1.0, 1e9, 1e29], (3, 20))
+    law_module.REPLICATES, before = 20, law_module.REPLICATES
+    try:
+        cells = [Cell(a, b, a, [c]) for a, b, c in zip(n, d, losses, strict=True)]
+        json.dumps(Scaling(cells, []).found())
+    finally:
+        law_module.REPLICATES = before
+
+
 def test_one_diverged_run_does_not_move_the_law():
     n, d, losses, cells = runs_of(TYPICAL, 3, 0.0, 0.003)
     clean = Fit(n, d, losses, cells)

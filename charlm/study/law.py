@@ -109,7 +109,8 @@ class Fit:
         powers = self.n**-law.alpha, self.d**-law.beta
         slopes = -law.A * np.log(self.n) * powers[0], -law.B * np.log(self.d) * powers[1]
         jacobian = np.stack([np.ones_like(self.n), *powers, *slopes], 1) / self.losses[:, None]
-        basis, sizes, _ = np.linalg.svd(jacobian / np.linalg.norm(jacobian, axis=0), full_matrices=False)
+        lengths = np.linalg.norm(jacobian, axis=0).clip(min=1e-300)  # a term that is zero has no slope
+        basis, sizes, _ = np.linalg.svd(jacobian / lengths, full_matrices=False)
         leverage = np.bincount(self.cells, (basis[:, sizes > 1e-9 * sizes[0]] ** 2).sum(1)).clip(max=0.95)
         free = self.count - PARAMETERS
         tails = stats.t.isf((1 - LEVEL) / 2, free) / stats.norm.isf((1 - LEVEL) / 2)
@@ -173,7 +174,7 @@ def search(n: Array, d: Array, losses: Array, delta: float, start: Laws | None =
         jacobian = -scales[:, None, 1:] * np.exp(p)[:, None] * logs * columns[..., 1:]  # (R, M, 2), by p
         active = columns * (scales > 0)[:, None]
         weighted = active * weights[..., None]
-        gram = np.swapaxes(weighted, 1, 2) @ active + 1e-12 * np.eye(3)
+        gram = regular(np.swapaxes(weighted, 1, 2) @ active)
         jacobian = jacobian - active @ np.linalg.solve(gram, np.swapaxes(weighted, 1, 2) @ jacobian)
         turned = np.swapaxes(jacobian * weights[..., None], 1, 2)
         hessian, slope = turned @ jacobian, (turned @ residuals[..., None])[..., 0]
@@ -228,8 +229,7 @@ def project(
 def not_negative(columns: Array, weights: Array) -> Array:
     """Return the x >= 0, (R, 3), with the least weighted squares of `columns` (R, M, 3) x - 1: the best subset's."""
     turned = np.swapaxes(columns * weights[..., None], 1, 2)
-    gram, right = turned @ columns, turned.sum(-1)
-    gram = gram + 1e-12 * np.trace(gram, axis1=1, axis2=2)[:, None, None] * np.eye(3)
+    gram, right = regular(turned @ columns), turned.sum(-1)
     x: Array = np.linalg.solve(gram, right[..., None])[..., 0]
     if (below := (x < 0).any(-1)).any():
         gram, right = gram[below][:, None], right[below][:, None]
@@ -239,3 +239,10 @@ def not_negative(columns: Array, weights: Array) -> Array:
         squares = np.where((each < 0).any(-1), np.inf, squares - 2 * (each * right).sum(-1))
         x[below] = each[np.arange(len(each)), squares.argmin(-1)]
     return x
+
+
+def regular(gram: Array) -> Array:
+    """Return matrices (R, 3, 3) that can be inverted, also where columns are equal or zero."""
+    size = np.trace(gram, axis1=1, axis2=2)[:, None, None]
+    found: Array = gram + (1e-12 * size + 1e-300) * np.eye(3)
+    return found

@@ -26,6 +26,7 @@ LEAST_LEVELS = 3  # sizes, and budgets, that a fit needs
 LEAST_CELLS = PARAMETERS + 3
 FAR = 3.0  # times the compute of all other runs that makes a run held out
 ALIKE = 1.05  # ratio of compute within which runs are of one size of compute
+LIMITS = 1e-6, 1e30  # of a figure, so that its powers stay finite
 NEXT = 4.0  # times the largest compute: the next model
 SWEEP = "python train.py sweep=scaling"
 
@@ -189,7 +190,7 @@ def cell_of(runs: Sequence[Run]) -> Cell:
     """
     for run in runs:
         for figure in ("parameters", "train/tokens", FLOPS, "val/loss"):
-            if not run.figures.get(figure, 0) > 0:
+            if not LIMITS[0] < run.figures.get(figure, 0) < LIMITS[1]:
                 raise InputError(
                     f"--scaling needs {figure} above 0 in results.json, and {run.name} has none: train it again with "
                     "this version, or leave it out; a bigram, which multiplies no matrices, has no such law"
