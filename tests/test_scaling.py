@@ -165,6 +165,17 @@ def test_intervals_cover_planted_laws_in_85_to_95_percent(name, monkeypatch):
     assert all(0.835 <= share <= 0.965 for share in found.values()), found
 
 
+def test_runs_that_no_law_describes_are_told_from_noise():
+    noise, bent = (Fit(*runs_of(TYPICAL, 3, cell_sd, 0.004, 1)).misfit for cell_sd in (0.0, 0.02))
+    assert noise.by_seeds == pytest.approx(0.004 / math.sqrt(3), rel=0.3)
+    assert noise.p is not None
+    assert noise.p > 0.05
+    assert bent.apart == pytest.approx(0.02, rel=0.5)
+    assert bent.p is not None
+    assert bent.p < 0.001
+    assert Fit(*runs_of(TYPICAL, 1, 0.0, 0.004)).misfit.p is None
+
+
 def test_the_interval_of_one_run_is_wider_than_that_of_a_mean():
     fit = Fit(*runs_of(TYPICAL, 3, 0.001, 0.01))
     one, three = (fit.predict(*LARGER, seeds) for seeds in (1, 3))
@@ -280,6 +291,7 @@ def test_a_report_fits_predicts_and_checks(made, call, tmp_path):
     assert re.search(held + r"interval of the mean of 2 seeds 1.\d{4} to 1.\d{4}; measured 1.6\d{3}: within", out)
     assert re.search(r"L\(N, D\) = \d.* / N\^0\.\d+ \+ .* / D\^0\.\d+", out)
     assert "Next: for 4 times the largest compute, the best model has N = " in out
+    assert "alone makes" in out
     page = (tmp_path / "s" / "report.html").read_text()
     assert "<h2>Scaling law</h2>" in page
     assert page.count("Val loss against compute") > 0

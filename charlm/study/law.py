@@ -43,6 +43,21 @@ class Interval:
 
 
 @dataclass(frozen=True)
+class Misfit:
+    """The relative distance of cells from a law, root mean square.
+
+    Args:
+        apart: as measured, with the degrees of freedom of the fit.
+        by_seeds: as the spread of seeds would make it; 0 if each cell has one seed.
+        p: of an F test of the two, None without seeds: if it is small, the law does not describe all cells.
+    """
+
+    apart: float
+    by_seeds: float
+    p: float | None
+
+
+@dataclass(frozen=True)
 class Laws:
     """R laws over the same runs: a fit, or the replicates of a bootstrap. Each array has shape (R,)."""
 
@@ -123,6 +138,17 @@ class Fit:
         apart = self.residuals - self.cell_means(self.residuals)[self.cells]
         free = len(apart) - self.count
         return float(np.sqrt((apart**2).sum() / free)) if free else 0.0
+
+    @cached_property
+    def misfit(self) -> Misfit:
+        """How far cells lie from the law, and how far they would by the spread of seeds alone."""
+        from scipy import stats
+
+        free, free_seeds = self.count - PARAMETERS, len(self.cells) - self.count
+        apart = float(np.sqrt((self.cell_means(self.residuals) ** 2).sum() / free))
+        by_seeds = self.seed_sd / np.sqrt(len(self.cells) / self.count)
+        p = float(stats.f.sf((apart / by_seeds) ** 2, free, free_seeds)) if by_seeds else None
+        return Misfit(apart, by_seeds, p)
 
     @cached_property
     def replicates(self) -> Laws:

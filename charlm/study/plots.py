@@ -435,7 +435,7 @@ def finish_scaling(axes: Axes, scaling: Scaling, label: str) -> None:
         FuncFormatter(lambda number, _: f"{number:,.0f}" if number < 1e7 else f"{number:.0e}")
     )
     axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.legend(loc="upper right")
+    figure_of(axes).legend(loc="outside lower center", ncols=4, columnspacing=1, handlelength=1.4)
 
 
 def draw_png(study: Study) -> bytes:

@@ -148,6 +148,7 @@ class Scaling:
             "cells": [cell(c) for c in self.cells],
             "level": LEVEL,
             "law": {name: asdict(interval) for name, interval in self.intervals.items()},
+            "misfit": asdict(self.fit.misfit),
             "held_out": [cell(c) | prediction(p) for c, p in zip(self.held_out, self.checks, strict=True)],
             "next": prediction(self.next),
         }

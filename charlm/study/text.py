@@ -15,10 +15,11 @@ from charlm.study.comparison import Comparison, System
 from charlm.study.law import LEVEL
 from charlm.study.runs import Run
 from charlm.study.scaling import Cell, Prediction, Scaling
-from charlm.study.study import CRITERION, Row, Study
+from charlm.study.study import CRITERION, SIGNIFICANT, Row, Study
 
 MOST_ROWS = 30
 MOST_VALUES = 8
+HEADS = ("parameters N", "tokens D", "FLOPs C", "seeds", "measured", "law")  # of the cells of a scaling law
 MARKS = {"within noise": "≈ best", "one seed": "?"}  # as a terminal is narrow
 
 
@@ -153,9 +154,6 @@ def scaling_text(found: Scaling) -> RenderableType:
     return Group(Text(), cells, Text(formula(found)), law, *map(Text, predictions(found)))
 
 
-HEADS = ("parameters N", "tokens D", "FLOPs C", "seeds", "measured", "law")
-
-
 def cell_texts(found: Scaling, cell: Cell) -> list[str]:
     """Return a row of the table of cells, under HEADS."""
     spread = f" ± {cell.sd:.4f}" if cell.sd is not None else ""
@@ -166,8 +164,22 @@ def cell_texts(found: Scaling, cell: Cell) -> list[str]:
 def formula(found: Scaling) -> str:
     """Return the law as one line."""
     E, A, alpha, B, beta = (found.intervals[name].value for name in ("E", "A", "alpha", "B", "beta"))
+    return f"L(N, D) = {E:.4g} + {A:.4g} / N^{alpha:.3g} + {B:.4g} / D^{beta:.3g}"
+
+
+def quality(found: Scaling) -> str:
+    """Compare the distances of cells from the law with what the spread of seeds explains."""
+    misfit = found.fit.misfit
+    line = f"The runs of one size and budget lie {misfit.apart:.2%} from the law on average (root mean square)"
+    if misfit.p is None:
+        return f"{line}; with one seed each, nobody can tell whether that is noise."
+    line += f", and the spread of seeds alone makes {misfit.by_seeds:.2%}"
+    if misfit.p >= SIGNIFICANT:
+        return f"{line}: the law describes them (F test, p = {misfit.p:.2g})."
+    far = max(found.cells, key=lambda cell: abs(cell.loss / found.predicted(cell) - 1))
     return (
-        f"L(N, D) = {E:.4g} + {A:.4g} / N^{alpha:.3g} + {B:.4g} / D^{beta:.3g}; the best N for a compute C ~ N D: C^a"
+        f"{line}: the law does NOT describe all of them (F test, p = {misfit.p:.2g}), which its intervals allow for as "
+        f"noise. The farthest is N = {far.n:,.0f}, D = {far.d:,.0f}."
     )
 
 
@@ -178,7 +190,9 @@ def predictions(found: Scaling) -> list[str]:
     ahead = found.next
     times = ahead.compute / max(cell.compute for cell in [*found.cells, *found.held_out])
     return [
+        quality(found),
         *lines,
+        "The best N for a compute C grows as C^a, where C is proportional to N D.",
         f"Next: for {times:.0f} times the largest compute, the best model has N = {ahead.n:,.0f} and D = "
         f"{ahead.d:,.0f}; predicted {ahead.loss.value:.4f}, {LEVEL:.0%} interval of one run {ahead.loss.low:.4f} to "
         f"{ahead.loss.high:.4f}.",
