@@ -5,6 +5,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,7 +43,9 @@ def planted(E: float, a: float, alpha: float, b: float, beta: float) -> Laws:
 TYPICAL = planted(1.2, 0.45, 0.35, 0.5, 0.4)
 
 
-def runs_of(law: Laws, seeds: int = 1, cell_sd: float = 0.0, seed_sd: float = 0.0, seed: int = 0) -> tuple:
+def runs_of(
+    law: Laws, seeds: int = 1, cell_sd: float = 0.0, seed_sd: float = 0.0, seed: int = 0
+) -> tuple[Any, Any, Any, Any]:
     """Return n, d, losses and cells of simulated runs; errors are relative."""
     generator = np.random.default_rng(seed)
     n, d = (np.repeat(axis.ravel(), seeds) for axis in np.meshgrid(SIZES, BUDGETS))
@@ -106,7 +109,8 @@ def test_one_diverged_run_does_not_move_the_law():
 @settings(max_examples=20, deadline=None)
 def test_a_fitted_law_falls_with_size_and_tokens_whatever_the_losses(seed):
     n, d, _, cells = runs_of(TYPICAL)
-    fit = Fit(n, d, np.random.default_rng(seed).uniform(1, 3, len(n)), cells)
+    losses: Any = np.random.default_rng(seed).uniform(1, 3, len(n))
+    fit = Fit(n, d, losses, cells)
     sizes = np.geomspace(1e3, 1e7, 20)
     for losses in (fit.law.loss(sizes, 1e6)[0], fit.law.loss(3e4, sizes)[0]):
         assert np.isfinite(losses).all()
@@ -396,7 +400,7 @@ def test_the_sweep_is_as_its_file_says():
 
 
 def test_grids_are_swept_one_after_the_other(parser):
-    grids = [{"model.n_embd": 16, "optimizer.lr": "1e-2,2e-2"}, {"model.n_embd": 32, "optimizer.lr": 5e-3}]
+    grids: Any = [{"model.n_embd": 16, "optimizer.lr": "1e-2,2e-2"}, {"model.n_embd": 32, "optimizer.lr": 5e-3}]
     jobs = union({"seed": "1,2"}, grids, [], parser)
     wanted = [("1", "16", "0.01"), ("1", "16", "0.02"), ("2", "16", "0.01"), ("2", "16", "0.02")]
     wanted += [("1", "32", "0.005"), ("2", "32", "0.005")]
