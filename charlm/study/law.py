@@ -170,8 +170,8 @@ class Fit:
         in_cell = len(self.cells) / self.count  # seeds whose mean the residual of a cell is
         more = self.seed_sd * np.sqrt(max(0.0, 1 / seeds - 1 / in_cell))
         drawn = drawn + more * self.generator.standard_normal(REPLICATES)
-        # Of 300 simulated sets of runs of four laws, these quantiles cover 89 to 91%, and 85 to 92% if the errors of the
-        # replicates count with the opposite sign ("basic" intervals).
+        # In simulations of four laws these quantiles cover 89 to 91%; if the errors of the replicates counted with the
+        # opposite sign, as in "basic" intervals, 85 to 92%.
         samples = self.replicates.loss(n, d)[:, 0] * (1 + drawn)
         low, high = np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return Interval(value, float(low), float(high))
