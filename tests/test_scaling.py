@@ -31,7 +31,7 @@ from charlm.study.scaling import Cell, Scaling, far_above
 from charlm.sweep.plan import union
 
 ROOT = Path(__file__).parent.parent
-SIZES, BUDGETS = (5e3, 16e3, 29e3, 62e3, 156e3), (125e3, 250e3, 500e3, 1e6)  # those of sweep=scaling
+SIZES, BUDGETS = (16e3, 29e3, 62e3, 89e3, 156e3), (125e3, 250e3, 500e3, 1e6)  # those of sweep=scaling
 LARGER = 318e3, 2e6
 
 
@@ -162,11 +162,11 @@ def test_intervals_cover_a_planted_law(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", LAWS)
 def test_intervals_cover_planted_laws_in_85_to_95_percent(name, monkeypatch):
-    """400 sets of runs, whose standard error is 0.015, added on both sides."""
-    monkeypatch.setattr(law_module, "REPLICATES", 300)
-    found = coverage(*LAWS[name], 400)
+    """Of 300 sets of runs; their standard error, 0.018, is added on both sides."""
+    monkeypatch.setattr(law_module, "REPLICATES", 200)
+    found = coverage(*LAWS[name], 300)
     print(name, found)
-    assert all(0.835 <= share <= 0.965 for share in found.values()), found
+    assert all(0.832 <= share <= 0.968 for share in found.values()), found
 
 
 def test_runs_that_no_law_describes_are_told_from_noise():
