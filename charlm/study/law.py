@@ -27,7 +27,9 @@ PARAMETERS = 5
 LEVEL = 0.9  # of the intervals
 REPLICATES = 1000  # of the bootstrap
 EXPONENTS = 0.01, 4.0  # limits of alpha and beta
-TUNING = 1.345  # of the Huber loss, in standard deviations: 95% efficient for normal errors (Holland and Welsch 1977)
+TUNING = (
+    1.345  # limit of the Huber loss in standard deviations: 95% efficient for normal errors (Holland and Welsch 1977)
+)
 LEAST_DELTA = 1e-3  # that of Hoffmann et al.
 ROUNDS = 60  # most steps of a search
 MASKS = np.array([[1, 1, 1], [0, 1, 1], [1, 0, 1], [1, 1, 0], [1, 0, 0], [0, 1, 0], [0, 0, 1]], float)
@@ -49,7 +51,7 @@ class Misfit:
     Args:
         apart: as measured, with the degrees of freedom of the fit.
         by_seeds: as the spread of seeds would make it; 0 if each cell has one seed.
-        p: of an F test of the two, None without seeds: if it is small, the law does not describe all cells.
+        p: p value of an F test of the two, None for one seed each; if it is small, the law does not describe all cells.
     """
 
     apart: float
@@ -185,7 +187,7 @@ def search(n: Array, d: Array, losses: Array, delta: float, start: Laws | None =
         d: tokens, (M,).
         losses: R samples of the losses of these runs, (R, M).
         delta: relative residual beyond which the loss is linear.
-        start: where the search begins, for all samples the same; None: on a grid of exponents, for one sample.
+        start: the law where the search begins; None: the best start on a grid of exponents, for one sample only.
     """
     if start is None:
         grid = np.geomspace(0.05, 2, 6)
@@ -237,7 +239,7 @@ def project(
         logs: logarithms of n and d over their means, (M, 2).
         losses: measured, (R, M).
         delta: relative residual beyond which the loss is linear.
-        weights: of an earlier call, to begin with, (R, M).
+        weights: initial weights, those of an earlier call, (R, M).
 
     Returns:
         The Huber loss (R,), the solution (R, 3), relative residuals and weights (R, M), and columns (R, M, 3).

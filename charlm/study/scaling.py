@@ -26,7 +26,7 @@ LEAST_LEVELS = 3  # sizes, and budgets, that a fit needs
 LEAST_CELLS = PARAMETERS + 3
 FAR = 3.0  # times the compute of all other runs that makes a run held out
 ALIKE = 1.05  # ratio of compute within which runs are of one size of compute
-LIMITS = 1e-6, 1e30  # of a figure, so that its powers stay finite
+LIMITS = 1e-6, 1e30  # smallest and largest figure, so that its powers stay finite
 NEXT = 4.0  # times the largest compute: the next model
 SWEEP = "python train.py sweep=scaling"
 

@@ -19,7 +19,7 @@ from charlm.study.study import CRITERION, SIGNIFICANT, Row, Study
 
 MOST_ROWS = 30
 MOST_VALUES = 8
-HEADS = ("parameters N", "tokens D", "FLOPs C", "seeds", "measured", "law")  # of the cells of a scaling law
+HEADS = ("parameters N", "tokens D", "FLOPs C", "seeds", "measured", "law")  # the cells of a scaling law
 MARKS = {"within noise": "≈ best", "one seed": "?"}  # as a terminal is narrow
 
 
