@@ -452,9 +452,15 @@ def train(arguments: tuple[str, ...]) -> None:
 @charlm.command()
 @click.argument("places", metavar="SWEEP_OR_RUNS...", nargs=-1, required=True, type=click.Path(path_type=Path))
 @output("--html", "Where to write the page. Default: report.html in the folder.")
-@output("--png", "Also draw the main plots as one picture.")
+@output("--png", "Also draw the main plots as one picture. Default with --scaling: scaling.png in the folder.")
 @click.option("--columns", help="The settings to show in the table, such as lr,block_size. Default: all that differ.")
 @click.option("--compress", is_flag=True, help="Also compress val, given train: rows without a model.")
+@click.option(
+    "--scaling",
+    "scales",
+    is_flag=True,
+    help="Also fit the loss as a function of model size and tokens, and predict a larger model.",
+)
 @AS_JSON
 def report(
     places: tuple[Path, ...],
@@ -462,36 +468,46 @@ def report(
     png: Path | None,
     columns: str | None,
     compress: bool,
+    scales: bool,
     as_json: bool,
 ) -> None:
     """Compare runs over seeds: table, plots, one HTML page.
 
-    SWEEP_OR_RUNS are folders of runs or of sweeps, or folders that hold such, at any depth.
+    SWEEP_OR_RUNS are folders of runs or of sweeps, or folders that hold such, at any depth. --scaling needs runs of
+    several sizes and budgets, as python train.py sweep=scaling makes them; it holds out those with 3 times the compute
+    of all others or more, and checks its prediction of their loss.
     """
     from charlm import terminal
     from charlm.files import plain, write_atomically
     from charlm.study import read_study
+    from charlm.study.scaling import scaling_of
     from charlm.study.systems import compressed_val
-    from charlm.study.text import text
+    from charlm.study.text import scaling_text, text
 
     study = read_study(places)
     names = None if columns is None else study.named(columns.split(","))
     others = compressed_val(study) if compress else {}
+    scaling = scaling_of(study) if scales else None
     if as_json:
         found = study.found()
-        print_json(plain(found | {"references": found["references"] | others}))
+        found["references"] |= others
+        print_json(plain(found | ({"scaling": scaling.found()} if scaling else {})))
     else:
         terminal.console.print(text(study, terminal.console, names, others))
-        html = html or (places[0] if len(places) == 1 else Path()) / "report.html"
+        folder = places[0] if len(places) == 1 else Path()
+        html = html or folder / "report.html"
+        if scaling:
+            terminal.console.print(scaling_text(scaling))
+            png = png or folder / "scaling.png"
     if html:
         from charlm.study.page import page
 
-        content = page(study, f"charlm report: {', '.join(map(str, places))}", names, others).encode()
+        content = page(study, f"charlm report: {', '.join(map(str, places))}", names, others, scaling).encode()
         write_atomically(html, lambda file: file.write(content))
     if png:
-        from charlm.study.plots import draw_png
+        from charlm.study.plots import draw_png, png_of, scaling_panels
 
-        picture = draw_png(study)
+        picture = png_of(scaling_panels(scaling)) if scaling else draw_png(study)
         write_atomically(png, lambda file: file.write(picture))
     for file in filter(None, (html, png)) if not as_json else ():
         terminal.console.print(f"written: {terminal.quote(file)}", soft_wrap=True)

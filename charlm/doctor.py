@@ -14,7 +14,7 @@ import torch
 from charlm import __version__
 from charlm.devices import cuda_problem, triton_problem
 from charlm.home import cache
-from charlm.system import memory
+from charlm.system import memory, posix
 
 PACKAGES = ("torch", "lightning", "hydra-core", "tensorboard", "numpy")
 LITTLE = 2 * 2**30  # bytes of disk that a sweep fills
@@ -43,7 +43,7 @@ def examine(outputs: Path) -> Iterator[Finding]:
     yield Finding("Python", f"{platform.python_version()} on {platform.system()}, {platform.machine()}")
     limit = memory.limit()
     kept = f", {memory.size(limit[0])} of memory" if limit else ""
-    yield Finding("CPU", f"{cores()} cores{kept}; trainer.accelerator=cpu", True)
+    yield Finding("CPU", f"{posix.cores()} cores{kept}; trainer.accelerator=cpu", True)
     yield disk("outputs", outputs)
     yield disk("cache", cache())
     yield gpu()
@@ -52,11 +52,6 @@ def examine(outputs: Path) -> Iterator[Finding]:
     yield package("Slurm", "hydra_plugins.hydra_submitit_launcher", "slurm", "hydra/launcher=slurm", "sbatch")
     yield package("Ray", "hydra_plugins.hydra_ray_launcher", "ray", "hydra/launcher=ray")
     yield package("play", "starlette", "play", "charlm play")
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def disk(name: str, folder: Path) -> Finding:

@@ -16,6 +16,7 @@ from charlm.evaluate import Blocks, figures, splits_to_evaluate
 from charlm.generate import continuation
 from charlm.logger import FINISHED
 from charlm.meaning import meaning
+from charlm.model import flops_per_token
 from charlm.module import VALIDATION
 from charlm.run.folder import SWEEP_JSON
 from charlm.run.results import write_blocks
@@ -59,6 +60,7 @@ def evaluate_run(
         "train/tokens": clock.tokens,
         "train/seconds": clock.seconds,
         "train/tokens_per_second": clock.tokens_per_second,
+        "train/flops_per_token": flops_per_token(model, data.block_size),
         **found,
     }
     with torch.inference_mode():

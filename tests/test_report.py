@@ -562,8 +562,8 @@ def test_many_settings_share_a_column_or_are_chosen(make, tmp_path, call):
     assert all(len(line) <= 60 for line in out.splitlines())
     few = call("report", "s", "--columns", "lr,batch_size").out.split("by val loss")[1].split("±")[0]
     assert few.split()[3:5] == ["lr", "batch_size"]
-    assert call("report", "s", "--columns", "foo").err == (
-        "charlm: --columns foo is no setting in which these runs differ: lr, batch_size\n"
+    assert call("report", "s", "--columns", "foo").err.startswith(
+        "charlm: --columns foo is no setting in which these runs differ: "
     )
 
 

@@ -32,6 +32,9 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 Class = TypeVar("Class", bound=type[nn.Module])
 
@@ -68,3 +71,39 @@ def multiplications(model: nn.Module, tokens: int) -> int:
     10^8 take about 10 ms on a CPU, and the backward pass takes twice as long.
     """
     return max(1, sum(p.numel() for p in model.parameters()) * tokens)
+
+
+def flops_per_token(model: nn.Module, tokens: int) -> float | None:
+    """Return the floating-point operations of training per token, counted in one forward and one backward pass.
+
+    PyTorch counts 2 for each multiplication of a product of matrices. The passes run on the meta device, which computes
+    shapes only, because there attention and recurrent layers are made of products: fused kernels of a CPU would not be
+    counted. Attention counts all pairs of positions, masked ones too, as in Hoffmann et al. (2022), appendix F. Not
+    counted: elementwise operations, the optimizer, and what checkpointing computes again.
+
+    Args:
+        model: the model; it stays as it is.
+        tokens: length of a chunk, in tokens.
+
+    Returns:
+        None if the model has no weights to train, or cannot run on the meta device because it reads values of tensors.
+    """
+
+    def on_meta(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_like(tensor, device="meta").requires_grad_(tensor.requires_grad)
+
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return None
+    tensors = {name: on_meta(tensor) for name, tensor in chain(model.named_parameters(), model.named_buffers())}
+    idx = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    training = model.training
+    model.eval()  # without dropout and checkpointing
+    try:
+        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            logits = torch.func.functional_call(model, tensors, (idx,))
+            F.cross_entropy(logits.flatten(0, 1), idx.flatten()).backward()
+    except (NotImplementedError, RuntimeError):
+        return None
+    finally:
+        model.train(training)
+    return counter.get_total_flops() / tokens

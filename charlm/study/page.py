@@ -7,11 +7,14 @@ from charlm import __version__
 from charlm.errors import printable
 from charlm.meaning import NOTHING
 from charlm.run.table import COLUMNS, LOSS
-from charlm.study.plots import Panel, curves_panels, maps_panels, settings_panels
+from charlm.study import text as texts
+from charlm.study.law import LEVEL
+from charlm.study.plots import Panel, curves_panels, maps_panels, scaling_panels, settings_panels
 from charlm.study.runs import LONGEST, Run
+from charlm.study.scaling import Scaling
 from charlm.study.study import Row, Study
 
-TEXTUAL = dict.fromkeys(("state", "run", "why", "what", "against the best"), "text")  # columns aligned left
+TEXTUAL = dict.fromkeys(("state", "run", "why", "what", "against the best", "parameter"), "text")  # aligned left
 CSS = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 1160px; margin: 2em auto;
   padding: 0 1.2em; overflow-wrap: anywhere }
@@ -46,8 +49,14 @@ document.querySelectorAll('th').forEach(head => head.addEventListener('click', (
 """
 
 
-def page(study: Study, title: str, columns: Sequence[str] | None = None, others: Mapping[str, float] = NOTHING) -> str:
-    """The whole file; see `charlm.study.text.text`."""
+def page(
+    study: Study,
+    title: str,
+    columns: Sequence[str] | None = None,
+    others: Mapping[str, float] = NOTHING,
+    scaling: Scaling | None = None,
+) -> str:
+    """The whole file, with a section on the scaling law if there is one; see `charlm.study.text.text`."""
     names = study.swept if columns is None else columns
     title = escape(printable(title, LONGEST))
     text = "".join(f"<li{' class=loud' if note.loud else ''}>{escape(note.text)}</li>" for note in study.notes)
@@ -56,6 +65,7 @@ def page(study: Study, title: str, columns: Sequence[str] | None = None, others:
         f"<p class=pale>{escape(counts(study))}</p>",
         f"<ul class=notes>{text}</ul>" if text else "",
         section("Without a final figure", unfinished(study, study.failed)) if study.failed else "",
+        scaling_section(scaling) if scaling else "",
         section("Runs", table(study, names)) if study.rows else "",
         section("On the same text", references(study, others)) if study.references else "",
         "".join(f"<p>{escape(line)}</p>" for line in study.meaning),
@@ -92,7 +102,8 @@ def pictures(title: str, panels: Sequence[Panel]) -> str:
         f"<figure>{panel.svg()}<figcaption><b>{escape(panel.title)}.</b> {escape(panel.caption)}</figcaption></figure>"
         for panel in panels
     ]
-    return f"<h2>{title}</h2>\n<div class=figures>{''.join(drawn)}</div>" if drawn else ""
+    head = f"<h2>{title}</h2>\n" if title else ""
+    return f"{head}<div class=figures>{''.join(drawn)}</div>" if drawn else ""
 
 
 def references(study: Study, others: Mapping[str, float]) -> str:
@@ -141,6 +152,25 @@ def line(study: Study, row: Row, names: Sequence[str]) -> str:
     if one and verdict == one.verdict:
         verdict += f", {one.difference:+.4f} ± {one.se:.4f} (p = {one.p:.2g})"
     return f'<tr class="{kind}">{"".join(cells)}{cell(verdict, kind="text")}</tr>'
+
+
+def scaling_section(scaling: Scaling) -> str:
+    """The law, its pictures, what it predicts, and the cells that it was fitted to."""
+    rows = [
+        f"<tr>{''.join(map(cell, texts.cell_texts(scaling, each)))}</tr>"
+        for each in [*scaling.cells, *scaling.held_out]
+    ]
+    law = [
+        f"<tr>{cell(name, kind='text')}{cell(f'{i.value:.4g}')}{cell(f'{i.low:.4g} to {i.high:.4g}')}</tr>"
+        for name, i in scaling.intervals.items()
+    ]
+    lines = [texts.formula(scaling), *texts.predictions(scaling)]
+    return (
+        "".join(f"<p>{escape(line)}</p>" for line in lines).join(("<h2>Scaling law</h2>\n", "\n"))
+        + pictures("", scaling_panels(scaling))
+        + f"<div class=wide>{html_table(['parameter', 'estimate', f'{LEVEL:.0%} interval'], law)}</div>\n"
+        + f"<div class=wide>{html_table(texts.HEADS, rows)}</div>"
+    )
 
 
 def number(value: float, digits: int) -> str:

@@ -1,4 +1,4 @@
-"""The pictures of a study: val loss against each swept setting, pairs of settings as heat maps, and curves."""
+"""The pictures of a study: val loss against each swept setting, pairs as heat maps, curves, and a scaling law."""
 
 import io
 import itertools
@@ -22,7 +22,9 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 
 from charlm.errors import InputError
+from charlm.study.law import LEVEL
 from charlm.study.runs import Run, Value, is_number
+from charlm.study.scaling import Cell, Scaling
 from charlm.study.study import Row, Study
 
 # Okabe and Ito 2008: colours that colour-blind people can distinguish. Their yellow is too pale for lines.
@@ -54,6 +56,7 @@ MOST_CELLS = 12  # cells of a heat map per axis; a setting with more values was 
 MOST_MAPS = 6
 MOST_CURVES = 12
 LEGEND = 66  # characters in one line of the legend below a panel
+WIDE = (5.6, 3.8)  # inches
 GEOMETRIC = 8  # values that span such a factor are on a logarithmic axis
 
 
@@ -168,7 +171,9 @@ def axis_of(axes: Axes, study: Study, name: str, along: str = "x") -> dict[Value
     if words:
         axes.set(**{f"{along}lim": (-0.5, len(values) - 0.5)})
     elif geometric(numbers):
-        axes.set(**{f"{along}scale": "log"})
+        # With limits, because Matplotlib divides by zero if the first line of a logarithmic axis has one point.
+        room = (max(numbers) / min(numbers)) ** 0.05
+        axes.set(**{f"{along}scale": "log", f"{along}lim": (min(numbers) / room, max(numbers) * room)})
         axis.set_major_formatter(FuncFormatter(lambda number, _: f"{number:g}"))
         axis.set_minor_formatter(NullFormatter())
     if words or len(values) <= MOST_CELLS:
@@ -358,6 +363,81 @@ def draw_curves(axes: Axes, study: Study, curves: Sequence[Curve], along: str) -
     figure_of(axes).legend(loc="outside lower center", ncols=1 if len(curves) < 5 else 2)
 
 
+def scaling_panels(scaling: Scaling) -> list[Panel]:
+    """Plot val loss against compute, a line per size, and against the size, a line per budget."""
+    many = "Means over seeds, with their standard deviation; lines are the fitted law"
+    checked = f"; the star was held out, and its bar is the predicted {LEVEL:.0%} interval" if scaling.held_out else ""
+    frontier = "The frontier is the lowest loss that the law gives for each compute."
+    return [
+        Panel("Val loss against compute", f"{many}{checked}. {frontier}", partial(draw_compute, scaling=scaling), WIDE),
+        Panel("Val loss against size", f"{many}{checked}.", partial(draw_sizes, scaling=scaling), WIDE),
+    ]
+
+
+def draw_compute(axes: Axes, scaling: Scaling) -> None:
+    """Draw a line for each size, and the frontier."""
+    cells = [*scaling.cells, *scaling.held_out]
+    budgets = np.geomspace(min(cell.d for cell in cells) / 1.5, max(cell.d for cell in cells) * 1.5, 100)
+    for n, line, colour in groups(scaling.cells, "n"):
+        compute = budgets * line[0].flops_per_token
+        axes.plot(compute, scaling.fit.law.loss(n, budgets)[0], color=colour, linewidth=1)
+        points(axes, [cell.compute for cell in line], line, colour, f"N = {n:,.0f}")
+    compute = np.geomspace(min(cell.compute for cell in cells) / 2, max(cell.compute for cell in cells) * 4, 60)
+    frontier = [float(scaling.fit.law.loss(*scaling.best(each))[0, 0]) for each in compute]
+    axes.plot(compute, frontier, color=GREY, linestyle="--", label="frontier", zorder=2.5)
+    stars(axes, scaling, [check.compute for check in scaling.checks])
+    finish_scaling(axes, scaling, "floating-point operations of training, C")
+
+
+def draw_sizes(axes: Axes, scaling: Scaling) -> None:
+    """Draw a line for each budget."""
+    cells = [*scaling.cells, *scaling.held_out]
+    sizes = np.geomspace(min(cell.n for cell in cells) / 1.5, max(cell.n for cell in cells) * 1.5, 100)
+    for d, line, colour in groups(scaling.cells, "d"):
+        axes.plot(sizes, scaling.fit.law.loss(sizes, d)[0], color=colour, linewidth=1)
+        points(axes, [cell.n for cell in line], line, colour, f"D = {d:,.0f}")
+    for d in sorted({check.d for check in scaling.checks}):
+        axes.plot(sizes, scaling.fit.law.loss(sizes, d)[0], color=GREY, linestyle=":", label=f"law at D = {d:,.0f}")
+    stars(axes, scaling, [check.n for check in scaling.checks])
+    finish_scaling(axes, scaling, "parameters, N")
+
+
+def groups(cells: Sequence[Cell], name: str) -> Iterator[tuple[float, list[Cell], str]]:
+    """Yield the cells of each size, n, or of each budget, d, with a colour."""
+    values = sorted({getattr(cell, name) for cell in cells})
+    for value, colour in zip(values, itertools.cycle(COLOURS), strict=False):
+        yield value, [cell for cell in cells if getattr(cell, name) == value], colour
+
+
+def points(axes: Axes, x: Sequence[float], cells: Sequence[Cell], colour: str, label: str) -> None:
+    spreads = [cell.sd or 0.0 for cell in cells]
+    losses = [cell.loss for cell in cells]
+    axes.errorbar(x, losses, spreads, fmt="o", color=colour, label=label, capsize=2.5, elinewidth=1, zorder=3)
+
+
+def stars(axes: Axes, scaling: Scaling, x: Sequence[float]) -> None:
+    """Draw the held-out cells, with the intervals that were predicted."""
+    for place, check in zip(x, scaling.checks, strict=True):
+        low, high = check.loss.value - check.loss.low, check.loss.high - check.loss.value
+        axes.errorbar(
+            place, check.loss.value, [[low], [high]], fmt="_", color=GREY, capsize=4, elinewidth=1.4, zorder=4
+        )
+    if scaling.checks:
+        losses = [check.measured.loss for check in scaling.checks if check.measured]
+        axes.scatter(x, losses, marker="*", s=45, color=ALARM, zorder=5, label="held out")
+
+
+def finish_scaling(axes: Axes, scaling: Scaling, label: str) -> None:
+    losses = [cell.loss for cell in [*scaling.cells, *scaling.held_out]]
+    room = 0.08 * (max(losses) - min(losses)) or 0.1
+    axes.set(xscale="log", xlabel=label, ylabel=LOSS, ylim=(min(losses) - 1.5 * room, max(losses) + room))
+    axes.xaxis.set_major_formatter(
+        FuncFormatter(lambda number, _: f"{number:,.0f}" if number < 1e7 else f"{number:.0e}")
+    )
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    figure_of(axes).legend(loc="outside lower center", ncols=4, columnspacing=1, handlelength=1.4)
+
+
 def draw_png(study: Study) -> bytes:
     """Draw the most informative panels as one picture.
 
@@ -367,6 +447,11 @@ def draw_png(study: Study) -> bytes:
     panels = [*settings_panels(study)[:2], *maps_panels(study)[:1], *curves_panels(study)[:1]]
     if not panels:
         raise InputError("--png has nothing to draw: nothing was varied, and no run was validated on its way")
+    return png_of(panels)
+
+
+def png_of(panels: Sequence[Panel]) -> bytes:
+    """Draw panels as one picture, two in a line."""
     columns = min(2, len(panels))
     lines = -(-len(panels) // columns)
     with style():

@@ -1,4 +1,4 @@
-"""A study on the terminal: notes, failed runs, the table, the effect of each setting; and verdicts."""
+"""A study on the terminal: notes, failed runs, the table, the effect of each setting; verdicts; a scaling law."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,12 +12,15 @@ from rich.text import Text
 
 from charlm.meaning import NOTHING
 from charlm.run.table import COLUMNS, LOSS, Line, terminal_table
-from charlm.study.comparison import Comparison, System
+from charlm.study.comparison import ALPHA, Comparison, System
+from charlm.study.law import LEVEL
 from charlm.study.runs import Run
+from charlm.study.scaling import Cell, Prediction, Scaling
 from charlm.study.study import Row, Study
 
 MOST_ROWS = 30
 MOST_VALUES = 8
+HEADS = ("parameters N", "tokens D", "FLOPs C", "seeds", "measured", "law")  # the cells of a scaling law
 MARKS = {"within noise": "≈ best"}  # as a terminal is narrow
 
 
@@ -159,3 +162,78 @@ def compared(
         )
     )
     return Group(*parts)
+
+
+def scaling_text(found: Scaling) -> RenderableType:
+    """Return the scaling law of a study: its cells, the law, and what it predicts."""
+    cells = Table(*HEADS, box=box.SIMPLE_HEAD, title="Scaling law: val loss, nats per character")
+    law = Table("", "estimate", f"{LEVEL:.0%} interval", box=box.SIMPLE_HEAD)
+    for table, left in ((cells, 0), (law, 1)):
+        table.title_justify, table.title_style = "left", "bold"
+        for column in table.columns[left:]:
+            column.justify = "right"
+    for cell in found.cells:
+        cells.add_row(*cell_texts(found, cell))
+    for name, interval in found.intervals.items():
+        law.add_row(name, f"{interval.value:.4g}", f"{interval.low:.4g} to {interval.high:.4g}")
+    return Group(Text(), cells, Text(formula(found)), law, *map(Text, predictions(found)))
+
+
+def cell_texts(found: Scaling, cell: Cell) -> list[str]:
+    """Return a row of the table of cells, under HEADS."""
+    spread = f" ± {cell.sd:.4f}" if cell.sd is not None else ""
+    sizes = [f"{cell.n:,.0f}", f"{cell.d:,.0f}", f"{cell.compute:.2e}", str(len(cell.losses))]
+    return [*sizes, f"{cell.loss:.4f}{spread}", f"{found.predicted(cell):.4f}"]
+
+
+def formula(found: Scaling) -> str:
+    """Return the law as one line."""
+    E, A, alpha, B, beta = (found.intervals[name].value for name in ("E", "A", "alpha", "B", "beta"))
+    return f"L(N, D) = {E:.4g} + {A:.4g} / N^{alpha:.3g} + {B:.4g} / D^{beta:.3g}"
+
+
+def quality(found: Scaling) -> str:
+    """Compare the distances of cells from the law with what the spread of seeds explains."""
+    misfit = found.fit.misfit
+    line = f"The runs of one size and budget lie {misfit.apart:.2%} from the law on average (root mean square)"
+    if misfit.p is None:
+        return f"{line}; with one seed each, nobody can tell whether that is noise."
+    line += f", and the spread of seeds alone makes {misfit.by_seeds:.2%}"
+    if misfit.p >= ALPHA:
+        return f"{line}: the law describes them (F test, p = {misfit.p:.2g})."
+    far = max(found.cells, key=lambda cell: abs(cell.loss / found.predicted(cell) - 1))
+    return (
+        f"{line}: the law does NOT describe all of them (F test, p = {misfit.p:.2g}), which its intervals allow for as "
+        f"noise. The farthest is N = {far.n:,.0f}, D = {far.d:,.0f}."
+    )
+
+
+def predictions(found: Scaling) -> list[str]:
+    """Return what the law predicts: held-out runs next to their outcome, and the next model."""
+    lines = [outcome(found, check) for check in found.checks]
+    lines += [] if lines else ["No run has 3 times the compute of all others, so none was held out to check the law."]
+    ahead = found.next
+    times = ahead.compute / max(cell.compute for cell in [*found.cells, *found.held_out])
+    return [
+        quality(found),
+        *lines,
+        "The best N for a compute C grows as C^a, where C is proportional to N D.",
+        f"Next: for {times:.0f} times the largest compute, the best model has N = {ahead.n:,.0f} and D = "
+        f"{ahead.d:,.0f}; predicted {ahead.loss.value:.4f}, {LEVEL:.0%} interval of one run {ahead.loss.low:.4f} to "
+        f"{ahead.loss.high:.4f}.",
+    ]
+
+
+def outcome(found: Scaling, check: Prediction) -> str:
+    """Compare the prediction of a held-out cell with its outcome."""
+    assert check.measured is not None
+    seeds, apart = len(check.measured.losses), check.measured.loss - check.loss.value
+    times = check.compute / max(cell.compute for cell in found.cells)
+    of = f"the mean of {seeds} seeds" if seeds > 1 else "one run"
+    return (
+        f"Held out: N = {check.n:,.0f}, D = {check.d:,.0f}, {times:.2f} times the largest compute of the fit. "
+        f"Predicted {check.loss.value:.4f}, {LEVEL:.0%} interval of {of} {check.loss.low:.4f} to "
+        f"{check.loss.high:.4f}; "
+        f"measured {check.measured.loss:.4f}: {'within' if check.within else 'OUTSIDE'} the interval, "
+        f"{abs(apart):.4f} {'above' if apart > 0 else 'below'} the prediction."
+    )

@@ -7,7 +7,7 @@ import shutil
 import sys
 import warnings
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from itertools import product
@@ -173,12 +173,47 @@ def expand(
     firsts = [first_value(override) for override in parser.parse_overrides(list(overrides))]
     [cfg] = composed([firsts], compose)
     sweeper = cfg.hydra.sweeper
-    params = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    parsed = parser.parse_overrides([*params, *overrides])
     if sweeper._target_.endswith(".OptunaSweeper"):
-        space = Space(parsed)
+        params = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+        space = Space(parser.parse_overrides([*params, *overrides]))
         return space.corners(), space
-    return [*grid(parsed)], None
+    return union(sweeper.get("params"), sweeper.get("grids"), overrides, parser), None
+
+
+def union(
+    params: Mapping[str, Any] | None,
+    grids: Sequence[Mapping[str, Any]] | None,
+    overrides: Sequence[str],
+    parser: OverridesParser,
+) -> list[list[str]]:
+    """Return the overrides of each job of several grids, each job once.
+
+    Args:
+        params: the settings that all grids share, as hydra.sweeper.params holds them.
+        grids: the settings of each grid, as hydra.sweeper.grids holds them; None: one grid, of `params`.
+        overrides: the command line, which overrides both.
+
+    Raises:
+        InputError: if `grids` is no list of settings, or if its grids set different settings.
+    """
+    example = "[{model.n_embd: 32, optimizer.lr: 1e-2}, {model.n_embd: 64, optimizer.lr: 5e-3}]"
+    if grids is not None and not (is_list(grids) and grids and all(isinstance(grid, Mapping) for grid in grids)):
+        raise InputError(f"hydra.sweeper.grids={grids} is no list of grids: give settings for each, as in {example}")
+    grids = grids or [{}]
+    for number, settings in enumerate(grids):
+        if other := sorted(settings.keys() ^ grids[0].keys()):
+            raise InputError(
+                f"hydra.sweeper.grids[{number}] and grids[0] do not set the same settings: give {other[0]} in both"
+            )
+    jobs: dict[tuple[str, ...], None] = {}  # a command line may leave no difference between two grids
+    for settings in grids:
+        given = [f"{key}={value}" for key, value in {**(params or {}), **settings}.items()]
+        jobs |= dict.fromkeys(map(tuple, grid(parser.parse_overrides([*given, *overrides]))))
+    return [list(job) for job in jobs]
+
+
+def is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def grid(overrides: Sequence[Override]) -> Iterator[list[str]]:
