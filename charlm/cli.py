@@ -22,19 +22,18 @@ from charlm.system import memory, streams
 EXAMPLES = """
 \b
 Examples:
-  charlm train model=gpt                           train; the same as python train.py (see charlm train --help)
-  charlm data FILE_OR_FOLDER_OR_GLOB               look at a text before you train on it
-  charlm generate outputs/RUN                      text from what it learned
-  charlm generate outputs/RUN --prompt "ROMEO:" --temperature 0.8 --num-samples 3
-  charlm play outputs/RUN                          a page that shows its text as it comes, and what surprised it
-  charlm evaluate outputs/RUN --split val          its exact loss, beside that of counting
-  charlm checkpoint outputs/RUN                    what its last state holds; --export for other tools
-  charlm inspect outputs/RUN                       learned or copied? what surprises it?
-  charlm reproduce outputs/RUN                     train it again: is it the same to the bit, and if not, why?
-  charlm compare outputs/RUN outputs/OTHER         is the other better, or is it noise?
-  charlm report outputs/SWEEP                      what many runs found: over seeds, with plots, as one page
-  charlm doctor                                    what this machine can do, and what is missing
-  charlm board                                     all runs of outputs in TensorBoard, under short names
+  charlm doctor                  what this machine can do, what is missing
+  charlm data TEXT               a text, before you train on it
+  charlm train model=gpt         train (see charlm train --help)
+  charlm generate outputs/RUN --prompt "ROMEO:" --temperature 0.8
+  charlm play outputs/RUN        its text in a browser, as it comes
+  charlm evaluate outputs/RUN    its exact loss, beside that of counting
+  charlm inspect outputs/RUN     learned or copied? what surprises it?
+  charlm checkpoint outputs/RUN  what its last state holds; --export it
+  charlm reproduce outputs/RUN   train it again: the same to the bit?
+  charlm compare outputs/RUN outputs/OTHER    better, or noise?
+  charlm report outputs/SWEEP    what many runs found, as one page
+  charlm board                   all runs of outputs in TensorBoard
 """
 RUN = click.argument("run", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs, and nothing else.")

@@ -19,6 +19,7 @@ Reporter = Callable[[int, int], None]
 
 BLOCK = 1000  # characters; errors of differences over shorter ones come out too small
 FEWEST, MOST = 10, 1000  # blocks of a text
+FEWEST_FOR_ERROR = 4  # blocks; the spread of fewer says little
 FINE = 100  # characters, of which blocks are made
 
 
@@ -72,7 +73,8 @@ class Score:
 
         Neighbouring characters are not independent, so the error comes from the spread over blocks of about
         sqrt(N) consecutive targets (batch means: Flegal and Jones 2010, "Batch means and spectral variance
-        estimators", section 3), as that of a ratio of sums, since blocks need not be equally long.
+        estimators", section 3), as that of a ratio of sums, since blocks need not be equally long. A text with too few
+        blocks has none (NaN).
         """
         nll, n = window_nll.cpu().double(), counts.cpu().double()
         n_targets = int(n.sum())
@@ -81,7 +83,7 @@ class Score:
         per_block = max(1, round(math.sqrt(n_targets) / float(n[0])))  # windows in a block
         block = torch.arange(len(nll)) // per_block
         n_blocks = int(block[-1]) + 1
-        if n_blocks < 2:
+        if n_blocks < FEWEST_FOR_ERROR:
             return cls(loss, math.nan, *rest)
         residual = torch.zeros(n_blocks, dtype=torch.float64).index_add_(0, block, nll - loss * n)
         variance = n_blocks / (n_blocks - 1) * float(residual.square().sum()) / n_targets**2
