@@ -65,7 +65,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
         cfg.trainer,
         accelerator=accelerator_of(cfg.trainer.accelerator),
         default_root_dir=cfg.run_dir,
-        logger=instantiate(cfg.logger) or False,
+        logger=[*(instantiate(cfg.logger) or {}).values()] or False,
         callbacks=[*observers, *([speed] if speed else []), recorder],
         plugins=[AtomicCheckpointIO()],
         enable_checkpointing=True,  # charlm.callbacks.Checkpoint writes them

@@ -41,7 +41,8 @@ ROOT = {
     "run_dir": str,
 }
 GROUPS = {"data", "tokenizer", "model", "optimizer", "scheduler", "trainer", "speed", "callbacks", "logger"}
-MAY_BE_EMPTY = {"speed", "callbacks", "logger"}
+SETS = {"callbacks", "logger"}  # groups of any number of parts, each under a name
+MAY_BE_EMPTY = {"speed", *SETS}
 # Parameters that train.py passes; the others are settings. The caller passes a partial's first parameter.
 PASSED = {
     "data": {"tokenizer"},
@@ -124,7 +125,7 @@ def check(config: dict[str, Any]) -> None:
 
 
 def check_node(path: str, node: Any) -> None:
-    """Check a node with a `_target_`, a set of such nodes (callbacks), or an empty node (logger=none)."""
+    """Check a node with a `_target_`, a set of such nodes (callbacks, logger), or an empty node (logger=none)."""
     if node is None or node == {}:
         return
     if not isinstance(node, dict):
@@ -138,7 +139,7 @@ def check_node(path: str, node: Any) -> None:
     target = resolve(path, node["_target_"])
     needed = NEEDS.get(node["_target_"])
     if needed and importlib.util.find_spec(needed) is None:
-        raise InputError(f"{path}={needed} needs a package that is not there: pip install {needed}")
+        raise InputError(f"{path.partition('.')[0]}={needed} needs a package that is not there: pip install {needed}")
     parameters = inspect.signature(target).parameters
     passed = passed_by_charlm(path, node)
     settings = {name: parameter for name, parameter in parameters.items() if name not in passed}

@@ -147,20 +147,22 @@ SETTINGS: dict[str, Change] = {
     "checkpoints by ..": settings(
         lambda c, run: c["callbacks"]["checkpoint"].update(dirpath=c["run_dir"] + "/../outside/checkpoints")
     ),
-    "a logger by ..": settings(lambda c, run: c["logger"].update(save_dir=c["run_dir"] + "/../outside")),
+    "a logger by ..": settings(lambda c, run: c["logger"]["tensorboard"].update(save_dir=c["run_dir"] + "/../outside")),
     "a run folder that is all": settings(
-        lambda c, run: (c.update(run_dir="/"), c["logger"].update(save_dir=str(run.parent / "outside")))
+        lambda c, run: (c.update(run_dir="/"), c["logger"]["tensorboard"].update(save_dir=str(run.parent / "outside")))
     ),
     "a run folder that is nothing": settings(lambda c, run: c.update(run_dir="")),
     "a run folder that is a package": settings(lambda c, run: c.update(run_dir="charlm")),
     "a server to report to": settings(
         lambda c, run: c.update(
-            logger={"_target_": "lightning.pytorch.loggers.MLFlowLogger", "tracking_uri": "http://127.0.0.1:9/"}
+            logger={"x": {"_target_": "lightning.pytorch.loggers.MLFlowLogger", "tracking_uri": "http://127.0.0.1:9/"}}
         )
     ),
     "a setting of a logger": settings(
         lambda c, run: c.update(
-            logger={"_target_": "lightning.pytorch.loggers.WandbLogger", "save_dir": str(run), "dir": "/tmp/outside"}
+            logger={
+                "x": {"_target_": "lightning.pytorch.loggers.WandbLogger", "save_dir": str(run), "dir": "/tmp/outside"}
+            }
         )
     ),
     "a plugin": settings(lambda c, run: c["trainer"].update(plugins=[EVIL])),

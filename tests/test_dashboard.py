@@ -18,6 +18,7 @@ import lightning as L
 import pytest
 import torch
 from PIL import Image
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from torch import nn
 
 from charlm.callbacks import BigramTable, Samples
@@ -326,6 +327,31 @@ def test_csv_and_none_by_one_word(train, tmp_path, text_file):
     assert list(points["val/loss"]) == [19, 39, 49]
     assert points["val/loss"][49] == results(tmp_path / "csv")["val/loss"]
     assert results(tmp_path / "none")["val/loss"] == results(tmp_path / "csv")["val/loss"]
+
+
+def test_several_loggers_at_once_and_after_a_resume(train, tmp_path, text_file):
+    common = ["data=text", f"data.path={text_file}", "trainer.max_steps=50", "trainer.log_every_n_steps=10"]
+    common += ["logger=[tensorboard,csv]", "trainer.val_check_interval=20"]
+    assert train(*common, "hydra.run.dir=whole").code == 0
+    assert train(*common, "hydra.run.dir=parts", "stop_at=25").code == 0
+    assert train("resume=parts").code == 0
+    kept = [
+        [{k: v for k, v in row.items() if "second" not in k} for row in csv.DictReader(file.read_text().splitlines())]
+        for file in (tmp_path / "whole" / "metrics.csv", tmp_path / "parts" / "metrics.csv")
+    ]
+    assert kept[0] == kept[1]
+    found = [
+        sorted(
+            (event.step, value.tag, value.metadata.plugin_data.plugin_name, value.tensor.float_val[:])
+            for file in sorted((tmp_path / name).glob("*tfevents*"))
+            for event in EventFileLoader(str(file)).Load()
+            for value in event.summary.value
+            if value.tag in ("train/loss", "val/loss", "final/val/loss")
+        )
+        for name in ("whole", "parts")
+    ]
+    assert found[0] == found[1]
+    assert {tag for _, tag, *_ in found[0]} == {"train/loss", "val/loss", "final/val/loss"}
 
 
 def test_progress_through_a_pipe_and_its_end_by_ctrl_c(tmp_path, text_file, monkeypatch):

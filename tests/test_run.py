@@ -436,7 +436,7 @@ STRANGE: dict[str, Callable[[dict], Any]] = {
     "looked up elsewhere": lambda found: found["config"].update(model="${oc.create:'{_target_: os.system}'}"),
     "is damaged": lambda found: found.update(config=7),
     "format 99": lambda found: found.update(format=99),
-    "outside of the run's folder": lambda found: found["config"]["logger"].update(save_dir="/elsewhere"),
+    "outside of the run's folder": lambda found: found["config"]["logger"]["tensorboard"].update(save_dir="/elsewhere"),
 }
 
 

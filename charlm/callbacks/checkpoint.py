@@ -173,9 +173,10 @@ class Checkpoint(AtSteps, SavesLast):
         return trainer.global_step % settings.log_every_n_steps == 0 and trainer.strategy.broadcast(late)
 
     def save(self, trainer: L.Trainer) -> None:
+        self.logged = {}
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoard | CSV):
-                self.logged = logger.position()
+                self.logged |= logger.position()
         self.unlogged = unlogged(trainer)
         save(trainer, self.path)
         self.saved_at, self.saved_when = trainer.global_step, time.monotonic()

@@ -185,8 +185,8 @@ def check_overrides(overrides: Sequence[str]) -> None:
     for override in OverridesParser.create(config_loader=loader).parse_overrides(list(overrides)):
         key, line = override.key_or_group, override.input_line
         if override.is_delete():
-            whole_callback = key.startswith("callbacks.") and key.count(".") == 1
-            if not whole_callback and key in known_settings(overrides, key):
+            whole_part = key.count(".") == 1 and key.partition(".")[0] in schema.SETS
+            if not whole_part and key in known_settings(overrides, key):
                 raise InputError(f"{line} takes away what a run needs: that is for callbacks, as in ~callbacks.samples")
             continue
         if key == "hydra":
@@ -199,6 +199,6 @@ def check_overrides(overrides: Sequence[str]) -> None:
             options = loader.get_group_options(key) if "." not in key else []
             if not options or (value is None and key not in schema.GROUPS):
                 continue
-            chosen = value if key == "callbacks" and isinstance(value, list) else [value]
+            chosen = value if key in schema.SETS and isinstance(value, list) else [value]
             if any(not isinstance(one, str) or one in ("", "base") or len(one) > LONGEST_CHOICE for one in chosen):
                 raise InputError(f"{line} is not there: choose one of {', '.join(choices(options))}")

@@ -54,7 +54,7 @@ GROUPS = {
     "trainer": "devices and precision",
     "speed": "grouped optimizer steps",
     "callbacks": "observers of training; give a list to combine them: callbacks=[default,ema]",
-    "logger": "where curves are logged",
+    "logger": "where curves are logged; give a list for several places: logger=[tensorboard,csv]",
     "experiment": "a recipe: many settings under one name",
     "sweep": "a study of many runs under one name",
 }
@@ -78,7 +78,7 @@ def show_help(cfg: DictConfig, config_dirs: Sequence[Path]) -> None:
     onto = console if console.is_terminal else SafeConsole(width=WIDEST)
     loader = GlobalHydra.instance().config_loader()
     chosen: dict[str, Any] = {group: cfg.hydra.runtime.choices.get(group) for group in GROUPS}
-    chosen["callbacks"] = chosen["callbacks"] or "[default]"
+    chosen["callbacks"], chosen["logger"] = chosen["callbacks"] or "[default]", chosen["logger"] or "[tensorboard]"
     groups = {
         group: Entry(
             f"{group}={typed(chosen[group])}", f"{meaning}: {', '.join(choices(loader.get_group_options(group)))}"
@@ -116,10 +116,10 @@ def settings_of(
     for name, value in config.items():
         if name in schema.ROOT and name not in HIDDEN:
             yield name, Entry(f"{name}={typed(value)}", root.get(name, ""))
-        elif name == "callbacks":
-            for callback, node in (value or {}).items():
-                files = comments(config_dirs, f"{name}/default", f"{name}/{callback}")
-                yield from settings_of_part(f"{name}.{callback}", node, files)
+        elif name in schema.SETS:
+            for part, node in (value or {}).items():
+                files = comments(config_dirs, f"{name}/default", f"{name}/{part}")
+                yield from settings_of_part(f"{name}.{part}", node, files)
         elif name in schema.GROUPS and value:
             files = comments(config_dirs, f"{name}/base", f"{name}/auto", f"{name}/{chosen.get(name)}")
             yield from settings_of_part(name, value, files)

@@ -73,7 +73,7 @@ def known_settings(overrides: Sequence[str], wrong: str) -> list[str]:
 def composed_settings(overrides: Sequence[str], wrong: str) -> dict[str, Any]:
     """The settings under the groups that the command chose, without the wrong one."""
     groups = [o for o in overrides if re.match(r"(hydra/)?[a-z_]+=", o) and o.split("=")[0] != wrong]
-    chosen = [o for o in groups if "," not in o or o.startswith("callbacks=[")]
+    chosen = [o for o in groups if "," not in o or re.match(rf"({'|'.join(schema.SETS)})=\[", o)]
     of_hydra = wrong.startswith("hydra.")
     try:
         cfg = compose("train", chosen, return_hydra_config=of_hydra)

@@ -285,7 +285,8 @@ def check_places(plain: dict[str, Any]) -> None:
         InputError: if not; it would not be found there, and might be another run's.
     """
     places = {f"callbacks.{name}.dirpath": node for name, node in (plain["callbacks"] or {}).items()}
-    for setting, node in (places | {"logger.save_dir": plain["logger"] or {}}).items():
+    places |= {f"logger.{name}.save_dir": node for name, node in (plain["logger"] or {}).items()}
+    for setting, node in places.items():
         place = node.get(setting.rpartition(".")[2])
         if place and node["_target_"].startswith("charlm.") and not Path(place).is_relative_to(plain["run_dir"]):
             raise InputError(

@@ -21,7 +21,7 @@ from hydra.errors import HydraException
 
 from charlm.errors import InputError, printable
 from charlm.files import everything
-from charlm.schema import GROUPS, RANGES, ROOT, check, leaves
+from charlm.schema import GROUPS, RANGES, ROOT, SETS, check, leaves
 
 CHOICES = GROUPS | {"experiment", "sweep"}  # settings that choose a file of conf/
 DECIDED = {"run_dir", "resume", "rerun", "trust"}  # settings for the folder of a run, which a record must not change
@@ -112,7 +112,7 @@ def check_config(
     run_dir = str(config.get("run_dir"))
     for group in sorted(GROUPS & config.keys()):
         nodes = {group: config[group]}
-        if group == "callbacks" and isinstance(config[group], dict):
+        if group in SETS and isinstance(config[group], dict):
             nodes = {f"{group}.{name}": node for name, node in config[group].items()}
         for path, node in nodes.items():
             if node is not None and node != {}:
@@ -184,7 +184,7 @@ def check_overrides(source: Path, overrides: Sequence[str]) -> None:
         if override.package is not None or not is_key(key):
             raise unknown
         if override.is_delete():
-            if not re.fullmatch(r"callbacks\.\w+", key):
+            if not re.fullmatch(r"(callbacks|logger)\.\w+", key):
                 raise unknown
             continue
         strings = [*strings_in(value)]

@@ -35,7 +35,7 @@ STATES = (*FAILED, "finished", "pruned", "running", "waiting")
 PLACES = {"run_dir", "resume", "rerun", "stop_at", "seed", "evaluate", "sample_length"}
 CHOSEN = {"threads", "speed.steps_per_execution"}
 TEXT = {"data.corpus", "data.path", "data.fallback"}
-TYPED = ("experiment", "callbacks")  # choices that a config does not name, only their values
+TYPED = ("experiment", "callbacks", "logger")  # choices that a config does not name, only their values
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from charlm.errors import InputError, printable
 from charlm.meaning import meaning, references
 from charlm.run.results import whole_results
 from charlm.run.table import COLUMNS
+from charlm.schema import SETS
 from charlm.study.comparison import ALPHA, Comparison, System, against_best
 from charlm.study.notes import Note, notes
 from charlm.study.runs import FAILED, LONGEST, STATES, Run, Value, ordered, read_runs, shown
@@ -300,7 +301,8 @@ def swept_in(runs: Sequence[Run]) -> tuple[list[str], dict[str, list[str]]]:
     for name, value in itertools.chain.from_iterable(run.settings.items() for run in begun):
         values.setdefault(name, set()).add(value)
     lacking = {name for name in values if any(name not in run.settings for run in begun)}
-    targets = {name for name in values if name in CHOICES or (name.startswith("callbacks.") and name.count(".") == 1)}
+    parts = {name for name in values if name.partition(".")[0] in SETS and name.count(".") == 1}
+    targets = parts | (CHOICES & values.keys())
     differ = {name for name, found in values.items() if len(found) > 1 or (name in lacking & targets)}
     differ -= {name for name in differ if all(name in run.follows for run in begun if name in run.settings)}
     given = {name for run in runs for name in run.given}
