@@ -135,7 +135,7 @@ def rank(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def plus_minus(results: dict[str, Any], split: str, figure: str, digits: int) -> str:
     """Format a figure and its standard error, or a dash for the error of a text too short to have one."""
     value, error = results[f"{split}/{figure}"], results[f"{split}/{figure}_se"]
-    return f"{value:.{digits}f} ± " + ("-" if error is None else f"{error:.{digits}f}")
+    return f"{value:.{digits}f} ± " + ("-" if error is None or math.isnan(error) else f"{error:.{digits}f}")
 
 
 def short(value: Any) -> str:
