@@ -51,6 +51,7 @@ STYLE: Any = {
     "svg.fonttype": "none",  # text that can be searched
     "svg.hashsalt": "charlm",  # the same study, the same bytes
 }
+THICKEST, THINNEST = 3.2, 1.3  # of lines, in points
 MOST_LINES = 7  # lines per panel: one per colour
 MOST_CELLS = 12  # cells of a heat map per axis; a setting with more values was searched, not swept
 MOST_MAPS = 6
@@ -123,13 +124,14 @@ def draw_setting(axes: Axes, study: Study, name: str, alike: list[str] | None) -
     for row in rows:
         lines.setdefault(study.label(row, alike) if alike is not None else "", []).append(row)
     beyond: list[float] = []
-    for colour, (label, line) in zip(itertools.cycle(COLOURS), lines.items(), strict=False):
+    for i, (colour, (label, line)) in enumerate(zip(itertools.cycle(COLOURS), lines.items(), strict=False)):
         points = [(places[row.settings[name]], loss) for row in line for loss in row.values("val/loss")]
         beyond += [x for x, loss in points if loss > top]
         seen = np.array([point for point in points if point[1] <= top]).reshape(-1, 2)
         axes.scatter(seen[:, 0], seen[:, 1], s=12 if alike else 20, color=colour, alpha=0.5, linewidths=0)
         if alike is not None:
-            join(axes, [(places[value], best) for value, best in best_of(line, name).items()], top, colour, label)
+            means = [(places[value], best) for value, best in best_of(line, name).items()]
+            join(axes, means, top, colour, label, thinner(i, len(lines)))
     if not all(map(is_number, values)):  # words have no order for a line
         for drawn in axes.lines:
             drawn.set_linestyle("none")
@@ -142,12 +144,18 @@ def draw_setting(axes: Axes, study: Study, name: str, alike: list[str] | None) -
         figure_of(axes).legend(loc="outside lower center", ncols=columns, columnspacing=1, handlelength=1.4)
 
 
-def join(axes: Axes, points: Sequence[tuple[float, Row]], top: float, colour: str, label: str) -> None:
+def thinner(i: int, n: int) -> float:
+    """Return the width of the i-th of n lines: later ones are thinner, so that none hides another."""
+    return THICKEST - (THICKEST - THINNEST) * i / max(1, n - 1) if n > 1 else THINNEST
+
+
+def join(axes: Axes, points: Sequence[tuple[float, Row]], top: float, colour: str, label: str, width: float) -> None:
     """Draw a line through the losses of rows, with their spread, inside of the picture."""
     inside = sorted((x, row.loss, row.sd() or 0.0) for x, row in points if row.loss <= top)
     if inside:
         x, loss, spread = zip(*inside, strict=True)
-        axes.errorbar(x, loss, spread, fmt="o-", color=colour, label=label, capsize=2.5, elinewidth=1, zorder=3)
+        style: Any = {"color": colour, "label": label, "linewidth": width, "markersize": 3 + width}
+        axes.errorbar(x, loss, spread, fmt="o-", capsize=2.5, elinewidth=1, zorder=3, **style)
 
 
 def in_order(study: Study, rows: Sequence[Row]) -> list[Row]:
@@ -344,7 +352,8 @@ def draw_curves(axes: Axes, study: Study, curves: Sequence[Curve], along: str) -
     for i, curve in enumerate(curves):
         dashes: Any = "-" if i < len(COLOURS) else (0, (4, 1.5))
         x, colour = getattr(curve, along), COLOURS[i % len(COLOURS)]
-        axes.plot(x, curve.losses, linestyle=dashes, color=colour, label=clipped(curve.label, 48))
+        width = thinner(i, len(curves))
+        axes.plot(x, curve.losses, linestyle=dashes, linewidth=width, color=colour, label=clipped(curve.label, 48))
         axes.plot(x[-1], curve.losses[-1], "o", color=colour)
     # The first steps are steep, and not of interest.
     least = min(min(curve.losses) for curve in curves)
