@@ -17,6 +17,7 @@ from charlm.home import CONF
 from charlm.preflight.command import check_command
 from charlm.run.record import Run, follows
 from charlm.run.resume import prepare_run, tidy
+from charlm.run.trust import foreign
 from charlm.sweep.command import sweep
 from charlm.sweep.plan import is_sweep
 
@@ -121,7 +122,7 @@ def main(cfg: DictConfig) -> None:
             from charlm.finish import in_words
 
             terminal.summary(*finished, in_words(finished[0], plain(cfg)))
-            terminal.next_commands(Path(cfg.run_dir))
+            terminal.next_commands(Path(cfg.run_dir), foreign(plain(cfg)))
 
 
 if __name__ == "__main__":

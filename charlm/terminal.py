@@ -375,21 +375,25 @@ def stopped(why: str, step: int, run_dir: Path | None) -> None:
         print(f"  {COMMAND} resume={quote(run_dir)}", file=sys.stderr)
 
 
-def next_commands(run_dir: Path) -> None:
-    """Print the commands to type next."""
+def next_commands(run_dir: Path, packages: Sequence[str] = ()) -> None:
+    """Print the commands to type next.
+
+    Args:
+        packages: whose parts they must trust.
+    """
     from charlm.checkpoint import BEST
 
-    charlm = command("charlm", "charlm")
+    charlm, trust = command("charlm", "charlm"), "".join(f" --trust {shlex.quote(name)}" for name in packages)
     commands = {f"{charlm} board {quote(run_dir.parent)}": "the dashboard of all runs there"}
     checkpoints = run_dir / "checkpoints"
     if (checkpoints / BEST).is_file():
         commands = {
-            f"{charlm} evaluate {quote(checkpoints / BEST)}": "the best of those that were validated"
+            f"{charlm} evaluate {quote(checkpoints / BEST)}{trust}": "the best of those that were validated"
         } | commands
     if checkpoints.is_dir():
         commands = {
-            f"{charlm} generate {quote(run_dir)} --length 500": "more text",
-            f"{charlm} evaluate {quote(run_dir)}": "these figures again",
+            f"{charlm} generate {quote(run_dir)}{trust} --length 500": "more text",
+            f"{charlm} evaluate {quote(run_dir)}{trust}": "these figures again",
         } | commands
     type_next(commands)
 

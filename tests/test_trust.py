@@ -47,6 +47,7 @@ def lab(tmp_path, monkeypatch):
 def test_a_model_of_ones_own_package_trains_and_its_run_is_used_with_trust_only(lab, train, call, tmp_path):
     begun = train("--config-dir=configs", "model=unigram", *SMALL, "hydra.run.dir=run", **lab)
     assert begun.code == 0, begun.err
+    assert "generate run --trust mylab --length 500" in begun.out
     refused = train("resume=run", "trainer.max_steps=40", **lab)
     assert refused.code == 2
     assert "names 'mylab.models.Unigram' as model" in refused.err

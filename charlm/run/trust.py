@@ -23,6 +23,7 @@ from charlm.errors import InputError, printable
 from charlm.files import everything
 from charlm.schema import GROUPS, RANGES, ROOT, SETS, check, leaves
 
+OURS = {"charlm", "lightning", "torch"}
 CHOICES = GROUPS | {"experiment", "sweep"}  # settings that choose a file of conf/
 DECIDED = {"run_dir", "resume", "rerun", "trust"}  # settings for the folder of a run, which a record must not change
 REFERENCE = re.compile(r"\$\{(\w+)((?:\.\w+)*)\}")  # another setting; anything else between braces may be a call
@@ -157,6 +158,12 @@ def check_part(
         if key in PLACES and not as_usual and not is_inside(value, run_dir):
             why = f"which is outside of the run's folder (to use it all the same, repeat {setting}=...)"
             raise refuse(source, f"{setting}={value}", why)
+
+
+def foreign(config: Mapping[str, Any]) -> list[str]:
+    """Return the packages outside of charlm's own parts that a config names, such as mylab; they must be trusted."""
+    targets = [part["_target_"] for part in targets_in(config)]
+    return sorted({target.partition(".")[0] for target in targets} - OURS)
 
 
 def trusted(given: Mapping[str, Any]) -> set[str]:
