@@ -30,6 +30,13 @@ def test_of_two_thousand_equal_tables_at_most_six_percent_call_any_better(n_seed
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("n_seeds", "n_rows", "tables"), [(1, 10, 2000), (3, 2, 2000), (5, 2, 2000), (3, 10, 100)])
+def test_reports_seldom_call_equal_rows_worse(n_seeds, n_rows, tables):
+    error = 3 * (0.05 * 0.95 / tables) ** 0.5
+    assert trials(tables, n_seeds, n_rows, reports=tables)["worse"] <= 0.05 + error
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("n_seeds", [3, 5])
 @pytest.mark.parametrize("effect", [0.0, -0.01])
 def test_intervals_hold_the_difference_as_often_as_they_say(n_seeds, effect):
