@@ -361,7 +361,7 @@ def test_progress_through_a_pipe_and_its_end_by_ctrl_c(tmp_path, text_file, monk
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout
         assert process.stderr
-        line = next(line for line in process.stdout if line.startswith("step"))
+        line = next(line for line in process.stdout if line.startswith("step") and "loss" in line)
         process.send_signal(signal.SIGINT)
         told = process.stderr.read()
     assert re.fullmatch(

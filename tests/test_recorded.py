@@ -217,11 +217,13 @@ def test_a_log_with_two_names_is_written_under_the_one_in_the_run_alone(trained,
 
 def test_a_run_whose_logger_reports_elsewhere_is_continued_if_the_command_repeats_where(here, trained, tmp_path):
     shutil.copytree(trained, tmp_path / "run")
-    hostile.settings(lambda c, run: c["logger"].update(save_dir=str(tmp_path / "mine")))(tmp_path / "run", tmp_path)
+    mine = str(tmp_path / "mine")
+    hostile.settings(lambda c, run: c["logger"]["tensorboard"].update(save_dir=mine))(tmp_path / "run", tmp_path)
     told = here("train.py", "rerun=run").err
-    assert "which is outside of the run's folder (to use it all the same, repeat logger.save_dir=...)" in told
+    where = "repeat logger.tensorboard.save_dir=..."
+    assert f"which is outside of the run's folder (to use it all the same, {where})" in told
     # Charlm's own loggers stay in the folder all the same, where resume= looks.
-    told = here("train.py", "rerun=run", f"logger.save_dir={tmp_path / 'mine'}").err
+    told = here("train.py", "rerun=run", f"logger.tensorboard.save_dir={mine}").err
     assert "is outside of the run's folder, where resume= looks" in told
 
 
@@ -247,7 +249,7 @@ def test_what_people_type_in_sweeps_is_recorded_and_read_again(tmp_path):
         "+sweep=gpt",
         "max_tokens=1_000_000",
         "trainer.max_time=00:00:01:00",
-        "logger.project='größe'",
+        "logger.wandb.project='größe'",
     ]
     check_overrides(tmp_path, typed)
     ledger = Ledger(tmp_path)
