@@ -54,7 +54,7 @@ def test_each_command_passes_the_checks(words, tmp_path, monkeypatch):
 
 
 NOT_HERE = re.compile(  # what needs a GPU, a cluster, an installation or a package, and what serves a page
-    r"&&|gpu|hydra/launcher=|trainer=ddp|torchrun|^pip|^tensorboard|^charlm (play|board)|one_machine|myconf|mylab"
+    r"&&|scaling|gpu|hydra/launcher=|trainer=ddp|torchrun|^pip|^tensorboard|^charlm (play|board)|one_machine|myconf|mylab"
 )
 
 
