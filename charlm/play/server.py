@@ -6,10 +6,12 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import uvicorn
@@ -23,11 +25,12 @@ from starlette.responses import HTMLResponse, PlainTextResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from charlm.errors import InputError, one_line, printable
+from charlm.errors import InputError, Terminated, one_line, printable
 from charlm.play.copies import SHORTEST
 from charlm.play.generation import LONGEST, LONGEST_PROMPT, Generation, Settings
 from charlm.play.guard import CLOSE, NAMES, Guard
 from charlm.play.player import Player
+from charlm.system import posix
 
 PAGE = Path(__file__).with_name("page.html")
 MODELS = "{{models}}"  # where the page has the description of its models
@@ -227,6 +230,21 @@ def server(app: ASGIApp) -> uvicorn.Server:
 
 
 def serve(players: Sequence[Player], listener: socket.socket) -> None:
-    """Serve the page until Ctrl-C."""
+    """Serve the page until Ctrl-C.
+
+    Raises:
+        Terminated: on SIGTERM or SIGHUP.
+    """
+    running = server(application(players, listener.getsockname()[1]))
+    received: list[int] = []
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        running.should_exit = True
+
+    for number in posix.signals("SIGHUP"):  # uvicorn has handlers for the others
+        signal.signal(number, leave)
     with suppress(KeyboardInterrupt):  # the usual end
-        server(application(players, listener.getsockname()[1])).run(sockets=[listener])
+        running.run(sockets=[listener])
+    if received:
+        raise Terminated(signal.Signals(received[0]))
