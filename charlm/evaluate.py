@@ -1,7 +1,6 @@
 """The exact loss of a model over a whole split, and the closed-form losses of count models as baselines."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,13 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from charlm.counts import Reporter
 from charlm.data.chunks import IGNORE, Windows
 from charlm.data.datamodule import CharDataModule
 from charlm.data.pairs import Pairs
 from charlm.model import device_of
-
-# Reports progress of an evaluation: batches done, batches in total.
-Reporter = Callable[[int, int], None]
 
 BLOCK = 1000  # characters; errors of differences over shorter ones come out too small
 FEWEST, MOST = 10, 1000  # blocks of a text

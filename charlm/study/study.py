@@ -190,14 +190,20 @@ class Study:
         return {v: next(row for row in self.rows if row.settings.get(name, row) == v) for v in self.values(name)}
 
     @cached_property
+    def first(self) -> tuple[Run, dict[str, Any], Any] | None:
+        """The first run of the best row, its config and its results; None if they cannot be read."""
+        run = self.rows[0].runs[0] if self.rows else None
+        results = whole_results(Path(run.folder)) if run and run.folder else None
+        return (run, run.record["config"], results) if run and run.record and results else None
+
+    @cached_property
     def meaning(self) -> list[str]:
         """Return what the loss of the best run means, in plain lines."""
-        run = self.rows[0].runs[0] if self.rows else None
-        results: Any = whole_results(Path(run.folder)) if run and run.folder else None
-        if not run or not run.record or not results or self.verdict(self.rows[0]) != "best":
+        if not self.first or self.verdict(self.rows[0]) != "best":
             return []
+        run, config, results = self.first
         try:
-            return [f"The best, {run.name}:", *meaning(results, run.record["config"], Path(run.folder))]
+            return [f"The best, {run.name}:", *meaning(results, config, Path(run.folder))]
         except (KeyError, TypeError, ValueError, ArithmeticError):  # figures of a stranger
             return []
 
@@ -214,12 +220,11 @@ class Study:
     @cached_property
     def references(self) -> dict[str, float]:
         """Losses on the same text without training, nats per character, by what reaches them."""
-        run = self.rows[0].runs[0] if self.rows and self.comparable else None
-        results: Any = whole_results(Path(run.folder)) if run and run.folder else None
-        if not run or not run.record or not results:
+        if not self.first or not self.comparable:
             return {}
+        _, config, results = self.first
         try:
-            return references(results, run.record["config"])
+            return references(results, config)
         except (KeyError, TypeError, ValueError, ArithmeticError):  # figures of a stranger
             return {}
 
