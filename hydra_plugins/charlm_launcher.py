@@ -44,6 +44,10 @@ class SweepLauncher(Launcher):
         """Return the engine's settings for one job."""
         return {}
 
+    def packed(self, jobs: "Sequence[Job]") -> "Sequence[Job]":
+        """Put jobs together that share a process: none, on an engine."""
+        return jobs
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         from charlm.errors import raise_received
 
@@ -67,7 +71,7 @@ class SweepLauncher(Launcher):
         ]
         gpus = self.check([run for run, _ in todo])
         jobs = [make(gpus) for _, make in todo]
-        rows = self.run(Grid(jobs, ledger), ledger, gpus)
+        rows = self.run(Grid(jobs, ledger, self.packed), ledger, gpus)
         returned = []
         for job in jobs:
             one = JobReturn(overrides=job.overrides, status=JobStatus.COMPLETED)
@@ -117,6 +121,7 @@ class SweepLauncher(Launcher):
         from charlm.preflight.configs import RUN_DIR, resolved, without_hydra
         from charlm.run.resume import moved
         from charlm.sweep import Job
+        from charlm.sweep.packing import kind_of
 
         with open_dict(cfg):
             cfg.hydra.job.id, cfg.hydra.job.num = name, number
@@ -127,7 +132,8 @@ class SweepLauncher(Launcher):
         fingerprint = hashlib.sha256(itself.encode()).hexdigest()
         folder = self.sweep_dir / place(fingerprint, cfg.hydra.sweep.subdir)
         cfg.hydra.run.dir = str(folder)
-        return run, partial(Job.of, overrides, folder, fingerprint, run, pickle.dumps(cfg), self.settings(cfg))
+        kind = partial(kind_of, run, chdir=bool(cfg.hydra.job.chdir))
+        return run, partial(Job.of, overrides, folder, fingerprint, run, pickle.dumps(cfg), self.settings(cfg), kind=kind)
 
     def check(self, runs: Sequence[dict[str, Any]]) -> int:
         """Returns how many GPUs there are, if all runs are possible; see `check_runs`."""
@@ -158,8 +164,17 @@ class LocalLauncher(SweepLauncher):
         n_jobs: Annotated[int, Ge(1)] | Literal["auto"],
         jobs_per_gpu: Annotated[int, Ge(1)] | Literal["auto"],
         timeout: Annotated[float, Gt(0)] | None,
+        pack: Annotated[int, Ge(1)] | Literal["auto"] = "auto",
     ):
         self.limits: Any = {"n_jobs": n_jobs, "jobs_per_gpu": jobs_per_gpu, "timeout": timeout}
+        self.pack: Any = pack if timeout is None else 1  # the limit is one job's
+
+    def packed(self, jobs: "Sequence[Job]") -> "Sequence[Job]":
+        from charlm.sweep.packing import packed
+        from charlm.system import posix
+
+        n_jobs = self.limits["n_jobs"]
+        return packed(jobs, self.pack, posix.cores() if n_jobs == "auto" else n_jobs)
 
     def pool(self, gpus: int) -> "Pool":
         from charlm.sweep import Pool

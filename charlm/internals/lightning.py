@@ -1,6 +1,7 @@
 """Private names of Lightning 2.6."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -44,6 +45,37 @@ def count_steps(trainer: L.Trainer, steps: int, batches: int, schedulers: int) -
     optimizer.zero_grad.increment_by(steps)
     loop.scheduler_progress.increment_by(steps * schedulers)
     loop._batches_that_stepped += steps
+
+
+def count_own_step(trainer: L.Trainer, schedulers: int) -> None:
+    """Add one step to the counters, up to the point where Lightning's loop calls `on_train_batch_end`."""
+    loop: Any = trainer.fit_loop.epoch_loop
+    progress, optimizer = loop.batch_progress, loop.automatic_optimization.optim_progress.optimizer
+    progress.increment_ready()
+    progress.is_last_batch = progress.current.ready == trainer.num_training_batches
+    progress.increment_started()
+    optimizer.step.increment_by(1)
+    optimizer.zero_grad.increment_by(1)
+    progress.increment_processed()
+    loop.scheduler_progress.increment_by(schedulers)
+
+
+@contextmanager
+def step_metrics(trainer: Any, module: L.LightningModule, batch: Any) -> Iterator[None]:
+    """Let hooks log metrics of a step that the loop has not taken, and pass them on as the loop does at its end."""
+    connector, loop, logged = trainer._logger_connector, trainer.fit_loop.epoch_loop, {}
+    connector.on_batch_start(batch)
+    of_step: Any = {"log": logged, "callback": logged, "pbar": {}}
+    # Instance attributes, which hide methods that take as long as the steps of a bigram.
+    loop._results.metrics = lambda on_step: of_step
+    module.log = lambda name, value, **_: logged.__setitem__(name, value)  # type: ignore[method-assign]
+    try:
+        yield
+        connector.on_batch_end()
+        loop.batch_progress.increment_completed()
+        connector.update_train_step_metrics()
+    finally:
+        del loop._results.metrics, module.log
 
 
 def batches_of(fetcher: Any) -> Iterator[Any]:

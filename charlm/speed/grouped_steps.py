@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import lightning as L
 import torch
@@ -19,6 +19,9 @@ from charlm.module import Batch, LanguageModel
 from charlm.speed.conditions import reason_against, steps_between
 from charlm.speed.cuda_graph import CUDAGraph
 from charlm.speed.table_gradient import table_gradient
+
+if TYPE_CHECKING:
+    from charlm.speed.pack import Pack
 
 MOST_STEPS = 100  # steps in a group: a signal waits for its end
 FIRST_STEPS = 10  # steps in a group on a GPU, until their time is known
@@ -36,6 +39,8 @@ class GroupedSteps(L.Callback):
             the speed.
         cuda_graph: capture the step once and replay it, on one GPU; helps models so small that launches dominate.
     """
+
+    pack: "Pack | None" = None  # of this process, whose runs train together
 
     def __init__(self, steps_per_execution: Annotated[int, Ge(1)] | Literal["auto"] = "auto", cuda_graph: bool = False):
         self.steps_per_execution, self.cuda_graph = steps_per_execution, cuda_graph
@@ -66,6 +71,8 @@ class GroupedSteps(L.Callback):
         """Let Lightning's loop take a group of steps before each of its own."""
         loader = trainer.train_dataloader
         if type(loader) is not RandomChunks or reason_against(trainer, pl_module):
+            return
+        if self.pack and self.pack.joins(trainer, pl_module):  # type: ignore[arg-type]
             return
         group = self.group(pl_module.model, loader.batch_size * loader.block_size, pl_module.device)  # type: ignore[arg-type]
         if group.most == 1:

@@ -44,6 +44,11 @@ class Handed:
     log_stamp: int  # when its terminal.log was written
     since: float = 0.0  # 0 where it has not begun
 
+    @property
+    def jobs(self) -> Sequence[Job]:
+        """The jobs of its process."""
+        return (self.job,)
+
     def news(self) -> bool:
         """Return whether its run.json has changed."""
         before, self.recorded = self.recorded, stamp(self.job.folder / RUN_JSON)

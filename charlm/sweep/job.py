@@ -11,12 +11,15 @@ import runpy
 import signal
 import sys
 import time
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.utils import JobRuntime, run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig
@@ -32,6 +35,10 @@ from charlm.sweep.processes import Child, launch
 from charlm.system import streams
 
 LOG = "terminal.log"  # all that a job prints
+FRAMES = 300  # of Python's stack that a job of a pack may use, at most
+
+
+Task = tuple[list[str], bytes | None, str]  # of a job: its command line, its config if known, the file of its output
 
 
 @dataclass(frozen=True)
@@ -47,6 +54,8 @@ class Job:
     cost: int = 1  # of a step: tokens, where it is by them that jobs compare
     cfg: bytes | None = None  # as Hydra composed it, pickled: which takes longer than to hand it over
     launcher: dict[str, Any] = field(default_factory=dict)  # the settings of the engine that runs it
+    kind: str | None = None  # what the jobs that may share its process have in common
+    others: tuple["Job", ...] = ()  # jobs that share its process
 
     @classmethod
     def of(
@@ -58,6 +67,7 @@ class Job:
         cfg: bytes,
         launcher: dict[str, Any],
         gpus: int,
+        kind: Callable[[bool], str | None] = lambda on_gpu: None,
     ) -> "Job":
         """Return the job of a config, which is also given as plain types, on a machine with `gpus`."""
         trainer, data = plain["trainer"], plain["data"]
@@ -71,7 +81,8 @@ class Job:
         tokens = data["batch_size"] * data["block_size"] * trainer["accumulate_grad_batches"] * processes
         steps = within_tokens(steps, plain["max_tokens"], tokens)
         cost = tokens if plain["max_tokens"] else 1
-        return cls(overrides, folder, fingerprint, processes, gpus > 0, steps, cost, cfg, launcher)
+        on_gpu = gpus > 0
+        return cls(overrides, folder, fingerprint, processes, on_gpu, steps, cost, cfg, launcher, kind(on_gpu))
 
     @property
     def name(self) -> str:
@@ -83,13 +94,20 @@ class Job:
         return record is not None and record["status"] == "finished" and whole_results(self.folder) is not None
 
     def start(self, threads: int, gpus: Sequence[int]) -> "Running":
-        """Start or resume the job in a fresh process."""
+        """Start or resume the job, and those that share its process, in a fresh process."""
+        first, *others = [job.task() for job in (self, *self.others)]
+        if others:
+            process = launch(become_pack, [first, *others], threads, daemon=False)
+        else:
+            process = launch(become, *first, threads, list(gpus), daemon=False)
+        return Running(self, process, time.monotonic(), list(gpus))
+
+    def task(self) -> "Task":
+        """Make the folder of the job, and return what its process needs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         argv = command(sys.argv[0], options(sys.argv), self.overrides, self.folder)
         # A job that has begun is resumed, with the checks of resume=.
-        cfg = None if has_begun(self.folder) else self.cfg
-        process = launch(become, argv, cfg, str(self.folder / LOG), threads, list(gpus), daemon=False)
-        return Running(self, process, time.monotonic(), list(gpus))
+        return argv, None if has_begun(self.folder) else self.cfg, str(self.folder / LOG)
 
     def how(self, code: int | None) -> str:
         """Return how its process ended: finished, or failed with the reason. The exit code may be unknown."""
@@ -125,6 +143,11 @@ class Running:
     verdict: str | None = None  # set if the sweep stops the job
     warned_at: float | None = None  # when, by time.monotonic()
 
+    @property
+    def jobs(self) -> Sequence[Job]:
+        """The jobs of its process."""
+        return self.job, *self.job.others
+
     def end(self, verdict: str) -> None:
         """Make the job save and exit; called once."""
         if self.verdict is None:
@@ -140,6 +163,46 @@ def become(connection: Connection, argv: list[str], cfg: bytes | None, log: str,
         cfg: what Hydra would compose from `argv`, checked already, and pickled.
     """
     streams.write_to(log)
+    prepare(threads, gpus)
+    be(argv, pickle.loads(cfg) if cfg else None)
+
+
+def become_pack(connection: Connection, jobs: Sequence[Task], threads: int) -> None:
+    """Run several jobs in one process, which trains them together.
+
+    Args:
+        connection: open as long as the jobs run.
+        jobs: what `become` takes of each.
+    """
+    prepare(threads, [])
+    from charlm.speed import GroupedSteps
+    from charlm.speed.pack import Pack
+
+    sys.setrecursionlimit(sys.getrecursionlimit() + FRAMES * len(jobs))
+    GroupedSteps.pack = Pack([partial(be_apart, *job) for job in jobs])
+    GroupedSteps.pack.run()
+
+
+def be_apart(argv: list[str], cfg: bytes | None, log: str) -> None:
+    """Run one of several jobs, and leave the process to the others as it was."""
+    from charlm.speed.pack import Outputs
+
+    outputs, hydra = Outputs(), HydraConfig.instance().cfg
+    streams.write_to(log)
+    try:
+        be(argv, pickle.loads(cfg) if cfg else None)
+    except SystemExit:
+        pass  # run.json says why
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        outputs.use()
+        outputs.close()
+        HydraConfig.instance().cfg = hydra
+
+
+def prepare(threads: int, gpus: list[int]) -> None:
+    """Set up this process for a job: its environment, and the number of its threads."""
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         del os.environ[name]  # inside a Slurm allocation, the job starts its own processes
     if gpus:
@@ -148,7 +211,6 @@ def become(connection: Connection, argv: list[str], cfg: bytes | None, log: str,
     import torch  # slow to import; after the environment variables that it reads
 
     torch.set_num_threads(threads)
-    be(argv, pickle.loads(cfg) if cfg else None)
 
 
 def has_begun(folder: Path) -> bool:

@@ -57,7 +57,8 @@ class Pool:
         try:
             while True:
                 while self.has_room() and (waiting := waiting or next(jobs, None)) and self.fits(waiting):
-                    begun(waiting)
+                    for job in (waiting, *waiting.others):
+                        begun(job)
                     gpus = self.take(waiting.processes) if waiting.on_gpu else []
                     threads = max(1, self.cores // (self.at_once(waiting, total) * waiting.processes))
                     self.running.append(waiting.start(threads, gpus))
@@ -113,8 +114,9 @@ class Pool:
             running.process.kill()  # processes that it left behind
             self.running.remove(running)
             self.gpus += running.gpus
-            how = running.verdict or running.job.how(running.process.exitcode)
-            ended(running.job, STOPPED if self.stopping and how.startswith("failed") else how)
+            for job in running.jobs:
+                how = running.verdict or job.how(running.process.exitcode)
+                ended(job, STOPPED if self.stopping and how.startswith("failed") else how)
 
     def stop(self, ended: Callable[[Job, str], None]) -> None:
         """Make all jobs save and exit. A second Ctrl-C kills them."""

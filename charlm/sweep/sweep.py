@@ -1,7 +1,7 @@
 """Run a sweep: the jobs that are not done, in parallel, and a table of all."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,23 +45,28 @@ class Source(Protocol):
 class Grid:
     """A source of jobs that are known in advance.
 
+    Args:
+        packed: puts jobs together that share a process.
+
     Raises:
         InputError: if a job's folder already holds another run.
     """
 
-    def __init__(self, jobs: Sequence[Job], ledger: Ledger):
+    def __init__(
+        self, jobs: Sequence[Job], ledger: Ledger, packed: Callable[[Sequence[Job]], Sequence[Job]] = lambda jobs: jobs
+    ):
         for job in jobs:
             if job.name not in ledger.jobs and held(job.folder):
                 raise InputError(f"{job.folder} already holds a run of another sweep: choose another hydra.sweep.dir")
         for job in jobs:
             ledger.add(job.name, job.overrides, job.fingerprint, "done" if job.done() else "waiting")
         self.jobs = {job.name: job for job in jobs}
-        self.total = len(self.jobs)
+        self.total, self.packed = len(self.jobs), packed
         self.swept = varying([job.overrides for job in jobs])
         self.ends = {job.name: "finished" for job in jobs if job.done()}
 
     def todo(self) -> Iterator[Job]:
-        yield from (job for name, job in self.jobs.items() if name not in self.ends)
+        yield from self.packed([job for name, job in self.jobs.items() if name not in self.ends])
 
     def watch(self, running: Sequence[Running | Handed]) -> None:
         pass
@@ -101,7 +106,9 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
 
         def look(running: Sequence[Running | Handed]) -> None:
             source.watch(running)
-            display.look([(entry.job.name, entry.job.folder, entry.job.max_steps, entry.since) for entry in running])
+            display.look(
+                [(job.name, job.folder, job.max_steps, entry.since) for entry in running for job in entry.jobs]
+            )
             if streams.reader_left:
                 raise SystemExit(128 + streams.SIGPIPE)  # which stops the jobs, as a signal does
 

@@ -1,0 +1,74 @@
+"""Which jobs of a sweep train together in one process: bigrams that differ in seed and optimization only.
+
+Every one of them is bitwise what it would be alone (tests/test_pack.py).
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+from charlm.sweep.job import Job, has_begun
+
+# Settings in which the runs of a pack may differ, besides their folders.
+FREE = ("seed", "run_dir", "data.seed", "optimizer.lr", "optimizer.weight_decay", "optimizer.betas", "optimizer.eps")
+FREE_GROUPS = ("scheduler", "callbacks", "logger")
+# What a pack has no steps for. `charlm.speed.pack.fits` looks at the trainer itself, before the first step.
+NEEDED: dict[str, tuple[Any, ...]] = {
+    "model._target_": ("charlm.model.bigram.Bigram",),
+    "optimizer._target_": ("charlm.optimizer.adamw.adamw",),
+    "speed._target_": ("charlm.speed.GroupedSteps",),
+    "speed.cuda_graph": (False,),
+    "threads": ("auto", 1),
+    "compile": (False,),
+    "init_from": (None,),
+    "stop_at": (None,),
+    "trainer.devices": ("auto", 1, "1"),
+    "trainer.max_time": (None,),
+    "trainer.precision": ("auto", "32-true"),
+    "trainer.gradient_clip_val": (None,),
+    "trainer.accumulate_grad_batches": (1,),
+}
+MOST = 64  # jobs in a process
+
+
+def kind_of(run: dict[str, Any], on_gpu: bool, chdir: bool) -> str | None:
+    """Return what the jobs of a pack have in common; None for a job that trains alone.
+
+    Args:
+        run: a resolved config.
+        on_gpu: whether it trains on a GPU.
+        chdir: whether the job changes its working directory, of which a process has one.
+    """
+    if on_gpu or chdir or any(at(run, name) not in values for name, values in NEEDED.items()):
+        return None
+    shared = copy.deepcopy({name: value for name, value in run.items() if name not in FREE_GROUPS})
+    for name in FREE:
+        *groups, last = name.split(".")
+        (at(shared, ".".join(groups)) if groups else shared).pop(last, None)
+    return json.dumps(shared, sort_keys=True)
+
+
+def at(run: dict[str, Any], name: str) -> Any:
+    """Return the setting with a dotted name; None if there is none."""
+    node: Any = run
+    for part in name.split("."):
+        node = node.get(part) if isinstance(node, dict) else None
+    return node
+
+
+def packed(jobs: Sequence[Job], pack: int | Literal["auto"], processes: int) -> list[Job]:
+    """Return the first job of each pack, with the others of it, and the jobs that train alone.
+
+    Args:
+        pack: jobs in a pack at most; "auto": as many as give each process an equal share of all jobs.
+        processes: that run at a time.
+    """
+    size = min(MOST, -(-len(jobs) // processes)) if pack == "auto" else pack
+    kinds: dict[str | int, list[Job]] = {}
+    for number, job in enumerate(jobs):
+        alone = job.kind is None or has_begun(job.folder)  # a job that has begun is resumed, alone
+        kinds.setdefault(number if alone or not job.kind else job.kind, []).append(job)
+    packs = [alike[i : i + size] for alike in kinds.values() for i in range(0, len(alike), size)]
+    return [replace(first, others=tuple(others)) for first, *others in packs]
