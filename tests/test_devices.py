@@ -38,6 +38,7 @@ from charlm.speed.grouped_steps import GroupedSteps, GroupSize
 from charlm.sweep.checks import check_runs
 from charlm.sweep.job import visible_gpus
 from charlm.sweep.plan import check_launcher
+from charlm.terminal import describe_device
 from charlm.trainer import STEPS, choose, faster_threads
 from tests.test_model import SMALL, build, small
 
@@ -237,6 +238,8 @@ def test_large_models_are_timed_and_left_as_they_were(two_threads, monkeypatch, 
     why = choose(cfg, model, data)
     assert (cfg.threads, torch.get_num_threads()) == ((1, 1) if seconds_alone < 0.1 else (2, 2))
     assert why == ("100.0 times as fast as 2" if seconds_alone < 0.1 else "100.0 times as fast as 1")
+    shown = "cpu (1 thread, 100.0 times as fast as 2)" if seconds_alone < 0.1 else "cpu (2 threads, 100.0 times as "
+    assert describe_device(torch.device("cpu"), why).startswith(shown)
     assert model.threads == [1] * (STEPS if seconds_alone < 0.1 else 1) + [2] * 3  # a quarter of a second is enough
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())

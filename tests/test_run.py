@@ -457,6 +457,13 @@ def test_of_a_run_that_ended_by_the_clock_as_many_steps_are_repeated(schedule, t
         assert line + "which no repetition can.\n" in call("reproduce", "run").out
 
 
+def test_a_run_that_is_begun_again_keeps_the_number_of_threads_it_had_chosen(copied, train, tmp_path):
+    assert told(copied)["config"]["threads"] == told(copied)["environment"]["threads"] == 1
+    rewrite(copied, lambda found: found["config"].update(threads=2))
+    assert train(f"rerun={copied}", "trainer.max_steps=2", "hydra.run.dir=new").code == 0
+    assert told(tmp_path / "new")["config"]["threads"] == told(tmp_path / "new")["environment"]["threads"] == 2
+
+
 def test_a_new_run_takes_the_settings_of_another_and_what_follows_them(train, trained, tmp_path):
     assert train(f"rerun={trained}", "seed=2", "hydra.run.dir=new").code == 0
     old, new = told(trained)["config"], told(tmp_path / "new")["config"]

@@ -1,5 +1,6 @@
 """May runs enter the table of records? The rules of docs/records.md as checks, and the runs' row of the table."""
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -16,11 +17,12 @@ from charlm.data import CharDataModule
 from charlm.data.corpora import SHAKESPEARE_SHA256, load_corpus
 from charlm.errors import InputError
 from charlm.evaluate import Blocks, evaluate
+from charlm.home import CONF
 from charlm.model import device_of
 from charlm.run.overrides import typed
-from charlm.run.record import flat
+from charlm.run.record import RUN_JSON, flat
 from charlm.run.reproduce import reproduce
-from charlm.run.trust import foreign
+from charlm.run.trust import check_run, foreign
 from charlm.study.comparison import Comparison, System, compare
 from charlm.study.notes import ALIKE
 from charlm.study.runs import Run, read_runs
@@ -226,6 +228,14 @@ def settings_rules(run: Run) -> Iterator[str]:
     """Yield a line for each rule that the settings and the code of a run break."""
     assert run.record
     config, environment = run.record["config"], run.record["environment"]
+    if packages := foreign(config):
+        yield f"parts come from outside of charlm: {', '.join(packages)}; a record's code is in its commit"
+        return
+    try:
+        check_run(Path(run.folder, RUN_JSON), config, [CONF])
+    except InputError as error:
+        yield str(error)
+        return
     for name, (there, value) in unusual(config).items():
         yield f"data.{name} is {typed(there)}, and records have {typed(value)}"
     for part in (config.get("callbacks") or {}).values():
@@ -233,10 +243,8 @@ def settings_rules(run: Run) -> Iterator[str]:
             yield f"{name} chooses by the loss on val: choose on a part of train"
     if config.get("init_from") or environment.get("initial_weights"):
         yield f"init_from={config.get('init_from')}: a record begins from random weights"
-    if packages := foreign(config):
-        yield f"parts come from outside of charlm: {', '.join(packages)}; a record's code is in its commit"
     git = environment.get("git")
-    if not git:
+    if not isinstance(git, dict):
         yield "the commit is not known: train from a clone of the repository"
     elif git.get("dirty"):
         yield f"the code had changes that are not in commit {str(git.get('commit'))[:7]}: commit them, and train again"
@@ -254,12 +262,16 @@ def budget_rules(run: Run, budget: BudgetClass) -> Iterator[str]:
     """Yield a line for each limit of a budget that a run exceeds."""
     assert run.record
     environment = run.record["environment"]
-    on_cpu, processes = environment.get("device") == "cpu", environment.get("processes", 1)
+    on_cpu = environment.get("device") == "cpu"
+    processes, threads = environment.get("processes"), environment.get("threads")
+    if not isinstance(processes, int) or not isinstance(threads, int):
+        yield f"{run.name} does not record how many processes and threads it had"
+        return
     if on_cpu != bool(budget.cores) or (not on_cpu and processes > 1):
         wanted = f"{budget.cores} CPU cores" if budget.cores else "one GPU"
         yield f"trained on {processes} x {environment.get('device')}, and {budget.title} means {wanted}"
-    elif budget.cores and environment.get("threads", 1) * processes > budget.cores:
-        yield f"{environment.get('threads')} threads, and {budget.title} allows {budget.cores}"
+    elif budget.cores and threads * processes > budget.cores:
+        yield f"{threads * processes} threads, and {budget.title} allows {budget.cores}"
     taken = run.figures.get("train/seconds", 0.0) if budget.training_only else seconds(run)
     if budget.seconds and taken > budget.seconds:
         what = "of training" if budget.training_only else "from start to end"
@@ -359,15 +371,19 @@ def row_of(runs: Sequence[Run], measured: dict[str, Measured], mine: System) -> 
 
 def commit(run: Run) -> str | None:
     """Return the commit that a run was made by, if it is known."""
-    git = (run.record and run.record["environment"].get("git")) or {}
-    return git.get("commit")
+    git = run.record and run.record["environment"].get("git")
+    return str(git.get("commit")) if isinstance(git, dict) else None
 
 
 def seconds(run: Run) -> float:
-    """Return how long a run took from its start to its end, by run.json."""
+    """Return how long a run took from its start to its end, by run.json; infinity if that has no such times."""
     assert run.record
-    start, end = (datetime.fromisoformat(run.record[name]) for name in ("started", "heartbeat"))  # type: ignore[literal-required]
-    return (end - start).total_seconds()
+    try:
+        return (
+            datetime.fromisoformat(run.record["heartbeat"]) - datetime.fromisoformat(run.record["started"])
+        ).total_seconds()
+    except (ValueError, TypeError):
+        return math.inf
 
 
 def not_reproduced(run: Run, tracked: Tracked) -> str | None:
