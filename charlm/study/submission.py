@@ -239,8 +239,8 @@ def settings_rules(run: Run) -> Iterator[str]:
     for name, (there, value) in unusual(config).items():
         yield f"data.{name} is {typed(there)}, and records have {typed(value)}"
     for part in (config.get("callbacks") or {}).values():
-        if name := ON_VAL.get(str(part.get("_target_")).rpartition(".")[2]):
-            yield f"{name} chooses by the loss on val: choose on a part of train"
+        if choice := ON_VAL.get(str(part.get("_target_")).rpartition(".")[2]):
+            yield f"{choice} chooses by the loss on val: choose on a part of train"
     if config.get("init_from") or environment.get("initial_weights"):
         yield f"init_from={config.get('init_from')}: a record begins from random weights"
     git = environment.get("git")
