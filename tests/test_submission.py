@@ -166,6 +166,26 @@ def test_runs_that_the_clock_ended_need_a_twin_which_is_reproduced(runs, copied,
     ]
 
 
+@pytest.mark.slow
+def test_real_runs_that_the_clock_ended_are_accepted_with_a_real_twin(runs, submit, train, tmp_path):
+    timed = [word for word in COMMON if not word.startswith("trainer.max_steps")] + ["scheduler=linear"]
+    timed += ["scheduler.warmup_steps=10"]
+    env = {"CHARLM_DATA": os.environ["CHARLM_DATA"]}
+    ended = train("-m", *timed, "seed=1,2,3", "trainer.max_time=00:00:00:02", "hydra.sweep.dir=timed", **env)
+    assert ended.code == 0, ended.err
+    results = [json.loads(file.read_text()) for file in (tmp_path / "timed").glob("*/results.json")]
+    assert {one["stopped_by"] for one in results} == {"time"}
+    tokens = max(one["train/tokens"] for one in results)
+    ended = train(*timed, "seed=4", f"max_tokens={tokens}", "hydra.run.dir=twin", **env)
+    assert ended.code == 0, ended.err
+    for run in (*(tmp_path / "timed").glob("seed=*"), tmp_path / "twin"):
+        clean(run)
+    ended = submit("timed", "--twin", "twin", "--against", runs / "record")
+    assert ended.code == 0, ended.out + ended.err
+    assert "twin was trained again: the same to the bit" in ended.out
+    assert "a record: this is better by " in ended.out
+
+
 def test_a_run_that_is_not_the_same_when_it_is_trained_again_is_refused(copied, submit):
     for file in copied.glob("*/losses.f32"):
         losses = np.fromfile(file, "<f4")
