@@ -56,7 +56,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
         terminal.console.print(f"counting the contexts of {len(data.splits['train']):,} tokens")
         with terminal.tracked("counting") as progress:
             model.count(data.splits["train"], progress)
-    choose(cfg, model, data)
+    why_threads = choose(cfg, model, data)
     config, corpus = plain(cfg), data.corpus.card()
     record = checkpoint.record(config, data.tokenizer, corpus)
     module = LanguageModel(model, instantiate(cfg.optimizer), instantiate(cfg.scheduler), record, cfg.compile, cfg.seed)
@@ -80,7 +80,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
             tidy(Path(cfg.run_dir))
         if hasattr(model, "counts") and not begun:
             checkpoint.write_counts(model, Path(cfg.run_dir) / "checkpoints")
-        terminal.header(config, data, model, trainer, steps)
+        terminal.header(config, data, model, trainer, steps, why_threads)
     begin_logs(trainer.loggers, config, data, state)
     # A checkpoint from before the first step holds nothing that the run does not create again.
     trainer.fit(module, data, ckpt_path=state.path if begun else None, weights_only=True)

@@ -33,6 +33,7 @@ Examples:
   charlm reproduce outputs/RUN   train it again: the same to the bit?
   charlm compare outputs/RUN outputs/OTHER    better, or noise?
   charlm report outputs/SWEEP    what many runs found, as one page
+  charlm submit outputs/SWEEP --budget cpu_90s    a record?
   charlm board                   all runs of outputs in TensorBoard
 """
 RUN = click.argument("run", metavar="RUN_OR_CHECKPOINT", type=click.Path(path_type=Path))
@@ -607,6 +608,41 @@ def compare(places: tuple[str, ...], split: str, device: str, trust: tuple[str, 
         print_json(each if len(each) > 1 else each[0])
     else:
         terminal.console.print(compared(measured, found, settings, [note.text for note in notes], context))
+
+
+@charlm.command()
+@click.argument("places", metavar="SWEEP_OR_RUNS...", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--budget", required=True, help="Class of the table: cpu_90s, cpu_10min, gpu_1min or gpu_nanogpt.")
+@click.option("--against", type=click.Path(path_type=Path), help="Folder with runs of the present record, made here.")
+@click.option("--twin", type=click.Path(path_type=Path), help="A token-matched run, if the clock ended the runs.")
+@click.option("--no-reproduce", is_flag=True, help="Do not train one of the runs again.")
+@DEVICE
+@AS_JSON
+def submit(
+    places: tuple[Path, ...],
+    budget: str,
+    against: Path | None,
+    twin: Path | None,
+    no_reproduce: bool,
+    device: str,
+    as_json: bool,
+) -> None:
+    """May these runs enter the table of records? Check them against the rules, and print their row.
+
+    SWEEP_OR_RUNS hold runs of one configuration with three seeds or more. Their losses are computed again, their models
+    certified, one of them is trained again, and with --against they are compared with the present record. The rules are
+    in docs/records.md. The exit code is 0 for runs that keep them, and 1 for runs that are refused.
+    """
+    from charlm import terminal
+    from charlm.files import plain
+    from charlm.study import submission
+
+    if budget not in submission.BUDGETS:
+        raise InputError(f"--budget {budget} is no class of the table: choose one of {', '.join(submission.BUDGETS)}")
+    chosen = submission.BUDGETS[budget]
+    found = submission.submit(places, chosen, against, twin, not no_reproduce, device, terminal.tracked)
+    print_json(plain(found.found())) if as_json else print("\n".join(map(printable, found.lines())))
+    sys.exit(1 if found.failures else 0)
 
 
 def main() -> None:

@@ -109,12 +109,18 @@ def caution(line: str) -> None:
 
 
 def header(
-    config: dict[str, Any], data: "CharDataModule", model: "nn.Module", trainer: "L.Trainer", steps: str
+    config: dict[str, Any],
+    data: "CharDataModule",
+    model: "nn.Module",
+    trainer: "L.Trainer",
+    steps: str,
+    why_threads: str = "",
 ) -> None:
     """Print the header of a run: model, corpus, training, device, folder and warnings.
 
     Args:
         steps: how they are taken, one by one or several at once.
+        why_threads: why the run has its number of CPU threads, if it has chosen.
     """
     from charlm.budget import budget_of
     from charlm.devices import broken_gpu
@@ -133,7 +139,11 @@ def header(
         "training": f"{budget_of(trainer).describe(tokens, sizes['train'])}, "
         f"{name_of(optimizer)} at lr {optimizer['lr']:g}, {name_of(config['scheduler'])}, seed {config['seed']}",
         "device": ", ".join(
-            [describe_device(trainer.strategy.root_device), trainer.precision, *["compiled"] * config["compile"]]
+            (
+                describe_device(trainer.strategy.root_device, why_threads),
+                trainer.precision,
+                *["compiled"] * config["compile"],
+            )
         ),
         "speed": steps,
         "folder": quote(Path(config["run_dir"])),
@@ -152,16 +162,13 @@ def header(
         caution(line)
 
 
-def describe_device(device: "torch.device") -> str:
+def describe_device(device: "torch.device", why_threads: str) -> str:
     import torch
 
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
-    return (
-        f"{device} ({torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)})"
-        if device.type == "cpu"
-        else str(device)
-    )
+    threads = f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
+    return f"{device} ({', '.join(filter(None, (threads, why_threads)))})" if device.type == "cpu" else str(device)
 
 
 def health(findings: Sequence["Finding"]) -> Table:
@@ -342,7 +349,8 @@ def comparison(found: dict[str, Any]) -> RenderableType:
         lines += [Text(f"  {name}") for name in names[:10]]
         lines += [Text(f"  and {len(names) - 10} more")] if len(names) > 10 else []
     if found["clock"] and not found["equal"]:
-        lines.append(Text("Its learning rate followed the clock (trainer.max_time), which no repetition can."))
+        same = f"It ended by the clock: the same {found['steps']:,} steps, but the" if found["timed"] else "Its"
+        lines.append(Text(f"{same} learning rate followed the clock, which no repetition can."))
     if found["environment"]:
         table = Table("environment", "then", "now", box=box.SIMPLE_HEAD)
         for name, (before, after) in found["environment"].items():

@@ -1,7 +1,8 @@
 """FSDP2 for Lightning's Trainer on any device, and the values of settings that are `auto`."""
 
 import atexit
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,8 +14,16 @@ from torch.distributed.fsdp import FullyShardedDataParallel, OptimStateKeyType
 from charlm.budget import steps_of
 from charlm.data import CharDataModule
 from charlm.devices import accelerator_of
+from charlm.evaluate import mean_loss
 from charlm.internals.lightning import set_data_parallel_size
 from charlm.model import multiplications, takes_no_steps
+
+# Multiplications of a forward pass: with fewer, threads wait longer for each other than they compute.
+MULTITHREADED = 1e8
+TIMED = 4e8  # of the part of a batch that is timed
+TOO_LARGE = 3e9  # of one chunk: a step with one thread would take seconds
+STEPS = 5  # that are timed; the best counts
+PATIENCE = 0.25  # seconds after which no further step is timed
 
 
 class FSDP(ModelParallelStrategy):
@@ -79,10 +88,13 @@ def precision_for(precision: str, accelerator: str) -> str:
     return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
-def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
+def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> str:
     """Replace each `auto` in a run's settings, by the machine and the size of a step, and set up PyTorch.
 
     Also replaces `data.path` by the absolute path where the text was found, and so with `data.paths`.
+
+    Returns:
+        Why the run has its number of threads, if steps were timed; else nothing.
     """
     if not takes_no_steps(model):
         cfg.trainer.max_steps = steps_of(cfg.trainer.max_steps, cfg.max_tokens, cfg.trainer.max_time)
@@ -92,10 +104,6 @@ def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
         cfg.data.paths = data.settings()["paths"]
     if model.block_size == 1:  # a table of logits: larger gathers are faster and take no memory
         data.tokens_at_once = 65_536
-    if cfg.threads == "auto":
-        # Small steps gain nothing from threads, which wait twenty times as long for each other on busy cores.
-        cfg.threads = torch.get_num_threads() if multiplications(model, data.batch_size * data.block_size) > 1e8 else 1
-    torch.set_num_threads(cfg.threads)
     # With deterministic algorithms PyTorch also fills all new memory, which costs a tenth of a GPT's step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     cfg.trainer.precision = precision_for(cfg.trainer.precision, cfg.trainer.accelerator)
@@ -103,3 +111,54 @@ def choose(cfg: Any, model: nn.Module, data: CharDataModule) -> None:
     if on_cpu and cfg.trainer.precision.startswith("bf16") and data.block_size <= 256:
         # For so short contexts, fused attention in bf16 takes a CPU up to four times as long as the plain one.
         torch.backends.cuda.enable_flash_sdp(False)  # despite its name, for CPUs too
+    why = ""
+    if cfg.threads == "auto":
+        large = multiplications(model, data.batch_size * data.block_size) > MULTITHREADED
+        cfg.threads = torch.get_num_threads() if large else 1
+        # The processes of one run must not choose apart, and on a GPU the threads of the CPU do not matter.
+        alone = cfg.trainer.devices == cfg.trainer.num_nodes == 1
+        if cfg.threads > 1 and on_cpu and alone and multiplications(model, data.block_size) < TOO_LARGE:
+            cfg.threads, why = timed_threads(model, data, cfg.trainer.precision, cfg.threads)
+    torch.set_num_threads(cfg.threads)
+    return why
+
+
+def timed_threads(model: nn.Module, data: CharDataModule, precision: str, most: int) -> tuple[int, str]:
+    """Time steps of a model, which stays as it is, with 1 and with `most` threads: `faster_threads`.
+
+    Other programs on the same cores can make several threads ten times slower than one.
+    """
+    x, y = next(iter(data.train_dataloader()))  # (B, T) each
+    rows = max(1, int(TIMED / multiplications(model, x.shape[1])))
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+
+    def seconds(threads: int) -> float:
+        torch.set_num_threads(threads)
+        taken: list[float] = []
+        while len(taken) < STEPS and sum(taken) < PATIENCE:
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+                loss = mean_loss(model, x[:rows], y[:rows])
+            if weights:
+                torch.autograd.grad(loss, weights, allow_unused=True)  # no weight gets a gradient
+            taken.append(time.perf_counter() - start)
+        return min(taken)
+
+    with torch.random.fork_rng(devices=[]):
+        chosen = faster_threads(most, seconds)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return chosen
+
+
+def faster_threads(most: int, seconds: Callable[[int], float]) -> tuple[int, str]:
+    """Return the number of threads with which a step is faster, 1 or `most`, and why in a few words.
+
+    Args:
+        seconds: how long a step takes with a number of threads.
+    """
+    alone, together = seconds(1), seconds(most)
+    if together < alone:
+        return most, f"{alone / together:.1f} times as fast as 1"
+    return 1, f"{together / alone:.1f} times as fast as {most}"

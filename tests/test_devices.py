@@ -16,6 +16,7 @@ import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
+from omegaconf import OmegaConf
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -37,6 +38,8 @@ from charlm.speed.grouped_steps import GroupedSteps, GroupSize
 from charlm.sweep.checks import check_runs
 from charlm.sweep.job import visible_gpus
 from charlm.sweep.plan import check_launcher
+from charlm.terminal import describe_device
+from charlm.trainer import STEPS, choose, faster_threads
 from tests.test_model import SMALL, build, small
 
 ROOT = Path(__file__).parent.parent
@@ -185,6 +188,78 @@ def test_measured_groups_leave_the_weights_bitwise_the_same(monkeypatch, fit_mod
     assert "by their measured time" in GroupedSteps().describe(trainer_with_device(), fit_module.module, 32)
     grouped = fit_module([GroupedSteps()])
     assert all(torch.equal(a, b) for a, b in zip(plain, grouped, strict=True))
+
+
+def test_the_faster_number_of_threads_is_chosen():
+    assert faster_threads(2, {1: 0.08, 2: 0.05}.__getitem__) == (2, "1.6 times as fast as 1")
+    assert faster_threads(16, {1: 0.05, 16: 0.65}.__getitem__) == (1, "13.0 times as fast as 16")
+    assert faster_threads(2, {1: 0.05, 2: 0.05}.__getitem__)[0] == 1
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Normed(torch.nn.Module):
+    """A model of 256 symbols whose training draws random numbers and changes a buffer."""
+
+    block_size = 64
+
+    def __init__(self, width: int = 1_600):
+        super().__init__()
+        self.embed, self.norm = torch.nn.Embedding(256, width), torch.nn.BatchNorm1d(width)
+        self.head, self.threads = torch.nn.Linear(width, 256), list[int]()
+
+    def forward(self, idx: torch.Tensor) -> torch.Tensor:
+        self.threads.append(torch.get_num_threads())
+        logits: torch.Tensor = self.head(F.dropout(self.norm(self.embed(idx).mT).mT))
+        return logits
+
+
+@pytest.mark.parametrize("seconds_alone", [1e-3, 10.0])
+def test_large_models_are_timed_and_left_as_they_were(two_threads, monkeypatch, text_file, seconds_alone):
+    data = CharDataModule(path=str(text_file), block_size=64, batch_size=32)
+    data.setup()
+    model = Normed()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    clock = {"now": 0.0}
+
+    def now() -> float:  # a step of two threads takes a tenth of a second
+        clock["now"] += seconds_alone if torch.get_num_threads() == 1 else 0.1
+        return clock["now"]
+
+    monkeypatch.setattr("time.perf_counter", now)
+    random = torch.get_rng_state()
+    cfg = OmegaConf.create(settings("trainer=cpu"))
+    why = choose(cfg, model, data)
+    assert (cfg.threads, torch.get_num_threads()) == ((1, 1) if seconds_alone < 0.1 else (2, 2))
+    assert why == ("100.0 times as fast as 2" if seconds_alone < 0.1 else "100.0 times as fast as 1")
+    shown = "cpu (1 thread, 100.0 times as fast as 2)" if seconds_alone < 0.1 else "cpu (2 threads, 100.0 times as "
+    assert describe_device(torch.device("cpu"), why).startswith(shown)
+    assert model.threads == [1] * (STEPS if seconds_alone < 0.1 else 1) + [2] * 3  # a quarter of a second is enough
+    assert torch.equal(random, torch.get_rng_state())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "width", "threads"),
+    [
+        (["trainer=cpu"], 16, 1),  # small
+        (["trainer=cpu", "threads=2"], 16, 2),
+        (["trainer=ddp", "trainer.accelerator=cpu"], 1_600, 2),  # the processes would choose apart
+    ],
+)
+def test_other_runs_are_not_timed(two_threads, text_file, overrides, width, threads):
+    data = CharDataModule(path=str(text_file), block_size=64, batch_size=32)
+    data.setup()
+    model, cfg = Normed(width), OmegaConf.create(settings(*overrides))
+    assert choose(cfg, model, data) == ""
+    assert (cfg.threads, model.threads) == (threads, [])
 
 
 def trainer_with_device() -> Any:

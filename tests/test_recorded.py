@@ -23,7 +23,7 @@ from tests.conftest import ROOT, Ended, check_command, run_command
 from tests.hostile import FILES, MARKER, RECORDS, SECRET, SETTINGS, SHOWN, SWEEPS, outside_of
 
 SECONDS = 20  # that a command may take at most
-READERS = ("report", "evaluate", "generate", "checkpoint", "reproduce")
+READERS = ("report", "evaluate", "generate", "checkpoint", "reproduce", "submit")
 TRAINERS = ("resume", "rerun")
 RUNS = SETTINGS | RECORDS | FILES | SHOWN
 # The commands that must refuse a kind of folder. Other commands do not read the damaged file.
@@ -100,7 +100,7 @@ def check_output(code: int, out: str, err: str) -> None:
     assert SECRET not in out + err
     assert not {*COMMANDS.findall(out + err)} - {"\n", "\t"}, (out, err)
     assert "Traceback" not in out + err
-    if code:
+    if code and not out:  # a submission is refused on standard output
         assert [line for line in err.splitlines() if line.startswith("charlm: ")], err
     assert all(line.startswith("charlm: ") for line in err.splitlines()), err
 
@@ -110,16 +110,17 @@ def command_for(name: str, run: str) -> list[str]:
         return ["train.py", f"resume={run}", "trainer.max_steps=22"]
     if name == "rerun":
         return ["train.py", f"rerun={run}", "trainer.max_steps=22"]
-    return ["charlm", name, run, *(["--length", "200"] if name == "generate" else [])]
+    more = {"generate": ["--length", "200"], "submit": ["--budget", "cpu_90s"]}
+    return ["charlm", name, run, *more.get(name, [])]
 
 
 @pytest.mark.parametrize("kind", RUNS)
 def test_each_command_on_a_strangers_run_reads_it_safely_or_refuses_it_in_one_line(kind, here, trained, tmp_path):
     # Each command that reads what is damaged; the others are among the long proofs.
     names: tuple[str, ...] = (*READERS, *TRAINERS)
-    names = ("report", "evaluate", "reproduce", *TRAINERS) if kind in SETTINGS else names
-    names = ("report", "reproduce", "rerun") if kind in RECORDS else names
-    names = ("report", "reproduce", "resume", "generate") if kind in FILES else names
+    names = ("report", "evaluate", "reproduce", "submit", *TRAINERS) if kind in SETTINGS else names
+    names = ("report", "reproduce", "submit", "rerun") if kind in RECORDS else names
+    names = ("report", "reproduce", "submit", "resume", "generate") if kind in FILES else names
     for name in names:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         shutil.copytree(trained, tmp_path / "run")
@@ -135,6 +136,9 @@ def test_each_command_takes_an_ordinary_run(name, here, trained, tmp_path):
     ended = here(*command_for(name, "run"))
     if name == "reproduce":
         assert ended.err == "charlm: it would be trained again now\n"
+    elif name == "submit":
+        assert ended.code == 1
+        assert "refused: 1 seed: a record needs at least 3\n" in ended.out
     else:
         assert (ended.code, ended.err) == (0, "")
 

@@ -73,6 +73,7 @@ RECIPES = [
 def test_every_recipe_trains_in_small_on_any_machine(recipe, train, tmp_path, text_file):
     text_file.write_text(text_file.read_text()[:6000])
     small = ["trainer=cpu", "trainer.max_steps=2", "trainer.max_time=null", "data.batch_size=2", "compile=false"]
+    small += ["max_tokens=null"]
     smaller = ("scheduler.warmup_steps=1", "model.n_layer=1", "callbacks.samples.length=1")
     small += [setting for setting in smaller if setting.partition("=")[0] in settings_of(recipe)]
     small += ["data=text", f"data.path={text_file}", "evaluate=[val]", "sample_length=1", "hydra.run.dir=r"]
@@ -413,6 +414,54 @@ def test_a_run_that_was_stopped_and_resumed_can_be_reproduced_at_each_state(trai
         assert json.loads(ended.out)["steps"] == steps
         before = checkpoint.read(tmp_path / "run" / "checkpoints" / "last.ckpt")["global_step"]
         assert before == steps  # the repetition has left it alone
+
+
+@pytest.mark.parametrize("recipe", ["cpu_90s", pytest.param("cpu_10min", marks=pytest.mark.slow)])
+def test_the_token_matched_twin_of_a_recipe_ends_by_tokens_and_is_reproduced(recipe, train, call, tmp_path, text_file):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        timed, twin = (
+            record.flat(OmegaConf.to_container(compose("train", [f"experiment={name}"]), resolve=False))
+            for name in (recipe, f"{recipe}_tokens")
+        )
+    assert {name for name in timed | twin if timed.get(name) != twin.get(name)} == {
+        "trainer.max_time", "max_tokens", "threads"
+    }  # fmt: skip
+    text_file.write_text(text_file.read_text()[:6000])
+    small = ["max_tokens=2_048", "scheduler.warmup_steps=1", "model.n_layer=1", "data.batch_size=2", "compile=false"]
+    small += ["data=text", f"data.path={text_file}", "trainer=cpu", "sample_length=1", "hydra.run.dir=run"]
+    ended = train(f"experiment={recipe}_tokens", *small)
+    assert ended.code == 0, ended.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert (results["steps"], results["stopped_by"]) == (4, "tokens")
+    ended = call("reproduce", "run")
+    assert ended.code == 0, ended.out + ended.err
+    assert ended.out.startswith("Bitwise equal")
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_of_a_run_that_ended_by_the_clock_as_many_steps_are_repeated(schedule, train, call, tmp_path, text_file):
+    common = ["trainer=cpu", "threads=1", "data=text", f"data.path={text_file}", "evaluate=[val]", "sample_length=1"]
+    warmup = ["scheduler.warmup_steps=5"] if schedule == "linear" else []
+    ended = train(
+        *common, f"scheduler={schedule}", *warmup, "trainer.max_time=00:00:00:01", "speed=off", "hydra.run.dir=run"
+    )
+    assert ended.code == 0, ended.err
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["stopped_by"] == "time"
+    found = json.loads(call("reproduce", "run", "--json").out)
+    assert (found["steps"], found["timed"]) == (results["steps"], True)
+    assert found["equal"] == (schedule == "constant")
+    if schedule == "linear":
+        assert found["first_step"] > 6  # the warm-up is counted in steps
+        line = f"It ended by the clock: the same {results['steps']:,} steps, but the learning rate followed the clock, "
+        assert line + "which no repetition can.\n" in call("reproduce", "run").out
+
+
+def test_a_run_that_is_begun_again_keeps_the_number_of_threads_it_had_chosen(copied, train, tmp_path):
+    assert told(copied)["config"]["threads"] == told(copied)["environment"]["threads"] == 1
+    rewrite(copied, lambda found: found["config"].update(threads=2))
+    assert train(f"rerun={copied}", "trainer.max_steps=2", "hydra.run.dir=new").code == 0
+    assert told(tmp_path / "new")["config"]["threads"] == told(tmp_path / "new")["environment"]["threads"] == 2
 
 
 def test_a_new_run_takes_the_settings_of_another_and_what_follows_them(train, trained, tmp_path):

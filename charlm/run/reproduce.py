@@ -41,6 +41,7 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence
         differs: the names of what else does: weights, states, final figures.
         environment: what is not as it was, by name, then and now.
         clock: whether the learning rate followed it, which no repetition can.
+        timed: whether the clock ended the run. The repetition then makes as many steps.
 
     Raises:
         InputError: if there is no such run, if it has saved no step, or if it cannot be trained here.
@@ -57,8 +58,11 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence
         again = Path(folder, "run")
         command = [sys.executable, str(TRAIN), f"rerun={quoted(run_dir.absolute())}", f"hydra.run.dir={again}"]
         command += [f"trust=[{','.join(trust)}]"] if trust else []
-        if results is None or results["stopped_by"] == "time":
-            command += [f"stop_at={step}", *(["trainer.max_time=null"] if constant else [])]
+        timed = results is not None and results["stopped_by"] == "time"
+        if results is None or timed:
+            command += [f"stop_at={step}", *(["trainer.max_time=null"] if constant or timed else [])]
+        if timed and not constant:  # without the clock, the schedule needs another end
+            command += [f"trainer.max_steps={max(step, record['config']['scheduler'].get('warmup_steps', 0) + 1)}"]
         train(command, again / LOSSES, step, report)
         losses = [before, read_losses(again, step)]
         other, other_results = checkpoint.read_newest(again, quiet=True).content, read_results(again)
@@ -75,6 +79,7 @@ def reproduce(run_dir: Path, report: Callable[[int, int], None], trust: Sequence
         "differs": differs,
         "environment": environment,
         "clock": record["config"]["trainer"]["max_time"] is not None and not constant,
+        "timed": timed,
     }
 
 
