@@ -120,6 +120,7 @@ def header(
     from charlm.devices import broken_gpu
 
     corpus, sizes = data.corpus, {name: len(ids) for name, ids in data.splits.items()}
+    held_out = corpus.card().get("held_out")
     tokens = data.batch_size * data.block_size * trainer.world_size * trainer.accumulate_grad_batches
     counts_only = trainer.max_steps == 0
     parameters = sum(p.numel() for p in model.parameters())
@@ -127,7 +128,8 @@ def header(
     lines = {
         "model": f"{name_of(config['model'])}, {parameters:,} parameters",
         "corpus": f"{corpus.name}: {corpus.survey.characters:,} characters, {data.tokenizer.vocab_size} symbols; "
-        + ", ".join(f"{name} {n:,}" for name, n in sizes.items()),
+        + ", ".join(f"{name} {n:,}" for name, n in sizes.items())
+        + (f": {held_out}" if held_out else ""),
         "batches": f"{data.batch_size} chunks of {data.block_size} characters"
         + (f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""),
         "training": f"{budget_of(trainer).describe(tokens, sizes['train'])}, "
@@ -228,6 +230,24 @@ def figures(found: dict[str, Any], name: str, splits: Sequence[str] = ()) -> Tab
     if unit != "character" or any(found[f"{split}/bytes"] != found[f"{split}/characters"] for split in splits):
         table.add_row("bits per byte", *(plus_minus(found, split, "bits_per_byte", 4) for split in splits))
     table.add_row("perplexity", *(plus_minus(found, split, "perplexity", 3) for split in splits))
+    return table
+
+
+def positions(found: dict[str, Any]) -> Table:
+    """Return the table of losses by position in the window, with the number of targets at each."""
+    unit = UNITS.get(found["tokenizer"], "token")
+    table = Table(f"{unit} of the window", box=box.SIMPLE_HEAD)
+    for split in found["by_position"]:
+        table.add_column(f"{split}, nats per {unit}", justify="right")
+        table.add_column("targets", justify="right")
+    rows: dict[str, list[str]] = {}
+    for number, ranges in enumerate(found["by_position"].values()):
+        for one in ranges:
+            first, last = one["from"], one["to"]
+            row = rows.setdefault(str(first) if first == last else f"{first} to {last}", ["", ""] * number)
+            row += [f"{one['nats']:.4f}", f"{one['n']:,}"]
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
     return table
 
 
