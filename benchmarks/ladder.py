@@ -1,16 +1,23 @@
-"""Measure loss against seconds: counting, nanoGPT's CPU recipe and charlm's, start to end, on one machine in one run.
+"""Measure loss against seconds: compressors, counting, nanoGPT's CPU recipe and charlm's, start to end, on one machine.
 
+    python benchmarks/ladder.py                                     # compressors and counts alone: a minute
+    python benchmarks/ladder.py --split plays                       # the same over nine held-out plays: ten minutes
     git clone https://github.com/karpathy/nanoGPT
-    python benchmarks/ladder.py --nanogpt nanoGPT
     python benchmarks/ladder.py --nanogpt nanoGPT --recipes nanogpt_cpu cpu_90s cpu_10min --seeds 1 2 3 --png ladder.png
 
-All losses are of every character of val, in windows of each model's block size, one after the other and, of models that
-learn, at a stride of half their size. nanoGPT runs as its README says for a CPU, in a copy of its folder, and is the
-clock; its weights are then scored by charlm. A recipe NAME is `python train.py experiment=NAME seed=N`.
+All losses are of every character of val, one after the other in windows of WINDOW characters. A network that was
+trained on shorter chunks, such as nanoGPT's, has windows of its own block size; the table names each. Models that learn
+are scored at a stride of half their window, too. Compressors see all of train and val before. nanoGPT runs as its
+README says for a CPU, in a copy of its folder, and is the clock; its weights are then scored by charlm. A recipe NAME
+is `python train.py experiment=NAME seed=N`.
+
+With --split plays everything is repeated for each held-out play (data.fold), and losses are means over plays with their
+standard error; else they are means over seeds with their standard deviation.
 """
 
 import argparse
 import json
+import math
 import pickle
 import re
 import shutil
@@ -19,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,18 +40,22 @@ from torch import nn
 from charlm import checkpoint
 from charlm.data import CharDataModule
 from charlm.data.chunks import Windows
-from charlm.data.corpora import load_corpus
+from charlm.data.compressors import bytes_per_character, compressed
+from charlm.data.corpora import PLAYS
 from charlm.evaluate import evaluate
 from charlm.model.gpt import GPT
-from charlm.model.mixture import Mixture
+from charlm.model.ngram import NGram, Smoothing
 from charlm.run.results import read_validations
+from charlm.tokenizer import ByteTokenizer
 
 TRAIN = Path(__file__).parent.parent / "train.py"
 FLAGS = "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4"
 FLAGS += " --n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
 
 QUOTED = 1.4697  # nats per character; its README, from random batches
-LONGEST = 8  # characters of context that are counted
+WINDOW = 256  # characters
+ORDERS = range(2, 9)  # of n-grams that are counted
+SMOOTHINGS: dict[str, Smoothing] = {"counted": "backoff", "Kneser-Ney": "kneser_ney"}
 
 
 @dataclass
@@ -52,6 +63,7 @@ class Rung:
     """One line of the table, and of the picture one point and perhaps the way to it."""
 
     name: str
+    window: int | None  # characters of a window; None: there are none
     seconds: list[float]  # seconds from start to end for each seed
     losses: list[float]  # exact loss on val for each seed
     half_stride: list[float] = field(default_factory=list)  # the same where every window begins within the last
@@ -60,15 +72,33 @@ class Rung:
     way: list[tuple[float, float]] = field(default_factory=list)  # seconds, and the loss that was logged by then
 
 
-def counted(data: CharDataModule) -> list[Rung]:
-    """Contexts of up to 1, 2, ... characters, counted on train and backed off; nothing is learned."""
-    found = []
-    for n_context in range(1, LONGEST + 1):
-        start = time.perf_counter()
-        model = Mixture(data.tokenizer.vocab_size, block_size=128, n_layer=0, n_head=1, n_embd=2, n_context=n_context)
-        model.count(data.splits["train"])
-        loss = evaluate(model, data.windows("val")).loss
-        found.append(Rung(f"counted {n_context + 1}-gram", [time.perf_counter() - start], [loss]))
+def text_of(args: argparse.Namespace, fold: int | None, **settings: Any) -> CharDataModule:
+    """Return the text to measure on."""
+    data = CharDataModule(path=args.corpus or "tinyshakespeare", fold=fold, **settings)
+    data.setup()
+    return data
+
+
+def squeezed(args: argparse.Namespace, fold: int | None) -> list[Rung]:
+    """General compressors, given train."""
+    data, found = text_of(args, fold, tokenizer=ByteTokenizer.from_corpus), []
+    per_char, start = math.log(2) * bytes_per_character(data), time.perf_counter()
+    for one in compressed(data):
+        seconds, start = time.perf_counter() - start, time.perf_counter()
+        found.append(Rung(f"{one.compressor}, given train", None, [seconds], [one.given_train * per_char]))
+    return found
+
+
+def counted(args: argparse.Namespace, fold: int | None) -> list[Rung]:
+    """N-grams, counted on train; nothing is learned."""
+    data, found = text_of(args, fold, block_size=WINDOW), []
+    for title, smoothing in SMOOTHINGS.items():
+        for order in ORDERS:
+            start = time.perf_counter()
+            model = NGram(data.tokenizer.vocab_size, order, smoothing)
+            model.count(data.splits["train"])
+            loss = evaluate(model, data.windows("val")).loss
+            found.append(Rung(f"{title} {order}-gram", WINDOW, [time.perf_counter() - start], [loss]))
     return found
 
 
@@ -86,26 +116,29 @@ def nanogpt(clone: Path, data: CharDataModule) -> Rung:
     model = as_charlm(weights, data.tokenizer.vocab_size)
     n_parameters = sum(p.numel() for p in model.parameters())
     loss, half = evaluate(model, data.windows("val")).loss, at_half_stride(model, 64, data)
-    return Rung("nanoGPT's recipe for a CPU", [seconds], [loss], [half], n_parameters, [2000 * 12 * 64], way)
+    return Rung("nanoGPT's recipe for a CPU", 64, [seconds], [loss], [half], n_parameters, [2000 * 12 * 64], way)
 
 
-def recipe(name: str, seeds: list[int], corpus: str, data: CharDataModule, folder: Path) -> Rung:
+def recipe(name: str, args: argparse.Namespace, fold: int | None, folder: Path) -> Rung:
     """charlm's own: `python train.py experiment=NAME`, for each seed."""
-    rung = Rung(f"experiment={name}", [], [])
-    settings = [f"experiment={name}", "data=text", f"data.path={corpus}", "trainer.accelerator=cpu"]
-    for seed in seeds:
+    rung = Rung(f"experiment={name}", None, [], [])
+    text = ["data=text", f"data.path={Path(args.corpus).absolute()}"] if args.corpus else []
+    settings = [f"experiment={name}", *text, *([f"data.fold={fold}"] if fold else []), "trainer.accelerator=cpu"]
+    for seed in args.seeds:
         run = folder / f"{name}_{seed}"
         start = time.perf_counter()
         command = [sys.executable, str(TRAIN), *settings, f"seed={seed}", f"hydra.run.dir={run}"]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
         rung.seconds.append(time.perf_counter() - start)
         found = json.loads((run / "results.json").read_text())
-        rung.losses.append(found["val/loss"])
         loaded = checkpoint.load(run, "cpu")
-        rung.half_stride.append(at_half_stride(loaded.model, loaded.config["data"]["block_size"], data))
+        rung.window = min(WINDOW, loaded.config["data"]["block_size"])
+        data = text_of(args, fold, block_size=rung.window)
+        rung.losses.append(evaluate(loaded.model, data.windows("val")).loss)
+        rung.half_stride.append(at_half_stride(loaded.model, rung.window, data))
         rung.tokens.append(found["train/tokens"])
         rung.parameters = found["parameters"]
-        if seed == seeds[0]:
+        if seed == args.seeds[0]:
             before = rung.seconds[0] - found["train/seconds"]  # mostly start-up
             rung.way = [(before + seconds, loss) for _, seconds, loss in read_validations(run)]
     return rung
@@ -125,20 +158,19 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def draw(rungs: list[Rung], file: Path) -> None:
-    """Loss against seconds, with what nanoGPT is known for as a line."""
+    """Draw loss against seconds, with what nanoGPT is known for as a line."""
     import matplotlib as mpl
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    counts = [rung for rung in rungs if rung.parameters is None]
-    axes.plot(
-        [r.seconds[0] for r in counts], [r.losses[0] for r in counts], "o", ms=3, c="gray", label="counted n-grams"
-    )
-    for n, rung in enumerate(counts, 2):
-        place = rung.seconds[0], rung.losses[0]
-        axes.annotate(str(n), place, (0, 4), textcoords="offset points", fontsize=8, color="gray", ha="center")
+    for title, mark in zip(SMOOTHINGS, "os", strict=True):
+        counts = [rung for rung in rungs if rung.name.startswith(title)]
+        seconds, losses = [r.seconds[0] for r in counts], [r.losses[0] for r in counts]
+        axes.plot(seconds, losses, mark, ms=3, c="gray", label=f"{title} n-grams")
+        for n, place in zip(ORDERS, zip(seconds, losses, strict=True), strict=True):
+            axes.annotate(str(n), place, (0, 4), textcoords="offset points", fontsize=8, color="gray", ha="center")
     for number, rung in enumerate(r for r in rungs if r.parameters):
         color = f"C{number}"
         end = statistics.fmean(rung.seconds), statistics.fmean(rung.losses)
@@ -188,32 +220,74 @@ NAMES = {
 }
 
 
+def measure(args: argparse.Namespace, fold: int | None) -> list[Rung]:
+    """Measure all rungs on one text."""
+    rungs = [*squeezed(args, fold), *counted(args, fold)]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.nanogpt:
+            data = text_of(args, fold, block_size=64, batch_size=12)
+            clone = Path(folder, "nanogpt")
+            shutil.copytree(args.nanogpt, clone, ignore=shutil.ignore_patterns(".git"))
+            prepare(clone, data)
+            rungs.append(nanogpt(clone, data))
+        rungs += [recipe(name, args, fold, Path(folder)) for name in args.recipes]
+    return rungs
+
+
+def over_folds(values: Sequence[float], digits: int = 4) -> str:
+    """Mean and its standard error."""
+    error = f" ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{error}" if values else ""
+
+
+def table_of(rungs: Sequence[Sequence[Rung]], joined: Callable[[Sequence[float], int], str]) -> Table:
+    """Return the table: a line for each rung.
+
+    Args:
+        rungs: of each fold, or of the one text.
+        joined: formats the losses.
+    """
+    table = Table("", "windows", "val loss", "at half stride", "parameters", "tokens", "seconds, from start to end")
+    for same in zip(*rungs, strict=True):
+        first, several = same[0], len(same) > 1
+        losses, half = ([getattr(one, name) for one in same] for name in ("losses", "half_stride"))
+        each = [[*map(statistics.fmean, filter(None, v))] if several else v[0] for v in (losses, half)]
+        seconds = [value for one in same for value in one.seconds]
+        size, tokens = f"{first.parameters:,}" if first.parameters else "", [n for one in same for n in one.tokens]
+        window = str(first.window or "none")
+        table.add_row(first.name, window, *(joined(v, 4) for v in each), size, spread(tokens, 0), spread(seconds, 1))
+    return table
+
+
+def by_play(rungs: Sequence[Sequence[Rung]], folds: Sequence[int]) -> Table:
+    """Return the table of the losses on each play, by the numbers of data.fold."""
+    table = Table("", *(f"{fold}" for fold in folds))
+    for same in zip(*rungs, strict=True):
+        table.add_row(same[0].name, *(f"{statistics.fmean(one.losses):.3f}" for one in same))
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nanogpt", type=Path, required=True, help="the folder of a clone")
+    parser.add_argument("--nanogpt", type=Path, help="the folder of a clone; without it, its recipe is left out")
     parser.add_argument("--corpus", help="a text file; default: Tiny Shakespeare")
-    parser.add_argument("--recipes", nargs="*", default=["nanogpt_cpu"], help="names in conf/experiment")
+    parser.add_argument("--split", choices=["tail", "plays"], default="tail", help="val: the last tenth, or each play")
+    parser.add_argument("--folds", nargs="+", type=int, help="plays to hold out; default: all")
+    parser.add_argument("--recipes", nargs="*", default=[], help="names in conf/experiment")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1], help="of each recipe")
     parser.add_argument("--png", type=Path, help="a file for the picture")
     args = parser.parse_args()
-    corpus = args.corpus or load_corpus("tinyshakespeare").source
-    data = CharDataModule("text", path=corpus, block_size=64, batch_size=12)
-    data.setup()
-    rungs = counted(data)
-    with tempfile.TemporaryDirectory() as folder:
-        clone = Path(folder, "nanogpt")
-        shutil.copytree(args.nanogpt, clone, ignore=shutil.ignore_patterns(".git"))
-        prepare(clone, data)
-        rungs.append(nanogpt(clone, data))
-        rungs += [recipe(name, args.seeds, corpus, data, Path(folder)) for name in args.recipes]
-    table = Table("", "val loss", "at half stride", "parameters", "tokens", "seconds, from start to end")
-    for rung in rungs:
-        size = f"{rung.parameters:,}" if rung.parameters else ""
-        losses = spread(rung.losses, 4), spread(rung.half_stride, 4)
-        table.add_row(rung.name, *losses, size, spread(rung.tokens, 0), spread(rung.seconds, 1))
-    Console().print(table)
+    if args.split == "tail":
+        rungs = measure(args, None)
+        Console(width=max(140, Console().width)).print(table_of([rungs], spread))
+        if args.png:
+            draw(rungs, args.png)
+        return
     if args.png:
-        draw(rungs, args.png)
+        parser.error("--png draws one text: leave out --split plays")
+    folds = args.folds or [*range(1, len(PLAYS) + 1)]
+    found = [measure(args, fold) for fold in folds]
+    Console(width=max(140, Console().width)).print(table_of(found, over_folds), by_play(found, folds))
 
 
 if __name__ == "__main__":

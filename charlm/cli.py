@@ -216,6 +216,7 @@ def play(run: Path, other: Path | None, port: int, in_browser: bool, device: str
 @click.option("--context", type=COUNT, help="Least number of characters before a target; 1 to block_size.")
 @click.option("--text", type=click.Path(path_type=Path), help="Score this text instead: a file, a folder or a glob.")
 @output("--losses", "Write the loss of each target: FILE.npz with nats, and the characters before each.")
+@click.option("--by-position", "positions", is_flag=True, help="Also show the loss by position in the window.")
 @click.option("--certify", is_flag=True, help="Also check that the loss is what it seems; see docs/runs.md.")
 @DEVICE
 @TRUST
@@ -228,6 +229,7 @@ def evaluate(
     context: int | None,
     text: Path | None,
     losses: Path | None,
+    positions: bool,
     certify: bool,
     device: str,
     trust: tuple[str, ...],
@@ -236,13 +238,14 @@ def evaluate(
     """Measure the exact loss over whole splits: every character predicted once.
 
     Of a split with more than data.final_targets characters, evenly spaced parts are measured, unless --whole is given.
+    --losses and --by-position take all of it.
     """
     from charlm import checkpoint, terminal
     from charlm.data.corpora import PUBLISHED
     from charlm.evaluate import figures, splits_to_evaluate
     from charlm.files import plain
     from charlm.run import results
-    from charlm.study.systems import data_of
+    from charlm.study.systems import by_place, data_of
 
     loaded = checkpoint.load(run, device, trust)
     data = data_of(loaded, run, **({"final_targets": None} if whole else {}))
@@ -263,10 +266,15 @@ def evaluate(
     context = data.min_context if stride is None else max(1, data.block_size - stride + 1)
     header = {"checkpoint": str(loaded.path), "step": loaded.step, "corpus": data.corpus.name, "min_context": context}
     header["tokenizer"] = data.tokenizer.name
-    header["published"] = [one._asdict() for one in PUBLISHED.get(data.corpus.name, ())]
+    published = PUBLISHED.get(data.corpus.name, ()) if data.fold is None else ()
+    header["published"] = [one._asdict() for one in published]
     found = header | found
-    if losses:
-        write_losses(losses, loaded.model, data, chosen, context)
+    if losses or positions:
+        each = each_loss(loaded.model, data, chosen, context)
+        if losses:
+            write_losses(losses, each)
+        if positions:
+            found["by_position"] = {split: by_place(of_split) for split, of_split in each.items()}
     checks = certificate(loaded.model, data, [split for split in chosen if split != "train"]) if certify else {}
     failures = [f"{check}: {failure}" for check, failure in checks.items() if failure]
     passed = [check for check, failure in checks.items() if not failure]
@@ -281,22 +289,32 @@ def evaluate(
         terminal.console.print(terminal.figures(found, name))
         if found["published"]:
             terminal.console.print(terminal.published(found, name))
+        if positions:
+            terminal.console.print(terminal.positions(found))
         if certify:
             terminal.console.print(f"certified: {', '.join(passed)}")
 
 
-def write_losses(file: Path, model: Any, data: Any, splits: list[str], context: int) -> None:
+def each_loss(model: Any, data: Any, splits: list[str], context: int) -> dict[str, Any]:
+    """Return the losses of all targets of splits: `charlm.study.systems.Losses`."""
+    from charlm import terminal
+    from charlm.study.systems import losses_of
+
+    found = {}
+    for split in splits:
+        with terminal.tracked(f"the losses of {split}") as progress:
+            found[split] = losses_of(model, data, split, context, progress)
+    return found
+
+
+def write_losses(file: Path, losses: dict[str, Any]) -> None:
     """Write the loss of each target of splits, named such as val.nats and val.position."""
     import numpy as np
 
-    from charlm import terminal
     from charlm.files import write_atomically
-    from charlm.study.systems import losses_of
 
     arrays: dict[str, Any] = {}
-    for split in splits:
-        with terminal.tracked(f"the losses of {split}") as progress:
-            found = losses_of(model, data, split, context, progress)
+    for split, found in losses.items():
         arrays |= {f"{split}.nats": found.nats.numpy(), f"{split}.position": found.position.numpy()}
     write_atomically(file, lambda opened: np.savez_compressed(opened, **arrays))
 

@@ -61,7 +61,8 @@ def references(results: dict[str, Any], config: dict[str, Any]) -> dict[str, flo
         "counting characters": counted["unigram"] * per_char,
         "counting pairs": counted["bigram"] * per_char,
     }
-    if config["data"].get("val_fraction") in (None, USUAL):  # else it is not the text of the published
+    usual = config["data"].get("val_fraction") in (None, USUAL) and config["data"].get("fold") is None
+    if usual:  # else it is not the text of the published
         nats = math.log(2) * results["val/bytes"] / results["val/characters"]
         known |= {one.name: one.bits_per_byte * nats for one in PUBLISHED.get(results["corpus"], ()) if one.comparable}
     return known

@@ -126,6 +126,7 @@ def header(
     from charlm.devices import broken_gpu
 
     corpus, sizes = data.corpus, {name: len(ids) for name, ids in data.splits.items()}
+    held_out = corpus.card().get("held_out")
     tokens = data.batch_size * data.block_size * trainer.world_size * trainer.accumulate_grad_batches
     counts_only = trainer.max_steps == 0
     parameters = sum(p.numel() for p in model.parameters())
@@ -133,7 +134,8 @@ def header(
     lines = {
         "model": f"{name_of(config['model'])}, {parameters:,} parameters",
         "corpus": f"{corpus.name}: {corpus.survey.characters:,} characters, {data.tokenizer.vocab_size} symbols; "
-        + ", ".join(f"{name} {n:,}" for name, n in sizes.items()),
+        + ", ".join(f"{name} {n:,}" for name, n in sizes.items())
+        + (f": {held_out}" if held_out else ""),
         "batches": f"{data.batch_size} chunks of {data.block_size} characters"
         + (f" on each of {trainer.world_size} processes" if trainer.world_size > 1 else ""),
         "training": f"{budget_of(trainer).describe(tokens, sizes['train'])}, "
@@ -238,6 +240,24 @@ def figures(found: dict[str, Any], name: str, splits: Sequence[str] = ()) -> Tab
     return table
 
 
+def positions(found: dict[str, Any]) -> Table:
+    """Return the table of losses by position in the window, with the number of targets at each."""
+    unit = UNITS.get(found["tokenizer"], "token")
+    table = Table(f"{unit} of the window", box=box.SIMPLE_HEAD)
+    for split in found["by_position"]:
+        table.add_column(f"{split}, nats per {unit}", justify="right")
+        table.add_column("targets", justify="right")
+    rows: dict[str, list[str]] = {}
+    for number, ranges in enumerate(found["by_position"].values()):
+        for one in ranges:
+            first, last = one["from"], one["to"]
+            row = rows.setdefault(str(first) if first == last else f"{first} to {last}", ["", ""] * number)
+            row += [f"{one['nats']:.4f}", f"{one['n']:,}"]
+    for name, cells in rows.items():
+        table.add_row(name, *cells)
+    return table
+
+
 def published(found: dict[str, Any], name: str) -> Table:
     """Return the table of published results on the same corpus, the model's own among them."""
     own = [
@@ -269,7 +289,7 @@ def checkpoint(found: dict[str, Any]) -> RenderableType:
     }
     lines |= {"exported to": quote(Path(found["exported"]))} if "exported" in found else {}
     grid = Table.grid(padding=(0, 2))
-    for name, value in lines.items():
+    for name, value in lines.items() if folds else [line for line in lines.items() if line[0] != "data.fold"]:
         grid.add_row(Text(name, style="bold cyan"), Text(value, overflow="fold"))
     tensors = Table("tensor", "shape", "dtype", box=box.SIMPLE_HEAD)
     for name, tensor in found["tensors"].items():
@@ -283,12 +303,14 @@ MOST_SYMBOLS = 60  # number of characters that are listed
 def corpus(found: dict[str, Any]) -> RenderableType:
     """Return the description of a text: `charlm.data.describe`."""
     splits = ", ".join(f"{name} {n:,}" for name, n in found["splits"].items())
-    entropy, alphabet = found["entropy"], found["alphabet"]
+    entropy, alphabet, folds = found["entropy"], found["alphabet"], found["folds"]
+    named = ", ".join(f"{number} {name}" for number, name in enumerate(folds[:MOST_SYMBOLS], 1))
     lines = {
         "text": f"{found['name']}: {found['characters']:,} characters, {memory.size(found['bytes'])}, "
         f"{found['documents']:,} document{'s' * (found['documents'] != 1)}",
         "sha256": found["sha256"],
         "splits": f"{splits} characters",
+        "data.fold": named + (f" and {len(folds) - MOST_SYMBOLS:,} more" if len(folds) > MOST_SYMBOLS else ""),
         "alphabet": f"{found['symbols']:,} symbols",
         "entropy": f"{entropy['uniform']:.4f} bits per character if all were equally frequent, "
         f"{entropy['unigram']:.4f} by their frequencies, {entropy['bigram']:.4f} after the character before",

@@ -1,6 +1,7 @@
 import itertools
 import json
 import math
+import re
 from collections import Counter
 
 import numpy as np
@@ -239,3 +240,16 @@ def test_blocks_hold_all_targets_in_the_order_of_the_text(ids, width, of_bytes):
     begins = lengths.cumsum(0) - lengths
     first = begins[1:] // size == 0 if len(characters) > 1 else torch.ones(len(tokens) - 1, dtype=torch.bool)
     assert float(nats[0]) == pytest.approx(0.5 * int(first.sum()))
+
+
+def test_losses_by_position_add_up_to_the_loss(trained, call):
+    found = json.loads(call("evaluate", str(trained), "--by-position", "--json").out)
+    rows = found["by_position"]["val"]
+    assert [(row["from"], row["to"]) for row in rows] == [(1, 1), (2, 2), (3, 4), (5, 8)]
+    assert sum(row["n"] for row in rows) == found["val/targets"]
+    assert sum(row["n"] * row["nats"] for row in rows) / found["val/targets"] == pytest.approx(found["val/loss"])
+    after_four = json.loads(call("evaluate", str(trained), "--by-position", "--context", "5", "--json").out)
+    of_first_window = after_four["by_position"]["val"][:-1]
+    assert [row["n"] for row in of_first_window] == [1, 1, 2]
+    shown = call("evaluate", str(trained), "--split", "val", "--by-position").out
+    assert re.search(rf"5 to 8 +{rows[-1]['nats']:.4f} +{rows[-1]['n']:,}", shown)

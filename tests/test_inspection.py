@@ -17,7 +17,8 @@ from charlm.data import CharDataModule
 from charlm.model.bigram import Bigram
 from charlm.model.gpt import GPT
 from charlm.study import inspection
-from charlm.study.inspection import by_class, by_position, longest_copy, novel, points
+from charlm.study.inspection import by_class, longest_copy, novel, points
+from charlm.study.systems import by_place, losses_of
 
 TEXTS = st.text("abc", min_size=1, max_size=60)
 
@@ -40,16 +41,23 @@ def test_novel_ngrams_are_those_that_train_does_not_have(train, text, n):
 
 
 @pytest.mark.parametrize(("block_size", "min_context"), [(16, 1), (16, 8), (16, 16), (7, 3)])
-def test_each_target_has_the_place_that_its_window_gives_it(text_file, block_size, min_context):
+def test_losses_by_place_are_those_of_a_loop_over_windows(text_file, block_size, min_context):
     data = CharDataModule(path=str(text_file), block_size=block_size, min_context=min_context)
     data.setup()
-    places = []
-    for _, y in data.windows("val", stride=block_size - min_context + 1):
-        for row in y:
-            places += [t for t, target in enumerate(row.tolist()) if target >= 0]
-    rows = by_position(torch.tensor(places, dtype=torch.float64) + 1, data)  # its place stands for its bits
-    assert sum(row["n"] for row in rows) == len(places)
-    assert all(row["from"] <= row["bits"] <= row["to"] for row in rows)
+    model = Bigram(data.vocab_size)
+    by_hand: dict[int, list[float]] = {}
+    with torch.inference_mode():
+        for x, y in data.windows("val", stride=block_size - min_context + 1):
+            logs = model(x).log_softmax(-1)
+            for row, targets in zip(logs, y.tolist(), strict=True):
+                for t, target in enumerate(targets):
+                    if target >= 0:
+                        by_hand.setdefault((t).bit_length(), []).append(-float(row[t, target]))
+    rows = by_place(losses_of(model, data, "val", min_context, lambda *_: None))
+    assert [row["n"] for row in rows] == [len(by_hand[i]) for i in sorted(by_hand)]
+    for row, i in zip(rows, sorted(by_hand), strict=True):
+        assert (row["from"], row["to"]) == (2**i // 2 + 1, min(2**i, block_size))
+        assert row["nats"] == pytest.approx(sum(by_hand[i]) / len(by_hand[i]))
 
 
 def test_classes_add_up_to_the_loss(text_file):

@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from io import BufferedReader
 from pathlib import Path
@@ -16,12 +16,25 @@ from typing import IO, Any, NamedTuple
 from charlm.data.blend import Blend
 from charlm.data.corpus import Corpus, read_all, text
 from charlm.data.download import fetch, remember, remembered
+from charlm.data.held_out import hold_out
 from charlm.errors import CorpusUnavailable, DiskError, InputError
 from charlm.files import write_atomically
 from charlm.home import cache as cache_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+# Its plays, and the character with which the first speech of each begins. The last one breaks off in its second act.
+PLAYS = {
+    "Coriolanus": 0,
+    "Richard III": 154_470,
+    "Richard II": 317_027,
+    "Romeo and Juliet": 442_994,
+    "Henry VI, Part 3": 576_460,
+    "The Winter's Tale": 710_427,
+    "Measure for Measure": 846_171,
+    "The Taming of the Shrew": 966_133,
+    "The Tempest": 1_080_739,
+}
 BLOCK = 2**20  # bytes that are unpacked at a time
 
 
@@ -91,7 +104,7 @@ def tinyshakespeare(path: str | None = None) -> Corpus:
     """Tiny Shakespeare (Karpathy, char-rnn, 2015): 1,115,394 characters, 65 symbols.
 
     Looked for in `$CHARLM_DATA/tinyshakespeare/input.txt`, then in the user's cache folder, then downloaded.
-    A file with another hash is refused; a download is cached only when complete.
+    A file with another hash is refused; a download is cached only when complete. Its documents are PLAYS.
     """
     no_path("tinyshakespeare", path)
     folder = os.environ.get("CHARLM_DATA")
@@ -103,7 +116,7 @@ def tinyshakespeare(path: str | None = None) -> Corpus:
                 f"{local} is not Tiny Shakespeare: its sha256 begins {found[:12]} and not {SHAKESPEARE_SHA256[:12]}; "
                 f"replace it, or read it under its own name with corpus=text path={local}"
             )
-        return Corpus.of("tinyshakespeare", raw.decode(), str(local))
+        return of_plays(raw.decode(), str(local))
     try:
         fetched = fetch(SHAKESPEARE_URL, SHAKESPEARE_SHA256, Path("tinyshakespeare", "input.txt"))
     except CorpusUnavailable as error:
@@ -111,7 +124,17 @@ def tinyshakespeare(path: str | None = None) -> Corpus:
             f"Tiny Shakespeare could not be had ({error}): connect to the internet, or put the file at "
             f"$CHARLM_DATA/tinyshakespeare/input.txt, or train on the text that Python carries with data=pydoc"
         ) from error
-    return Corpus.of("tinyshakespeare", fetched.read_bytes().decode(), str(fetched))
+    return of_plays(fetched.read_bytes().decode(), str(fetched))
+
+
+def of_plays(text: str, source: str) -> Corpus:
+    """Return Tiny Shakespeare, with its plays as documents."""
+
+    def documents() -> Sequence[Corpus]:
+        ends = [*[*PLAYS.values()][1:], len(text)]
+        return [Corpus.of(p, text[a:b], source) for (p, a), b in zip(PLAYS.items(), ends, strict=True)]
+
+    return replace(Corpus.of("tinyshakespeare", text, source), documents=documents)
 
 
 def pydoc(path: str | None = None) -> Corpus:
@@ -266,18 +289,25 @@ CORPORA: dict[str, Callable[..., Corpus]] = {
 
 @cache  # a command checks its corpus before it writes anything, and then uses it: read once
 def load_corpus(
-    name: str, path: str | None = None, field: str = "text", paths: tuple[str, ...] | None = None
+    name: str,
+    path: str | None = None,
+    field: str = "text",
+    paths: tuple[str, ...] | None = None,
+    fold: int | None = None,
 ) -> Corpus:
     """The corpus called `name`.
 
     Args:
         path, field: of `text`.
         paths: of `blend`.
+        fold: number of the document that is held out, from 1; None: the text as it stands.
 
     Raises:
-        InputError: if the name is unknown or the text cannot be read.
+        InputError: if the name is unknown, the text cannot be read, or there is no such document.
         CorpusUnavailable: if it cannot be downloaded.
     """
+    if fold is not None:
+        return hold_out(load_corpus(name, path, field, paths), fold)
     if name not in CORPORA:
         raise InputError(f"corpus={name} is unknown: choose one of {', '.join(CORPORA)}")
     if name == "blend":
@@ -288,4 +318,5 @@ def load_corpus(
 def corpus_of(settings: Mapping[str, Any]) -> Corpus:
     """The corpus that the `data` settings of a run name. Raises as `load_corpus` does."""
     paths = settings.get("paths")
-    return load_corpus(settings["corpus"], settings["path"], settings["field"], tuple(paths) if paths else None)
+    paths = tuple(paths) if paths else None
+    return load_corpus(settings["corpus"], settings["path"], settings["field"], paths, settings.get("fold"))

@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from glob import glob, has_magic
 from pathlib import Path
@@ -37,6 +37,7 @@ class Corpus:
         files: those that a large text is read from.
         field: as `charlm.data.reader.read` takes it.
         split: after how many bytes train and val end in its published split, if there is one; test is the rest.
+        documents: returns the documents that it consists of, each of which can be held out; none if it has no such.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Corpus:
     files: Sequence[Path] = ()
     field: str = ""
     split: tuple[int, ...] = ()
+    documents: Callable[[], Sequence["Corpus"]] = tuple
 
     @classmethod
     def of(cls, name: str, text: str, source: str) -> "Corpus":
@@ -110,7 +112,9 @@ def text(path: str | None = None, field: str = "text") -> Corpus:
         raise InputError("corpus=text needs a path: say path=FILE, path=FOLDER or path='GLOB'")
     files = find_text(path)
     name, source = Path(path).name or str(path), os.path.abspath(path)
-    corpus = Corpus(name, source, partial(read_all, files, field), False, files, field)
+    corpus = Corpus(
+        name, source, partial(read_all, files, field), False, files, field, (), partial(each_file, files, field)
+    )
     if is_large(files):
         return corpus
     held: list[Piece] = []
@@ -122,7 +126,15 @@ def text(path: str | None = None, field: str = "text") -> Corpus:
             return corpus
     if not held:
         raise InputError(f"{path} is empty: a corpus needs text in it")
-    return Corpus(name, source, lambda: iter(held))
+    return replace(
+        corpus, read=lambda: iter(held), small=True, files=(), documents=partial(each_file, files, field, True)
+    )
+
+
+def each_file(files: Sequence[Path], field: str, small: bool = False) -> Sequence[Corpus]:
+    """Return each of several files as a corpus; of a single file, none."""
+    several = files if len(files) > 1 else ()
+    return [Corpus(f.name, str(f), partial(read_all, [f], field, ends_lines=True), small, [f], field) for f in several]
 
 
 def spool(stream: IO[bytes]) -> Path:
@@ -154,14 +166,18 @@ def is_large(files: Sequence[Path]) -> bool:
         return False
 
 
-def read_all(files: Sequence[Path], field: str, cut: bool = False) -> Iterator[Piece]:
-    """Yield the text of several files, each ending in a newline; see `charlm.data.reader.read`."""
+def read_all(files: Sequence[Path], field: str, cut: bool = False, ends_lines: bool = False) -> Iterator[Piece]:
+    """Yield the text of several files, each ending in a newline; see `charlm.data.reader.read`.
+
+    Args:
+        ends_lines: whether a single file ends in one, too.
+    """
     for file in files:
         ends_line = True
         for piece in read(file, field, cut):
             yield piece
             ends_line = piece.raw.endswith(b"\n")
-        if len(files) > 1 and not ends_line:
+        if (len(files) > 1 or ends_lines) and not ends_line:
             yield Piece(b"\n", False)
 
 

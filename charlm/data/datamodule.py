@@ -17,6 +17,7 @@ from charlm.data.store import Encoded, encode
 from charlm.errors import InputError
 from charlm.tokenizer import CharTokenizer, MakeTokenizer, Tokenizer
 
+VAL_FRACTION = 0.1  # as in the lecture
 # Arguments that decide splits and batches, together with the corpus and the tokenizer.
 ARGUMENTS = (
     "field",
@@ -24,6 +25,7 @@ ARGUMENTS = (
     "block_size",
     "batch_size",
     "fallback",
+    "fold",
     "val_fraction",
     "test_fraction",
     "min_context",
@@ -49,6 +51,8 @@ class CharDataModule(L.LightningDataModule):
         fallback: corpus to train on, loudly, if this one cannot be downloaded; null: report an error instead.
         block_size: T, characters in a chunk: the context that a model sees.
         batch_size: B, chunks in a batch of one process.
+        fold: number of the document that is held out as val, from 1: a play of Tiny Shakespeare, or a file of a folder,
+            in the order of their names; None: val is the end of the text.
         val_fraction: fraction of the text, at its end, for the val split; None: as the split of this corpus was
             published.
         test_fraction: fraction of the text, after the val split, for the test split.
@@ -77,7 +81,7 @@ class CharDataModule(L.LightningDataModule):
         path: str | None = None,
         field: str = "text",
         fallback: Literal["pydoc"] | None = None,
-        val_fraction: Annotated[float, Gt(0), Lt(1)] | None = 0.1,
+        val_fraction: Annotated[float, Gt(0), Lt(1)] | None = VAL_FRACTION,
         test_fraction: Annotated[float, Ge(0), Lt(1)] = 0.0,
         min_context: Annotated[int, Ge(1)] = 1,
         val_targets: Annotated[int, Ge(1)] | None = 131_072,
@@ -89,6 +93,7 @@ class CharDataModule(L.LightningDataModule):
         paths: list[str] | None = None,
         weights: list[Annotated[float, Gt(0)]] | None = None,
         tokenizer: MakeTokenizer = CharTokenizer.from_corpus,
+        fold: Annotated[int, Ge(1)] | None = None,
     ):
         super().__init__()
         if corpus is None:
@@ -96,7 +101,7 @@ class CharDataModule(L.LightningDataModule):
         self.corpus_name, self.path, self.field, self.fallback = corpus, path, field, fallback
         self.paths, self.weights = paths, weights
         self.block_size, self.batch_size = block_size, batch_size
-        self.val_fraction, self.test_fraction = val_fraction, test_fraction
+        self.fold, self.val_fraction, self.test_fraction = fold, val_fraction, test_fraction
         self.min_context, self.batches_per_epoch, self.seed = min_context, batches_per_epoch, seed
         self.order, self.cross_documents = order, cross_documents
         self.val_targets, self.final_targets = val_targets, final_targets
@@ -119,7 +124,8 @@ class CharDataModule(L.LightningDataModule):
                 f"min_context={self.min_context} is more than block_size={self.block_size} characters can "
                 f"show: make it {self.block_size} at most"
             )
-        self.corpus = load_corpus(self.corpus_name, self.path, self.field, tuple(self.paths) if self.paths else None)
+        paths = tuple(self.paths) if self.paths else None
+        self.corpus = load_corpus(self.corpus_name, self.path, self.field, paths, self.fold)
         if isinstance(self.corpus, Blend):
             self.corpus = self.corpus.in_splits([self.cuts(part) for part in self.corpus.parts])
             cuts, self.n_parts = self.corpus.cuts, len(self.corpus.parts)
@@ -147,6 +153,13 @@ class CharDataModule(L.LightningDataModule):
     def cuts(self, corpus: Corpus) -> list[int]:
         """Return after how many characters the train and val splits of a corpus end, and the test split, if any."""
         n = corpus.survey.characters
+        if self.fold is not None:
+            if self.val_fraction != VAL_FRACTION or self.test_fraction:
+                raise InputError(
+                    f"fold={self.fold} makes val of a whole document, and there is no test: leave out val_fraction and "
+                    f"test_fraction"
+                )
+            return [*corpus.survey.cuts, n]
         if self.val_fraction is None:
             if not corpus.split:
                 raise InputError(
@@ -166,7 +179,7 @@ class CharDataModule(L.LightningDataModule):
         """Contiguous views, in the order of the text: train, val and, if asked for, test."""
         train_end, val_end = self.encoded.bounds[self.n_parts - 1], self.encoded.bounds[2 * self.n_parts - 1]
         splits = {"train": ids[:train_end], "val": ids[train_end:val_end]}
-        if self.test_fraction or self.val_fraction is None:
+        if len(self.encoded.bounds) > 2 * self.n_parts:
             splits["test"] = ids[val_end:]
         for name, part in splits.items():
             check_length(part, self.block_size, name)

@@ -39,6 +39,7 @@ def describe(data: CharDataModule) -> dict[str, Any]:
         "characters": survey.characters,
         "documents": survey.documents,
         "symbols": v,
+        "folds": [document.name for document in data.corpus.documents()],
         "splits": {name: len(part) for name, part in data.splits.items()},
         "entropy": {
             "uniform": math.log2(v),

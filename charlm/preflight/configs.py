@@ -61,6 +61,8 @@ def fallback_corpus(cfgs: Sequence[DictConfig]) -> tuple[str, CorpusUnavailable]
     fallback: str | None = data.get("fallback")
     if fallback is None or len({str(cfg.data.corpus) for cfg in cfgs}) > 1:  # a sweep over corpora needs each of them
         return None
+    if any(cfg.data.get("fold") is not None for cfg in cfgs):  # it is a document of this corpus
+        return None
     try:
         corpus_of(data)
     except CorpusUnavailable as error:

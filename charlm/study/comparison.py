@@ -3,6 +3,10 @@
 A loss on val depends on the text that happens to be there and on the seed that the run happened to have. The first is
 the same for all models, so differences are taken block by block. The second is estimated from seeds. The variance of a
 difference of means is the sum of both: paired^2 + sd^2 / n_A + sd^2 / n_B.
+
+Where each of several documents is held out once, by runs of their own, the documents are the sample: the error of a
+mean or of a difference is that of the mean over folds, which holds the spread over seeds too. Folds share most of their
+train text, so it is somewhat too small (Nadeau and Bengio 2003; there is no unbiased one, Bengio and Grandvalet 2004).
 """
 
 import math
@@ -35,12 +39,14 @@ class System:
         seeds: of each run, (S,).
         nats: losses of each run in each block of the text, summed, (S, n).
         characters: that they are of, (n,).
+        folds: the held-out document that each block stands for; empty: blocks are parts of one text.
     """
 
     name: str
     seeds: tuple[int, ...]
     nats: np.ndarray
     characters: np.ndarray
+    folds: tuple[int, ...] = ()
 
     @property
     def losses(self) -> np.ndarray:
@@ -68,6 +74,22 @@ class System:
         return float((rest**2).sum() * n / ((S - 1) * (n - 1)) / S)
 
 
+def over_folds(name: str, seeds: Sequence[int], folds: Sequence[int], losses: Sequence[float]) -> System:
+    """Return runs that each hold out one of several documents as one system, in which all documents count the same.
+
+    Args:
+        losses: nats per character of each fold, mean over its seeds, (n,).
+    """
+    return System(name, tuple(sorted({*seeds})), np.array([losses]), np.ones(len(losses)), tuple(folds))
+
+
+def times_error(n: int) -> float:
+    """Return how many standard errors of a mean of n values an interval at LEVEL has to each side."""
+    from scipy import stats  # here, because it takes a second to import
+
+    return float(stats.t.isf((1 - LEVEL) / 2, n - 1))
+
+
 @dataclass(frozen=True)
 class Comparison:
     """A system against another, in nats per character.
@@ -79,6 +101,7 @@ class Comparison:
         p: two-sided, for equal losses; corrected where there are several comparisons.
         seed_sd: standard deviation over seeds that was used, and where it comes from.
         more_seeds: how many more seeds of each would show a difference as large as `detectable`; None: no number would.
+        n_folds: held-out documents over which the difference is a mean; 0: there is one text.
     """
 
     a: str
@@ -95,12 +118,16 @@ class Comparison:
     detectable: float
     more_seeds: int | None
     reasons: tuple[str, ...] = ()
+    n_folds: int = 0
 
     def text(self, name: str) -> str:
         """One line for people, in which B has a short name."""
         size = f"{abs(self.difference):.4f} ± {self.se:.4f} nats per character"
         if self.verdict in ("better", "worse"):
             return f"{name} is {self.verdict} by {size} (p = {self.p:.2g})"
+        if self.n_folds:
+            size = f"{self.difference:+.4f} ± {self.se:.4f}"
+            return f"{name}: within noise, {size} (p = {self.p:.2g}) over {self.n_folds} folds"
         if self.more_seeds is None:
             more = f"no number of seeds would show {self.detectable:.3f} on so little text"
         elif self.more_seeds > MANY:
@@ -116,15 +143,17 @@ class Comparison:
     def found(self) -> dict[str, Any]:
         """Return the comparison as plain types, for programs."""
         kept = ("a", "b", "verdict", "difference", "se", "interval", "p", "reasons", "seed_sd", "seed_sd_from")
-        return {name: getattr(self, name) for name in (*kept, "n_seeds", "more_seeds", "detectable")}
+        return {name: getattr(self, name) for name in (*kept, "n_seeds", "n_folds", "more_seeds", "detectable")}
 
 
 def spread(systems: Sequence[System], default: float = SEED_SD) -> tuple[float, float, str]:
-    """Return the standard deviation over seeds, its degrees of freedom, and where it comes from.
+    """Return the standard deviation over seeds, its degrees of freedom, and where it comes from. Folds hold it.
 
     It is pooled from two systems. Of more, it is the median, so that a few systems with a large spread, such as those
     of a learning rate that is too high, hide no differences among the others; half of the degrees of freedom pay.
     """
+    if systems[0].folds:
+        return 0.0, math.inf, "as the spread over folds holds that of seeds"
     several = [system.losses for system in systems if len(system.seeds) > 1]
     if not several:
         return default, math.inf, "assumed, as there is one seed of each"
@@ -167,14 +196,15 @@ def against_best(systems: Sequence[System], default_sd: float = SEED_SD) -> list
 
     The best was chosen by its loss, so the difference of any other is at most the range of all: its p value is that of
     the studentized range (Tukey 1949, with Kramer's correction for unequal variances, 1956). That assumes equal spreads
-    over seeds, so a system is worse only if a test by the two systems' own spreads (Welch 1947) says so too.
+    over seeds, so a system is worse only if a test by the two systems' own spreads (Welch 1947) says so too. The few
+    differences over folds have spreads of their own, for which the range is too short: p values count all pairs there.
     """
     first, *others = systems
     sd, free, source = spread(systems, default_sd)
     found = []
     for other in others:
         one = one_by_one(first, other, sd, free, source, LEVEL, len(systems))
-        if min(one.n_seeds) > 1 and len(systems) > 2:
+        if min(one.n_seeds) > 1 and len(systems) > 2 and not one.n_folds:
             n, m = one.n_seeds
             mine, theirs = float(first.losses.var(ddof=1)) / n, float(other.losses.var(ddof=1)) / m
             of_seeds = mine + theirs
@@ -207,21 +237,22 @@ def one_by_one(a: System, b: System, sd: float, free: float, source: str, level:
     rest = parts - difference * weights
     paired = float((rest**2).sum() * n / (n - 1)) if n > 1 else 0.0
     paired = max(0.0, paired - a.noise - b.noise)  # the seeds' part is in the other term
-    if sorted(a.seeds) == sorted(b.seeds) and len(a.seeds) >= PAIRED_BY_SEED:
+    if not a.folds and sorted(a.seeds) == sorted(b.seeds) and len(a.seeds) >= PAIRED_BY_SEED:
         by_seed = b.losses[np.argsort(b.seeds)] - a.losses[np.argsort(a.seeds)]
         of_seeds, free = float(by_seed.var(ddof=1)) / len(by_seed), len(by_seed) - 1
         sd, source = math.sqrt(float(by_seed.var(ddof=1)) / 2), f"of {len(by_seed)} differences, paired by seed"
     else:
         of_seeds = sd**2 * (1 / len(a.seeds) + 1 / len(b.seeds))
     se = math.sqrt(paired + of_seeds)
-    p = p_of(difference, paired, of_seeds, free, n, best_of)
+    p = p_of(difference, paired, of_seeds, free, n, best_of, by_range=not a.folds)
     half = float(stats.t.isf((1 - level) / 2, df=freedom(paired, of_seeds, free, n))) * se
     interval = difference - half, difference + half
     detectable = max(0.001, round(abs(difference), 3))
     fewest = min(len(a.seeds), len(b.seeds))
     return Comparison(
         a.name, b.name, verdict_of(difference, p), difference, se, math.sqrt(paired), interval, p, sd, source,
-        (len(a.seeds), len(b.seeds)), detectable, more_seeds(detectable, paired, sd, fewest),
+        (len(a.seeds), len(b.seeds)), detectable, None if a.folds else more_seeds(detectable, paired, sd, fewest),
+        n_folds=len(a.folds),
     )  # fmt: skip
 
 
@@ -231,12 +262,21 @@ def freedom(paired: float, of_seeds: float, free: float, n_blocks: int) -> float
     return (paired + of_seeds) ** 2 / spent if spent > 0 else math.inf
 
 
-def p_of(difference: float, paired: float, of_seeds: float, free: float, n_blocks: int, best_of: int = 2) -> float:
+def p_of(
+    difference: float,
+    paired: float,
+    of_seeds: float,
+    free: float,
+    n_blocks: int,
+    best_of: int = 2,
+    by_range: bool = True,
+) -> float:
     """Return the p value of a difference with the variances `paired` and `of_seeds`.
 
     Args:
         free: degrees of freedom of the second.
         best_of: number of systems of whose range the difference is a part.
+        by_range: whether to go by the distribution of that range; else by the number of pairs (Bonferroni).
     """
     from scipy import stats
 
@@ -246,7 +286,7 @@ def p_of(difference: float, paired: float, of_seeds: float, free: float, n_block
     df, t = freedom(paired, of_seeds, free, n_blocks), abs(difference) / se
     alone = float(2 * stats.t.sf(t, df=df))
     pairs = best_of * (best_of - 1) / 2
-    if best_of <= 2 or alone * pairs < CERTAIN:
+    if best_of <= 2 or alone * pairs < CERTAIN or not by_range:
         return min(1.0, alone * pairs)
     return range_p(best_of, round(df) if df < LARGE else math.inf, round(t * math.sqrt(2), 3))
 

@@ -23,12 +23,11 @@ from charlm.counts import hashes
 from charlm.data import CharDataModule
 from charlm.generate import continuation
 from charlm.model import device_of
-from charlm.study.systems import losses_of
+from charlm.study.systems import by_place, losses_of
 
 LENGTHS = (4, 8, 12, 16, 20)  # of n-grams that are looked for in train
 LONGEST = 4096  # characters of a copied span that is looked for
 MOST = 2**24  # characters of train that are searched
-POSITIONS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)  # where ranges of positions in a window begin
 SHOWN = 600  # characters whose surprise is shown
 HOT = 8.0  # bits at which a colour is at its strongest
 NEIGHBOURS = 4
@@ -66,7 +65,10 @@ def inspect(
         "novel": [
             {"n": n, "sample": novel(train, points(sample), n), "val": novel(train, points(val), n)} for n in LENGTHS
         ],
-        "by_position": by_position(bits, data),
+        "by_position": [
+            {"from": one["from"], "to": one["to"], "bits": one["nats"] / math.log(2), "n": one["n"]}
+            for one in by_place(losses)
+        ],
         "by_class": by_class(bits, targets, data),
         "surprise": [
             Surprise(decode(targets[i : i + 1]), float(bits[i]))._asdict() for i in range(min(SHOWN, len(targets)))
@@ -102,22 +104,6 @@ def longest_copy(train: Tensor, text: Tensor) -> tuple[int, int]:
         else:
             high = n - 1
     return low, at
-
-
-def by_position(bits: Tensor, data: CharDataModule) -> list[dict[str, Any]]:
-    """Mean bits per target by the number of tokens before it in its window, this one included."""
-    T, stride = data.block_size, data.block_size - data.min_context + 1
-    i = torch.arange(len(bits))
-    position = torch.where(i < T, i, T - stride + (i - T) % stride)  # the first window counts all, others the last ones
-    n = len(bits)
-    last_start = T + (n - T) // stride * stride if n > T else n
-    position[last_start:] = T - (n - last_start) + torch.arange(n - last_start) if n > last_start else position[n:]
-    found = []
-    for start, end in zip(POSITIONS, [*POSITIONS[1:], 2**62], strict=True):
-        here = (position + 1 >= start) & (position + 1 < end)
-        if here.any():
-            found.append({"from": start, "to": min(end - 1, T), "bits": float(bits[here].mean()), "n": int(here.sum())})
-    return found
 
 
 def class_of(character: str) -> str:

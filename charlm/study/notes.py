@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 from charlm.errors import printable
 from charlm.run.record import flat
-from charlm.study.runs import Run, ordered, shown
+from charlm.study.runs import FOLD, Run, ordered, shown
 
 ALIKE = 1.02  # ratio of tokens that still counts as equal: the last step may exceed the limit
 MOST_DAMAGED = 10  # that are named
+MOST_NAMED = 12  # documents
 # Limits of a run, and the setting of each.
 LIMITS = {
     "steps": "trainer.max_steps",
@@ -28,7 +29,13 @@ class Note(NamedTuple):
     loud: bool = False
 
 
-def notes(runs: list[Run], follows: dict[str, list[str]], repeated: int = 0, damaged: Sequence[str] = ()) -> list[Note]:
+def notes(
+    runs: list[Run],
+    follows: dict[str, list[str]],
+    repeated: int = 0,
+    damaged: Sequence[str] = (),
+    rows: Sequence[Sequence[Run]] = (),
+) -> list[Note]:
     """Return all notes, loud ones first.
 
     Args:
@@ -36,8 +43,9 @@ def notes(runs: list[Run], follows: dict[str, list[str]], repeated: int = 0, dam
         follows: settings that differ only because a choice set them, by that choice.
         repeated: number of runs that a newer run with the same settings and seed replaces.
         damaged: a line for each folder that could not be read.
+        rows: the same runs, by their rows.
     """
-    found = [*texts(runs), *windows(runs), *budget(runs), *environment(runs), *certificates(runs)]
+    found = [*texts(runs), *folds(rows), *windows(runs), *budget(runs), *environment(runs), *certificates(runs)]
     found += [Note(f"with {choice} also differ: {', '.join(names)}") for choice, names in follows.items()]
     if repeated:
         count = "a run repeats" if repeated == 1 else f"{repeated} runs repeat"
@@ -67,6 +75,47 @@ def texts(runs: list[Run]) -> Iterator[Note]:
         parts = Counter(shown(run.settings.get(f"data.{name}")) for run in runs)
         if len(parts) > 1:
             yield Note(f"NOT comparable: the val split is not the same: data.{name} is {listed(parts)}", True)
+
+
+def folds(rows: Sequence[Sequence[Run]]) -> Iterator[Note]:
+    """Rows whose runs hold out documents are means over these, and compare if they hold out the same ones."""
+    each = [sorted({run.fold for run in row if run.fold is not None}) for row in rows]
+    there = sorted({*chain(*each)})
+    if len({run.settings.get(FOLD) for row in rows for run in row}) > 1:
+        plain = sum(not numbers for numbers in each)
+        yield Note(
+            f"NOT comparable: {plain} of {len(rows)} rows have the end of the text as val, and the others hold out "
+            f"documents ({FOLD}={series(there)})",
+            True,
+        )
+    if lacking := [row for row in each if row and row != there]:
+        yield Note(
+            f"NOT comparable: of {FOLD}={series(there)}, {len(lacking)} of {len(rows)} rows have only some, such as "
+            f"{series(lacking[0])}: finish the others, resume=SWEEP",
+            True,
+        )
+    if len(there) == 1:
+        yield Note(f"val is a document that is held out, {FOLD}={there[0]}: {name_of_fold(rows, there[0])}")
+    elif there:
+        names = ", ".join(name_of_fold(rows, fold) for fold in there[:MOST_NAMED])
+        more = f" and {len(there) - MOST_NAMED} more" if len(there) > MOST_NAMED else ""
+        yield Note(
+            f"each loss is a mean over {len(there)} documents that were held out in turn, each the val text of its own "
+            f"runs, {FOLD}={series(there)}: {names}{more}. Its error is that over documents; differences are taken on "
+            f"the same document"
+        )
+
+
+def name_of_fold(rows: Sequence[Sequence[Run]], fold: int) -> str:
+    corpora = (run.record["corpus"] or {} for row in rows for run in row if run.fold == fold and run.record)
+    return str(next(corpora, {}).get("held_out", "?"))
+
+
+def series(numbers: Sequence[int]) -> str:
+    """Format ascending numbers: 1 to 9, or 1, 2, 5."""
+    if len(numbers) > 2 and numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"{numbers[0]} to {numbers[-1]}"
+    return ", ".join(map(str, numbers))
 
 
 def corpus(run: Run) -> str:

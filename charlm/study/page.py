@@ -67,7 +67,7 @@ def page(
         section("Without a final figure", unfinished(study, study.failed)) if study.failed else "",
         scaling_section(scaling) if scaling else "",
         section("Runs", table(study, names)) if study.rows else "",
-        section("On the same text", references(study, others)) if study.references else "",
+        section(study.same_text, references(study, others)) if study.references else "",
         "".join(f"<p>{escape(line)}</p>" for line in study.meaning),
         pictures("One setting at a time", settings_panels(study)),
         pictures("Two at a time", maps_panels(study)),
@@ -121,11 +121,9 @@ def references(study: Study, others: Mapping[str, float]) -> str:
 
 def table(study: Study, names: Sequence[str]) -> str:
     rest = [column.head for column in COLUMNS if column != LOSS]
-    heads = [LOSS.head, *(study.labels[name] for name in names), "seeds", *rest]  # the loss is seen on a phone
-    seeds = {len(row.runs) for row in study.rows}
-    text = "Losses are in nats per character. "
-    text += "± is the standard deviation over seeds. " if max(seeds) > 1 else ""
-    text += "±*: there is one seed, and this is the standard error of the text. " if 1 in seeds else ""
+    # The loss comes first, so that it is seen on a phone.
+    heads = [LOSS.head, *(study.labels[name] for name in names), *(["folds"] if study.folds else []), "seeds", *rest]
+    text = f"Losses are in nats per character. {study.legend} "
     return html_table([*heads, "against the best"], [line(study, row, names) for row in study.rows]) + (
         f"</div><p class=pale>{escape(text + study.criterion)}</p><div>"
     )
@@ -137,12 +135,11 @@ def line(study: Study, row: Row, names: Sequence[str]) -> str:
         cell(study.formatted[name][row.settings[name]], row.settings[name]) if name in row.settings else cell("-")
         for name in names
     ]
-    cells.append(cell(str(len(row.runs))))
+    cells += [cell(str(len(row.folds) or "-"))] if study.folds else []
+    cells.append(cell(str(row.seeds)))
     figures = {}
     for figure, head, digits in COLUMNS:
-        mean, spread, mark = row.mean(figure), row.sd(figure), "±"
-        if len(row.runs) == 1:
-            spread, mark = row.mean(f"{figure}_se"), "±*"
+        mean, spread, mark = row.mean(figure), row.error(figure), "±*" if len(row.runs) == 1 else "±"
         text = "-" if mean is None else number(mean, digits)
         text += f" {mark} {number(spread, digits)}" if spread else ""
         figures[head] = cell(text, mean)

@@ -109,10 +109,10 @@ def lines_of(study: Study, name: str) -> tuple[str, list[str] | None]:
         return f"{every}.", None
     joined = "lines join" if all(map(is_number, study.values(name))) else "large dots are"
     if len({study.label(row, others) for row in study.rows if name in row.settings}) <= MOST_LINES:
-        return f"{every}; {joined} means over seeds, bars their standard deviation.", others
+        return f"{every}; {joined} means over {study.over}, bars their {study.bars}.", others
     few = [other for other in others if len(study.values(other)) <= MOST_LINES][:1]
     rest = ", ".join(study.labels[other] for other in others if other not in few)
-    return f"{every}; {joined} the best over {rest}, bars their standard deviation over seeds.", few
+    return f"{every}; {joined} the best over {rest}, bars their {study.bars}.", few
 
 
 def draw_setting(axes: Axes, study: Study, name: str, alike: list[str] | None) -> None:
@@ -151,7 +151,8 @@ def thinner(i: int, n: int) -> float:
 
 def join(axes: Axes, points: Sequence[tuple[float, Row]], top: float, colour: str, label: str, width: float) -> None:
     """Draw a line through the losses of rows, with their spread, inside of the picture."""
-    inside = sorted((x, row.loss, row.sd() or 0.0) for x, row in points if row.loss <= top)
+    spreads = [row.error() or 0.0 if len(row.runs) > 1 else 0.0 for _, row in points]
+    inside = sorted((x, row.loss, s) for (x, row), s in zip(points, spreads, strict=True) if row.loss <= top)
     if inside:
         x, loss, spread = zip(*inside, strict=True)
         style: Any = {"color": colour, "label": label, "linewidth": width, "markersize": 3 + width}
@@ -223,11 +224,13 @@ def maps_panels(study: Study) -> list[Panel]:
         title = f"{study.labels[across]} and {study.labels[up]}"
         if len(columns) <= MOST_CELLS:
             best = ", the best over the other settings" if len(study.varied) > 2 else ""
-            caption = f"Mean val loss over seeds{best}. Lower is better; the lowest is framed."
+            caption = f"Mean val loss over {study.over}{best}. Lower is better; the lowest is framed."
             size = 2.3 + 0.56 * max(len(columns), 3), 1.4 + 0.4 * max(len(lines), 3)
             found.append(Panel(title, caption, partial(draw_map, study=study, across=across, up=up), size))
         elif all(map(is_number, [*columns, *lines])):
-            caption = "Every combination that was tried, its mean over seeds. Lower is better; the lowest is ringed."
+            caption = (
+                f"Every combination that was tried, its mean over {study.over}. Lower is better; the lowest is ringed."
+            )
             found.append(Panel(title, caption, partial(draw_points, study=study, across=across, up=up), (4.6, 3.1)))
     return found[:MOST_MAPS]
 
@@ -296,14 +299,14 @@ class Curve:
 
 
 def curve_of(study: Study, row: Row) -> Curve | None:
-    """Return the mean over seeds at steps at which all were validated, and the final figure."""
+    """Return the mean over runs at steps at which all were validated, and the final figure."""
     known = [{step: (seconds, loss) for step, seconds, loss in points_of(run)} for run in row.runs]
     steps = sorted(set.intersection(*map(set, known)))
     last, tokens = row.mean("steps"), row.mean("train/tokens")
     if len(steps) < 2 or not last or tokens is None:
         return None
     seconds, losses = ([statistics.fmean(curve[step][part] for curve in known) for step in steps] for part in (0, 1))
-    label = study.label(row) or "mean over seeds"
+    label = study.label(row) or f"mean over {study.over}"
     return Curve(label, [*map(float, steps)], [step * tokens / last for step in steps], seconds, losses)
 
 
@@ -327,7 +330,7 @@ def curves_panels(study: Study) -> list[Panel]:
     if unlike([curve.seconds[-1] / curve.steps[-1] for curve in curves], 1.2):
         kinds["seconds"] = "seconds of training"
     which = f"The best {len(curves)} of {len(validated)}" if len(validated) > len(curves) else f"All {len(curves)}"
-    caption = f"{which} that were validated on their way, means over seeds. The last point is the final figure."
+    caption = f"{which} that were validated on their way, means over {study.over}. The last point is the final figure."
     return [
         Panel(
             f"Val loss against {axis}",

@@ -35,6 +35,8 @@ STATES = (*FAILED, "finished", "pruned", "running", "waiting")
 PLACES = {"run_dir", "resume", "rerun", "stop_at", "seed", "evaluate", "sample_length"}
 CHOSEN = {"threads", "speed.steps_per_execution"}
 TEXT = {"data.corpus", "data.path", "data.fallback"}
+FOLD = "data.fold"
+HELD_OUT = "held out"  # stands for each number of data.fold among the settings
 TYPED = ("experiment", "callbacks", "logger")  # choices that a config does not name, only their values
 
 
@@ -46,6 +48,7 @@ class Run:
         name: its folder, as one reads it.
         state: one of STATES; `reason` says why.
         seed: None without a run.json.
+        fold: number of the document that is val; None: val is the end of the text.
         settings: all that it was trained with, by dotted names; a choice by its group: {"model": "gpt"}.
         given: the names of those that its command line set, in its order.
         figures: the numbers of its results.json, by their names there and below: "baselines.val.bigram".
@@ -68,6 +71,7 @@ class Run:
     validations: list[tuple[int, float, float]] = field(default_factory=list)
     record: Record | None = None
     folder: str = ""
+    fold: int | None = None
 
     @property
     def follows(self) -> Collection[str]:
@@ -81,10 +85,10 @@ class Run:
 
     @property
     def measured_on(self) -> tuple[Any, ...]:
-        """The evaluated text, and the least context of its characters."""
+        """The evaluated text, the least context of its characters, and the fold."""
         corpus = (self.record and self.record["corpus"]) or {}
         parts = (self.settings.get(f"data.{part}_fraction") for part in ("val", "test"))
-        return (corpus.get("sha256"), *parts, self.figures.get("min_context", 1.0))
+        return (corpus.get("sha256"), *parts, self.figures.get("min_context", 1.0), self.fold)
 
     @cached_property
     def blocks(self) -> list[tuple[float, float]]:
@@ -189,6 +193,7 @@ def read_run(folder: Path, entry: ledger.Entry | None) -> Run:
         [validation for validation in validations if all(map(sane, validation))],
         record,
         str(folder),
+        fold_of(record),
     )
 
 
@@ -202,9 +207,15 @@ def waiting(folder: Path, entry: ledger.Entry) -> Run:
         state if state in ("failed", "pruned") else "waiting",
         reason and printable(reason, 300),
         int(seed) if seed.isdecimal() else None,
-        {name: parsed(value) for name, value in given.items() if name not in PLACES | TEXT | {"data"}},
+        {name: parsed(value) for name, value in given.items() if name not in PLACES | TEXT | {"data", FOLD}},
         tuple(given),
     )
+
+
+def fold_of(record: Record) -> int | None:
+    """Return the number of the document that a run holds out; None if it does not."""
+    fold = (record["config"].get("data") or {}).get("fold")
+    return fold if isinstance(fold, int) else None
 
 
 def state_of(record: Record, entry: ledger.Entry | None, results: bool) -> tuple[str, str | None]:
@@ -256,6 +267,7 @@ def settings_of(record: Record, given: dict[str, str]) -> dict[str, Value]:
         elif not key.startswith("_") and not (isinstance(leaf, str) and run_dir in leaf) and leaf != {}:
             found[name] = value_of(leaf)
     found |= {name: printable(given[name], LONGEST) for name in TYPED if name in given}
+    found[FOLD] = None if fold_of(record) is None else HELD_OUT  # runs of all folds are one row
     if record["corpus"]:
         found["data"] = printable(f"{record['corpus'].get('name')} {str(record['corpus'].get('sha256'))[:6]}", LONGEST)
     return {printable(name, LONGEST): value for name, value in found.items()}

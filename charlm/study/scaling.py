@@ -166,6 +166,10 @@ def scaling_of(study: Study) -> Scaling:
     families = sorted({str(run.settings.get("model")) for row in rows for run in row.runs})
     if len(families) > 1:
         raise InputError(f"--scaling fits one family of models, and these are {', '.join(families)}: report each alone")
+    if study.folds:
+        raise InputError(
+            "--scaling needs runs of one val text, and these hold out several documents: leave out data.fold"
+        )
     if not study.comparable:
         raise InputError(
             "--scaling needs runs of one text and one least context: charlm report without it shows how these differ"

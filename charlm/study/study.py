@@ -18,7 +18,7 @@ from charlm.meaning import meaning, references
 from charlm.run.results import whole_results
 from charlm.run.table import COLUMNS
 from charlm.schema import SETS
-from charlm.study.comparison import ALPHA, Comparison, System, against_best
+from charlm.study.comparison import ALPHA, LEVEL, Comparison, System, against_best, over_folds, times_error
 from charlm.study.notes import Note, notes
 from charlm.study.runs import FAILED, LONGEST, STATES, Run, Value, ordered, read_runs, shown
 
@@ -27,25 +27,38 @@ CHOICES = {"model", "optimizer", "scheduler", "tokenizer", "logger", "data", "ex
 
 @dataclass(frozen=True)
 class Row:
-    """Finished runs that differ in their seed only.
+    """Finished runs that differ in their seed only, and perhaps in the document that they hold out.
 
     Args:
         settings: values of the swept settings, as far as the runs have them.
-        runs: one for each seed.
+        runs: one for each seed, of each fold.
     """
 
     settings: dict[str, Value]
     runs: list[Run]
 
+    @cached_property
+    def folds(self) -> list[int]:
+        """The documents that are held out, if they are several."""
+        found = sorted({run.fold for run in self.runs if run.fold is not None})
+        return found if len(found) > 1 else []
+
+    @property
+    def seeds(self) -> int:
+        return len({run.seed for run in self.runs})
+
     def values(self, figure: str) -> list[float]:
-        return [run.figures[figure] for run in self.runs if figure in run.figures]
+        """The figure of each run or, where there are folds, its mean over the seeds of each."""
+        there = [run for run in self.runs if figure in run.figures]
+        of_folds = ([run.figures[figure] for run in there if run.fold == fold] for fold in self.folds)
+        return [statistics.fmean(of_fold) for of_fold in of_folds if of_fold] or [run.figures[figure] for run in there]
 
     def mean(self, figure: str = "val/loss") -> float | None:
         values = self.values(figure)
         return statistics.fmean(values) if values else None
 
     def sd(self, figure: str = "val/loss") -> float | None:
-        """The standard deviation over seeds, None for one."""
+        """The standard deviation over seeds or, where there are folds, over these; None for one."""
         values = self.values(figure)
         return statistics.stdev(values) if len(values) > 1 else None
 
@@ -59,14 +72,29 @@ class Row:
         Args:
             paired: by blocks of val; False: with the whole as one block.
         """
+        if self.folds:
+            return over_folds(name, [run.seed or 0 for run in self.runs], self.folds, self.values("val/loss"))
         blocks = [run.blocks if paired else [(1.0, run.figures["val/loss"])] for run in self.runs]
         characters, nats = np.array(blocks).transpose(2, 0, 1)
         return System(name, tuple(run.seed or 0 for run in self.runs), nats, characters[0])
 
+    def error(self, figure: str = "val/loss") -> float | None:
+        """Return the number behind the ±: the standard error over folds; else the standard deviation over seeds or, for
+        one seed, the standard error of the text.
+        """
+        sd = self.sd(figure)
+        if self.folds and sd is not None:
+            return sd / math.sqrt(len(self.values(figure)))
+        return sd if len(self.runs) > 1 else self.mean(f"{figure}_se")
+
     @property
-    def error(self) -> float | None:
-        """Return the number behind the ±: the standard deviation over seeds or, for one seed, the standard error."""
-        return self.sd() if len(self.runs) > 1 else self.mean("val/loss_se")
+    def interval(self) -> tuple[float, float] | None:
+        """The loss of a document like those of the folds, on average: its interval at LEVEL."""
+        error = self.error()
+        if not self.folds or error is None:
+            return None
+        half = times_error(len(self.folds)) * error
+        return self.loss - half, self.loss + half
 
 
 @dataclass(frozen=True)
@@ -102,8 +130,45 @@ class Study:
 
     @cached_property
     def comparable(self) -> bool:
-        """Return whether all runs were evaluated on the same characters."""
-        return len({run.measured_on for row in self.rows for run in row.runs}) == 1
+        """Return whether all rows were evaluated on the same characters, or on the same folds of them."""
+        texts = {frozenset(run.measured_on for run in row.runs) for row in self.rows}
+        return len(texts) == 1 and len({(*text, fold is None) for *text, fold in texts.pop()}) == 1
+
+    @cached_property
+    def folds(self) -> int:
+        """The most documents that a row holds out, one in each run; 0 where the rows have one val text."""
+        return max((len(row.folds) for row in self.rows), default=0)
+
+    @property
+    def over(self) -> str:
+        """Say what rows are means over."""
+        return "folds" if self.folds else "seeds"
+
+    @property
+    def same_text(self) -> str:
+        """Return the title of `references`."""
+        return f"On the same {self.folds} texts, on average" if self.folds else "On the same text"
+
+    @property
+    def bars(self) -> str:
+        """Say what the ± of rows is."""
+        return "standard error over folds" if self.folds else "standard deviation over seeds"
+
+    @property
+    def legend(self) -> str:
+        """Explain the ± of the table."""
+        plain = [row for row in self.rows if not row.folds]
+        parts = []
+        if self.folds:
+            where = " of rows with folds" if plain else ""
+            parts.append(
+                f"±{where} is the standard error of the mean over folds, from the spread between their val texts; "
+                f"{LEVEL:.0%} intervals are {times_error(self.folds):.2f} times as wide (t, {self.folds} folds)."
+            )
+        parts += ["± is the standard deviation over seeds."] if any(len(row.runs) > 1 for row in plain) else []
+        one_seed = "±* is the standard error of the text, as there is one seed: of this val text, and of no other."
+        parts += [one_seed] if any(len(row.runs) == 1 for row in plain) else []
+        return " ".join(parts)
 
     @cached_property
     def formatted(self) -> dict[str, dict[Value, str]]:
@@ -173,6 +238,12 @@ class Study:
         if not self.compared:
             return lost.strip()
         one = next(iter(self.compared.values()))
+        if self.folds:
+            return (
+                f"Within noise: p >= {ALPHA} in a t test of the differences on the same val text, over "
+                f"{self.folds} folds, corrected for all pairs of {len(self.compared) + 1} rows (Bonferroni), as the "
+                f"best was chosen among them.{lost}"
+            )
         text = "of the text, in pairs by blocks of val, and " if self.paired else ""
         return (
             f"Within noise: p >= {ALPHA} in a test that knows of the choice among {len(self.compared) + 1} rows; of "
@@ -199,7 +270,7 @@ class Study:
     @cached_property
     def meaning(self) -> list[str]:
         """Return what the loss of the best run means, in plain lines."""
-        if not self.first or self.verdict(self.rows[0]) != "best":
+        if not self.first or self.folds or self.verdict(self.rows[0]) != "best":
             return []
         run, config, results = self.first
         try:
@@ -219,12 +290,18 @@ class Study:
 
     @cached_property
     def references(self) -> dict[str, float]:
-        """Losses on the same text without training, nats per character, by what reaches them."""
+        """Losses on the same text, or on average over the folds, without training, nats per character, by what reaches
+        them.
+        """
         if not self.first or not self.comparable:
             return {}
         _, config, results = self.first
         try:
-            return references(results, config)
+            if not self.folds:
+                return references(results, config)
+            of_fold: dict[int | None, Any] = {run.fold: whole_results(Path(run.folder)) for run in self.rows[0].runs}
+            each = [references(found, config) for found in of_fold.values()]
+            return {name: statistics.fmean(one[name] for one in each) for name in each[0]}
         except (KeyError, TypeError, ValueError, ArithmeticError):  # figures of a stranger
             return {}
 
@@ -238,9 +315,11 @@ class Study:
                 {
                     "settings": row.settings,
                     "seeds": [run.seed for run in row.runs],
+                    **({"folds": [run.fold for run in row.runs]} if row.folds else {}),
                     "runs": [run.name for run in row.runs],
                     **{c.figure: {"mean": row.mean(c.figure), "sd": row.sd(c.figure)} for c in COLUMNS},
-                    "val/loss_se": row.mean("val/loss_se"),
+                    "val/loss_se": row.error() if row.folds else row.mean("val/loss_se"),
+                    **({"val/loss_interval": row.interval} if row.folds else {}),
                     "verdict": self.verdict(row),
                     **(self.compared[id(row)].against() if id(row) in self.compared else {}),
                 }
@@ -248,6 +327,7 @@ class Study:
             ],
             "unfinished": [
                 {"run": run.name, "state": run.state, "reason": run.reason, "seed": run.seed, "last_val_loss": run.last}
+                | ({"fold": run.fold} if run.fold is not None else {})
                 | {"settings": {name: run.settings[name] for name in self.swept if name in run.settings}}
                 for run in self.unfinished
             ],
@@ -270,18 +350,18 @@ def read_study(places: Iterable[Path]) -> Study:
 
 
 def study_of(runs: Sequence[Run], damaged: Sequence[str] = (), place: str = "") -> Study:
-    """Compare runs: find the swept settings, and make one row of runs that differ only in their seed."""
+    """Compare runs: find the swept settings, and make one row of runs that differ only in their seed and their fold."""
     swept, follows = swept_in(runs)
     finished = [run for run in runs if run.loss is not None]
-    groups: dict[tuple[Any, ...], dict[int | None, Run]] = {}
+    groups: dict[tuple[Any, ...], dict[tuple[int, int], Run]] = {}
     for run in sorted(finished, key=lambda run: run.record["started"] if run.record else ""):
         key = tuple(run.settings.get(name, ...) for name in swept)  # a choice may not have it
-        groups.setdefault(key, {})[run.seed] = run  # a newer one in the place of an older
+        groups.setdefault(key, {})[run.fold or 0, run.seed or 0] = run  # a newer one in the place of an older
     rows = []
     for group in groups.values():
         first = next(iter(group.values())).settings
         settings = {name: first[name] for name in swept if name in first}
-        rows.append(Row(settings, sorted(group.values(), key=lambda run: run.seed or 0)))
+        rows.append(Row(settings, [group[place] for place in sorted(group)]))
     repeated = len(finished) - sum(len(row.runs) for row in rows)
     unfinished = [run for run in runs if run.loss is None]
     unfinished.sort(key=lambda run: (STATES.index(run.state), run.last if run.last is not None else math.inf))
@@ -291,7 +371,7 @@ def study_of(runs: Sequence[Run], damaged: Sequence[str] = (), place: str = "") 
         short(swept),
         sorted(rows, key=lambda row: row.loss),
         unfinished,
-        notes([run for row in rows for run in row.runs], follows, repeated, damaged),
+        notes([run for row in rows for run in row.runs], follows, repeated, damaged, [row.runs for row in rows]),
         place,
     )
 

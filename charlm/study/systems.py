@@ -2,6 +2,7 @@
 
 import math
 import os
+import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -23,9 +24,9 @@ from charlm.model import device_of
 from charlm.run.overrides import typed
 from charlm.run.record import RUN_JSON
 from charlm.schema import check_node
-from charlm.study.comparison import System
+from charlm.study.comparison import System, over_folds
 from charlm.study.notes import Note, budget, environment
-from charlm.study.runs import Run, parsed, read_runs
+from charlm.study.runs import FOLD, Run, parsed, read_runs
 from charlm.study.study import Study, study_of
 from charlm.tokenizer import ByteTokenizer
 
@@ -34,7 +35,8 @@ ROW = "@"  # before the settings of a row: SWEEP@optimizer.lr=0.01,model=gpt
 
 @dataclass(frozen=True)
 class Chosen:
-    """What a command names: runs that differ in their seed only, or one checkpoint.
+    """What a command names: runs that differ in their seed only, or also in the document that they hold out; or one
+    checkpoint.
 
     Args:
         name: as it was typed.
@@ -60,7 +62,7 @@ def choose(name: str) -> Chosen:
     runs = [run for run in runs if run.state == "finished"]
     for setting in row.split(",") if row else ():
         key, _, value = setting.partition("=")
-        values = [run.seed if key == "seed" else run.settings.get(key, ...) for run in runs]
+        values = [{"seed": run.seed, FOLD: run.fold}.get(key, run.settings.get(key, ...)) for run in runs]
         kept = [run for run, there in zip(runs, values, strict=True) if there == parsed(value)]
         if not kept:
             known = sorted({typed(there) for there in values if there is not ...})
@@ -69,16 +71,28 @@ def choose(name: str) -> Chosen:
     if not runs:
         raise InputError(f"{name} holds no finished run" + (f" ({damaged[0]})" if damaged else ""))
     if swept := study_of(runs).swept:
-        example = f"{folder}{ROW}{swept[0]}={typed(runs[0].settings.get(swept[0]))}"
+        first = runs[0].fold if swept[0] == FOLD else runs[0].settings.get(swept[0])
+        example = f"{folder}{ROW}{swept[0]}={typed(first)}"
         raise InputError(f"{name} holds runs that differ in {', '.join(swept)}: name one of its rows, {example}")
-    by_seed = {run.seed: run for run in sorted(runs, key=lambda run: run.record["started"] if run.record else "")}
-    kept = [by_seed[seed] for seed in sorted(by_seed, key=lambda seed: seed or 0)]
+    runs = sorted(runs, key=lambda run: run.record["started"] if run.record else "")
+    newest = {(run.fold or 0, run.seed or 0): run for run in runs}
+    kept = [newest[place] for place in sorted(newest)]
     return Chosen(name, [Path(run.folder) for run in kept], kept)
 
 
-def incomparable(loaded: Sequence[checkpoint.Checkpoint]) -> list[str]:
-    """Return why losses of checkpoints do not compare: other texts, other splits. Empty: they do."""
-    first, reasons = loaded[0], []
+def folds_of(several: Sequence[checkpoint.Checkpoint]) -> list[int | None]:
+    """Return the document that each checkpoint holds out, if it does."""
+    return [one.config["data"].get("fold") for one in several]
+
+
+def incomparable(systems: Sequence[Sequence[checkpoint.Checkpoint]]) -> list[str]:
+    """Return why losses of the checkpoints of systems do not compare: other texts, other splits. Empty: they do."""
+    loaded, reasons = [one for several in systems for one in several], []
+    first, folds = loaded[0], {*folds_of(systems[0])}
+    for several in systems[1:]:
+        if (theirs := {*folds_of(several)}) != folds:
+            each = [", ".join(sorted(map(typed, found))) for found in (folds, theirs)]
+            reasons.append(f"other splits: {FOLD} is {each[0]} and {each[1]}")
     for other in loaded[1:]:
         if other.corpus["sha256"] != first.corpus["sha256"]:
             reasons.append(f"trained and evaluated on other texts, {first.corpus['name']} and {other.corpus['name']}")
@@ -101,6 +115,7 @@ class Losses(NamedTuple):
 
     nats: Tensor  # (N,): of each target
     position: Tensor  # (N,): number of characters of the split that begin before it
+    place: Tensor  # (N,): number of tokens of its window that it is predicted from
     characters: int  # of the split
 
 
@@ -109,22 +124,42 @@ def losses_of(
 ) -> Losses:
     """Evaluate a model on each target of a split, after `min_context` characters at least."""
     windows = data.windows(split, device_of(model), stride=data.block_size - min_context + 1)
-    nats, targets = [], []
+    nats, targets, places = [], [], []
     with torch.inference_mode():
         for j, (x, y) in enumerate(windows):
             counted = y != IGNORE
             nats.append(token_losses(model, x, y)[counted].double().cpu())
             targets.append(y[counted].cpu())
+            places.append(counted.nonzero()[:, 1].cpu() + 1)
             report(j + 1, len(windows))
     ids = torch.cat(targets)
     lengths = torch.ones_like(ids) if data.sizes is None else data.sizes[ids, 0]
     first = 1 if data.sizes is None else int(data.sizes[int(data.splits[split][0]), 0])
     ends = first + lengths.cumsum(0)
-    return Losses(torch.cat(nats), ends - lengths, int(ends[-1]))
+    return Losses(torch.cat(nats), ends - lengths, torch.cat(places), int(ends[-1]))
 
 
-def system_of(name: str, seeds: Sequence[int], found: Sequence[tuple[Tensor, Tensor]]) -> System:
-    """Join runs of one recipe, given the characters and the nats of their blocks."""
+def by_place(losses: Losses) -> list[dict[str, Any]]:
+    """Return the mean loss in nats of targets that are predicted from 1, 2, 3 to 4, 5 to 8, ... tokens, with counts."""
+    group = torch.ceil(torch.log2(losses.place.double())).long()  # exact for powers of two
+    n, total = torch.bincount(group), torch.bincount(group, losses.nats)
+    longest = int(losses.place.max())
+    return [
+        {"from": 2**i // 2 + 1, "to": min(2**i, longest), "nats": float(total[i] / n[i]), "n": int(n[i])}
+        for i in range(len(n))
+        if n[i]
+    ]
+
+
+def system_of(
+    name: str, seeds: Sequence[int], folds: Sequence[int | None], found: Sequence[tuple[Tensor, Tensor]]
+) -> System:
+    """Join runs of one recipe, given the seed, the held-out document, and characters and nats of the blocks of each."""
+    numbers = sorted({fold for fold in folds if fold is not None})
+    if len(numbers) > 1:
+        losses = np.array([float(nats.sum() / characters.sum()) for characters, nats in found])
+        means = [float(losses[np.array(folds) == number].mean()) for number in numbers]
+        return over_folds(name, seeds, numbers, means)
     return System(name, tuple(seeds), np.stack([nats.numpy() for _, nats in found]), found[0][0].numpy())
 
 
@@ -166,19 +201,24 @@ def checked(data: Mapping[str, Any], sha256: str, file: Path, run: Path | str) -
 
 
 def compressed_val(study: Study) -> dict[str, float]:
-    """Return what general compressors make of the val split of a study's runs, nats per character.
+    """Return what general compressors make of the val split of a study's runs, nats per character, mean over folds.
 
     Raises:
         InputError: if there is no such text, or it has changed.
     """
-    run = study.rows[0].runs[0] if study.rows and study.comparable else None
-    if not run or not run.record or not run.record["corpus"]:
+    found: dict[str, list[float]] = {}
+    for run in {run.fold: run for run in study.rows[0].runs}.values() if study.rows and study.comparable else ():
+        if not run.record or not run.record["corpus"]:
+            continue
+        sha256 = str(run.record["corpus"].get("sha256"))
+        settings = checked(run.record["config"].get("data") or {}, sha256, Path(run.folder, RUN_JSON), run.name)
+        data = CharDataModule(**settings, tokenizer=ByteTokenizer.from_corpus)
+        per_char = math.log(2) * bytes_per_character(data)
+        for one in compressed(data):
+            found.setdefault(f"{one.compressor}, given train", []).append(one.given_train * per_char)
+    if not found:
         raise InputError("--compress needs finished runs on one text")
-    sha256 = str(run.record["corpus"].get("sha256"))
-    settings = checked(run.record["config"].get("data") or {}, sha256, Path(run.folder, RUN_JSON), run.name)
-    data = CharDataModule(**settings, tokenizer=ByteTokenizer.from_corpus)
-    per_char = math.log(2) * bytes_per_character(data)
-    return {f"{one.compressor}, given train": one.given_train * per_char for one in compressed(data)}
+    return {name: statistics.fmean(losses) for name, losses in found.items()}
 
 
 def measure(
@@ -197,10 +237,9 @@ def measure(
         The systems, or none and the reasons why they do not compare; and the least context of a target.
     """
     loaded = [[checkpoint.load(path, device, trust) for path in one.checkpoints] for one in chosen]
-    everything = [one for several in loaded for one in several]
-    if reasons := incomparable(everything):
+    if reasons := incomparable(loaded):
         return [], reasons, 0
-    context, systems = context_for_all(everything), []
+    context, systems = context_for_all([one for several in loaded for one in several]), []
     for one, several in zip(chosen, loaded, strict=True):
         found = []
         for number, kept in enumerate(several, 1):
@@ -212,7 +251,7 @@ def measure(
                 evaluate(kept.model, windows, report, blocks)
                 found.append(blocks.summed())
         seeds = [int(kept.config.get("seed", number)) for number, kept in enumerate(several)]
-        systems.append(system_of(one.name, seeds, found))
+        systems.append(system_of(one.name, seeds, folds_of(several), found))
     return systems, [], context
 
 

@@ -1,5 +1,6 @@
 """A study on the terminal: notes, failed runs, the table, the effect of each setting; verdicts; a scaling law."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -51,7 +52,7 @@ def text(
 
 def references(study: Study, others: Mapping[str, float]) -> Table:
     """Return the table of what reaches which loss without training, with the best row among it."""
-    made = Table("", "val loss", box=box.SIMPLE_HEAD, title="On the same text")
+    made = Table("", "val loss", box=box.SIMPLE_HEAD, title=study.same_text)
     made.title_justify, made.title_style = "left", "bold"
     made.columns[1].justify = "right"
     best = f"the best row: {study.label(study.rows[0])}" if study.swept else "the best row"
@@ -68,7 +69,8 @@ def table(study: Study, console: Console, names: Sequence[str]) -> Table:
         names: of the settings to show.
     """
     lines = [line_of(study, row, names) for row in study.rows[:MOST_ROWS]]
-    without = ("seeds",) * all(len(row.runs) == 1 for row in study.rows) + ("vs best",) * (len(study.rows) == 1)
+    without = ("seeds",) * all(row.seeds == 1 for row in study.rows) + ("vs best",) * (len(study.rows) == 1)
+    without += ("folds",) * (not study.folds)
     runs = sum(len(row.runs) for row in study.rows)
     title = f"{runs} finished run{'s' * (runs > 1)}, by val loss (nats per character)"
     return terminal_table(title, [study.labels[name] for name in names], lines, console, without)
@@ -79,8 +81,9 @@ def line_of(study: Study, row: Row, names: Sequence[str]) -> Line:
     verdict = study.verdict(row)
     one_seed = len(row.runs) == 1
     cells = {
-        LOSS.head: f"{LOSS.format(row.loss)} ± {LOSS.format(row.error)}" + "*" * one_seed,
-        "seeds": str(len(row.runs)),
+        LOSS.head: f"{LOSS.format(row.loss)} ± {LOSS.format(row.error())}" + "*" * one_seed,
+        "folds": str(len(row.folds) or "-"),
+        "seeds": str(row.seeds),
         **{column.head: column.format(row.mean(column.figure)) for column in COLUMNS if column != LOSS},
         "vs best": MARKS.get(verdict, verdict),
     }
@@ -89,9 +92,7 @@ def line_of(study: Study, row: Row, names: Sequence[str]) -> Line:
 
 def legend(study: Study) -> str:
     """Explain the ± and the last column."""
-    seeds = {len(row.runs) for row in study.rows}
-    parts = ["± is the standard deviation over seeds."] if max(seeds) > 1 else []
-    parts += ["±* is the standard error of the text, as there is one seed."] if 1 in seeds else []
+    parts = [study.legend]
     parts += [study.criterion] if len(study.rows) > 1 else []
     parts += [f"{len(study.rows) - MOST_ROWS} more rows are in the HTML file."] if len(study.rows) > MOST_ROWS else []
     return " ".join(parts)
@@ -139,7 +140,9 @@ def compared(
     letters = [chr(ord("A") + i) for i in range(len(systems))]
     table = Table("", "", "seeds", "nats per character", box=box.SIMPLE_HEAD)
     for letter, system in zip(letters, systems, strict=True):
-        spread = f" ± {system.losses.std(ddof=1):.4f} over seeds" if len(system.seeds) > 1 else ""
+        spread = f" ± {system.losses.std(ddof=1):.4f} over seeds" if len(system.losses) > 1 else ""
+        if k := len(system.folds):
+            spread = f" ± {system.nats.std(ddof=1) / math.sqrt(k):.4f}, the standard error over {k} folds"
         name = Text(system.name, overflow="fold")
         table.add_row(letter, name, str(len(system.seeds)), f"{system.loss:.4f}{spread}")
     parts: list[RenderableType] = [table]
@@ -150,17 +153,19 @@ def compared(
         parts.append(differs)
     parts += [Text(f"- {note}") for note in notes]
     each = f"each after {context} or more" if context > 1 else "in windows that do not overlap"
-    parts.append(Text(f"The same characters for all, {each}. Against A:", style="dim"))
+    first = found[0]
+    of = f"characters, of {first.n_folds} documents that were held out in turn," if first.n_folds else "characters"
+    parts.append(Text(f"The same {of} for all, {each}. Against A:", style="dim"))
     for letter, verdict in zip(letters[1:], found, strict=True):
         parts.append(Text(f"  {verdict.text(letter)}", style="bold" if verdict.verdict != "within noise" else ""))
-    first = found[0]
-    parts.append(
-        Text(
-            f"± is the standard error: of the text, paired by blocks of 1,000 characters ({first.paired:.4f}), and of "
-            f"the seed, with a standard deviation of {first.seed_sd:.4f} {first.seed_sd_from}.",
-            style="dim",
-        )
+    error = (
+        f"± is the standard error of the mean over {first.n_folds} folds, from the spread of the differences on the "
+        f"same document; p values are those of t tests with {first.n_folds - 1} degrees of freedom."
+        if first.n_folds
+        else f"± is the standard error: of the text, paired by blocks of 1,000 characters ({first.paired:.4f}), and of "
+        f"the seed, with a standard deviation of {first.seed_sd:.4f} {first.seed_sd_from}."
     )
+    parts.append(Text(error, style="dim"))
     return Group(*parts)
 
 
