@@ -133,7 +133,9 @@ class SweepLauncher(Launcher):
         folder = self.sweep_dir / place(fingerprint, cfg.hydra.sweep.subdir)
         cfg.hydra.run.dir = str(folder)
         kind = partial(kind_of, run, chdir=bool(cfg.hydra.job.chdir))
-        return run, partial(Job.of, overrides, folder, fingerprint, run, pickle.dumps(cfg), self.settings(cfg), kind=kind)
+        return run, partial(
+            Job.of, overrides, folder, fingerprint, run, pickle.dumps(cfg), self.settings(cfg), kind=kind
+        )
 
     def check(self, runs: Sequence[dict[str, Any]]) -> int:
         """Returns how many GPUs there are, if all runs are possible; see `check_runs`."""
@@ -164,7 +166,7 @@ class LocalLauncher(SweepLauncher):
         n_jobs: Annotated[int, Ge(1)] | Literal["auto"],
         jobs_per_gpu: Annotated[int, Ge(1)] | Literal["auto"],
         timeout: Annotated[float, Gt(0)] | None,
-        pack: Annotated[int, Ge(1)] | Literal["auto"] = "auto",
+        pack: Annotated[int, Ge(1)] | Literal["auto"] = 1,
     ):
         self.limits: Any = {"n_jobs": n_jobs, "jobs_per_gpu": jobs_per_gpu, "timeout": timeout}
         self.pack: Any = pack if timeout is None else 1  # the limit is one job's

@@ -1,8 +1,10 @@
 """Packed sweeps: jobs that train together in one process are bitwise what they are alone."""
 
+import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -10,11 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from charlm import checkpoint
 from charlm.run.results import read_validations
-from tests.conftest import ROOT, Process, no_corpus
+from charlm.sweep import Job
+from charlm.sweep.packing import kind_of, packed
+from tests.conftest import ROOT, Process
+from tests.test_forkserver import until
 from tests.test_resume import same
 
 # Validations, logs, checkpoints and the epochs of Lightning's loop (of 500 steps) end at different steps.
@@ -43,7 +50,9 @@ def story(folder: Path) -> dict[str, Any]:
     board = EventAccumulator(str(folder), size_guidance=sizes).Reload()
     tags = board.Tags()
     scalars = {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in tags["scalars"] if "per_sec" not in tag}
-    tensors = {tag: [(e.step, str(e.tensor_proto)) for e in board.Tensors(tag)] for tag in tags["tensors"]}
+    tensors = {
+        tag: [(e.step, str(e.tensor_proto)) for e in board.Tensors(tag)] for tag in tags["tensors"] if "sample" in tag
+    }
     images = {tag: [(e.step, e.encoded_image_string) for e in board.Images(tag)] for tag in tags["images"]}
     state = checkpoint.read(folder / "checkpoints" / "last.ckpt")
     state["callbacks"].pop("Recorder")  # its clock
@@ -94,3 +103,117 @@ def test_a_packed_sweep_leaves_what_its_jobs_leave_alone(sweep, tmp_path):
         assert log.count("What to type next") == 1
         assert f"seed {json.loads((job / 'run.json').read_text())['seed']}" in log
         assert not (job / "train.log").read_text().count("Error")
+
+
+def test_a_job_that_diverges_harms_no_other(sweep, tmp_path):
+    ended = sweep("s", "seed=1,2", "optimizer.lr=1e-2,1e9")
+    assert ended.code == 1
+    assert sweep("alone", "seed=1,2", "optimizer.lr=1e-2,1e-3", pack=1).code == 0
+    failed = [f for f in jobs_of(tmp_path / "s") if f.name.endswith("=1000000000.0")]
+    assert len(failed) == 2
+    for job in failed:
+        record = json.loads((job / "run.json").read_text())
+        assert record["status"] == "failed"
+        assert record["reason"].startswith("training diverged: the loss of step")
+        assert "try a lower optimizer.lr" in (job / "terminal.log").read_text()
+        assert f"{job.name}  failed: " in ended.out
+        shutil.rmtree(job)
+    for job in jobs_of(tmp_path / "alone"):
+        if job.name.endswith("=0.001"):
+            shutil.rmtree(job)
+    check_equal(tmp_path / "s", tmp_path / "alone")
+
+
+def test_a_job_of_a_stopped_pack_resumes_alone(sweep, begin, train, tmp_path, text_file):
+    """SIGTERM makes every job save at the same step."""
+    assert sweep("whole", "seed=1,2,3", "trainer.max_steps=6000").code == 0
+    fixed = ["data=text", f"data.path={text_file}", *SETTINGS, "hydra.launcher.pack=auto", "hydra.launcher.n_jobs=1"]
+    process = begin("-m", *fixed, "seed=1,2,3", "trainer.max_steps=6000", "hydra.sweep.dir=s")
+    until(lambda: (tmp_path / "s" / "seed=3" / "losses.f32").exists(), "training")
+    process.send_signal(signal.SIGTERM)
+    assert process.end(120).code == 143
+    records = [json.loads((job / "run.json").read_text()) for job in jobs_of(tmp_path / "s")]
+    assert [record["status"] for record in records] == ["stopped"] * 3
+    assert len({record["step"] for record in records}) == 1
+    for seed in (1, 2, 3):
+        assert train(f"resume='s/seed={seed}'").code == 0
+    check_equal(tmp_path / "s", tmp_path / "whole")
+
+
+def kill_and_resume(
+    begin: Callable[..., Process], train, tmp_path: Path, text_file: Path, kills: int, seed: int
+) -> None:
+    """Kill packed sweeps at random moments, resume each, and compare it with an undisturbed one."""
+    rng = random.Random(seed)
+    fixed = ["data=text", f"data.path={text_file}", *SETTINGS, "hydra.launcher.pack=auto", "seed=1,2,3,4"]
+    start = time.monotonic()
+    assert train("-m", *fixed, "hydra.sweep.dir=whole", timeout=280).code == 0
+    seconds = time.monotonic() - start
+    for number in range(kills):
+        folder = f"s{number}"
+        process = begin("-m", *fixed, f"hydra.sweep.dir={folder}")
+        time.sleep(rng.uniform(0, seconds))
+        pids = (
+            {process_of(job) for job in jobs_of(tmp_path / folder) if (job / "run.json").exists()}
+            if (tmp_path / folder).exists()
+            else set()
+        )
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if rng.random() < 0.5:
+            process.kill()
+        process.end(280)
+        assert train("-m", *fixed, f"hydra.sweep.dir={folder}", timeout=280).code == 0
+        check_equal(tmp_path / folder, tmp_path / "whole")
+
+
+def test_a_killed_pack_ends_like_an_undisturbed_one(begin, train, tmp_path, text_file):
+    kill_and_resume(begin, train, tmp_path, text_file, kills=2, seed=1)
+
+
+@pytest.mark.slow
+def test_twenty_kills_of_packs_leave_no_trace(begin, train, tmp_path, text_file):
+    kill_and_resume(begin, train, tmp_path, text_file, kills=20, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "packs"),
+    [
+        ([], True),
+        (["logger=[tensorboard,csv]", "scheduler=linear"], True),
+        (["model=gpt"], False),
+        (["optimizer=muon"], False),
+        (["speed=off"], False),
+        (["callbacks=[default,ema]"], False),
+        (["callbacks=[default,early_stopping]"], False),
+        (["+callbacks.own._target_=mylab.Own"], False),
+        (["trainer.max_time=00:00:01:00"], False),
+        (["trainer.gradient_clip_val=1.0"], False),
+        (["compile=true"], False),
+        (["stop_at=10"], False),
+        (["threads=2"], False),
+        (["trainer.devices=2"], False),
+    ],
+)
+def test_only_what_a_pack_knows_trains_together(overrides, packs, tmp_path):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", [*overrides, f"run_dir={tmp_path}"])
+        other = compose("train", [*overrides, "run_dir=elsewhere", "seed=2", "optimizer.lr=0.5"])
+    kinds = [kind_of(OmegaConf.to_container(c, resolve=True), on_gpu=False, chdir=False) for c in (cfg, other)]
+    assert [kind is not None for kind in kinds] == [packs, packs]
+    assert kinds[0] == kinds[1]
+
+
+def test_jobs_are_shared_out_evenly(tmp_path):
+    def job(number: int, kind: str | None) -> Job:
+        return Job([], tmp_path / str(number), "", kind=kind)
+
+    jobs = [job(i, "a") for i in range(5)] + [job(5, None)] + [job(i, "b") for i in range(6, 8)]
+    found = [[first.name, *(other.name for other in first.others)] for first in packed(jobs, "auto", 2)]
+    assert found == [["0", "1", "2", "3"], ["4"], ["5"], ["6", "7"]]
+    assert [len(first.others) for first in packed(jobs, 1, 2)] == [0] * 8
+    (tmp_path / "1" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "1" / "checkpoints" / "last.ckpt").touch()
+    found = [[first.name, *(other.name for other in first.others)] for first in packed(jobs, 3, 2)]
+    assert found == [["0", "2", "3"], ["4"], ["1"], ["5"], ["6", "7"]]

@@ -93,6 +93,11 @@ class Job:
         record = previous(self.folder)
         return record is not None and record["status"] == "finished" and whole_results(self.folder) is not None
 
+    def unsettled(self) -> bool:
+        """Return whether its process ended without a word about the job."""
+        record = previous(self.folder)
+        return not self.done() and (record is None or record["status"] in ("running", "finished"))
+
     def start(self, threads: int, gpus: Sequence[int]) -> "Running":
         """Start or resume the job, and those that share its process, in a fresh process."""
         first, *others = [job.task() for job in (self, *self.others)]

@@ -30,6 +30,7 @@ NEEDED: dict[str, tuple[Any, ...]] = {
     "trainer.gradient_clip_val": (None,),
     "trainer.accumulate_grad_batches": (1,),
 }
+OBSERVERS = {"Attention", "BigramTable", "Checkpoint", "Progress", "Samples", "TensorBoard", "CSV"}
 MOST = 64  # jobs in a process
 
 
@@ -41,13 +42,21 @@ def kind_of(run: dict[str, Any], on_gpu: bool, chdir: bool) -> str | None:
         on_gpu: whether it trains on a GPU.
         chdir: whether the job changes its working directory, of which a process has one.
     """
-    if on_gpu or chdir or any(at(run, name) not in values for name, values in NEEDED.items()):
+    observers = [*run["callbacks"].values(), *run["logger"].values()]
+    own = any(not is_charlm(observer["_target_"]) for observer in observers)
+    if on_gpu or chdir or own or any(at(run, name) not in values for name, values in NEEDED.items()):
         return None
     shared = copy.deepcopy({name: value for name, value in run.items() if name not in FREE_GROUPS})
     for name in FREE:
         *groups, last = name.split(".")
         (at(shared, ".".join(groups)) if groups else shared).pop(last, None)
     return json.dumps(shared, sort_keys=True)
+
+
+def is_charlm(target: str) -> bool:
+    """Return whether a callback or logger is one that a pack knows."""
+    package, _, name = target.rpartition(".")
+    return package in ("charlm.callbacks", "charlm.logger") and name in OBSERVERS
 
 
 def at(run: dict[str, Any], name: str) -> Any:

@@ -33,6 +33,7 @@ class Pool:
         self.cores = posix.cores()
         self.gpus = [gpu for _ in range(jobs_per_gpu) for gpu in range(gpus)]
         self.running: list[Running] = []
+        self.again: list[Job] = []  # jobs whose shared process died
         self.stopping = False
 
     def run(
@@ -56,14 +57,14 @@ class Pool:
         waiting: Job | None = None
         try:
             while True:
-                while self.has_room() and (waiting := waiting or next(jobs, None)) and self.fits(waiting):
+                while self.has_room() and (waiting := waiting or self.next(jobs)) and self.fits(waiting):
                     for job in (waiting, *waiting.others):
                         begun(job)
                     gpus = self.take(waiting.processes) if waiting.on_gpu else []
                     threads = max(1, self.cores // (self.at_once(waiting, total) * waiting.processes))
                     self.running.append(waiting.start(threads, gpus))
                     waiting = None
-                if not self.running:
+                if not self.running and not self.again:
                     return
                 wait_for([running.process for running in self.running], SECONDS_BETWEEN_LOOKS)
                 self.hurry()
@@ -72,6 +73,10 @@ class Pool:
         except BaseException:
             self.stop(ended)
             raise
+
+    def next(self, jobs: Iterator[Job]) -> Job | None:
+        """Return the next job to start; None if none is left."""
+        return self.again.pop() if self.again else next(jobs, None)
 
     def at_once(self, job: Job, total: int) -> int:
         """Return how many of `total` jobs like this one run at a time."""
@@ -114,8 +119,12 @@ class Pool:
             running.process.kill()  # processes that it left behind
             self.running.remove(running)
             self.gpus += running.gpus
+            died = len(running.jobs) > 1 and not self.stopping and running.verdict is None
             for job in running.jobs:
-                how = running.verdict or job.how(running.process.exitcode)
+                if died and job.unsettled():  # perhaps by another job of its process: it goes on alone
+                    self.again.append(replace(job, others=()))
+                    continue
+                how = running.verdict or job.how(None if len(running.jobs) > 1 else running.process.exitcode)
                 ended(job, STOPPED if self.stopping and how.startswith("failed") else how)
 
     def stop(self, ended: Callable[[Job, str], None]) -> None:
