@@ -289,7 +289,7 @@ def checkpoint(found: dict[str, Any]) -> RenderableType:
     }
     lines |= {"exported to": quote(Path(found["exported"]))} if "exported" in found else {}
     grid = Table.grid(padding=(0, 2))
-    for name, value in lines.items() if folds else [line for line in lines.items() if line[0] != "data.fold"]:
+    for name, value in lines.items():
         grid.add_row(Text(name, style="bold cyan"), Text(value, overflow="fold"))
     tensors = Table("tensor", "shape", "dtype", box=box.SIMPLE_HEAD)
     for name, tensor in found["tensors"].items():
@@ -305,12 +305,13 @@ def corpus(found: dict[str, Any]) -> RenderableType:
     splits = ", ".join(f"{name} {n:,}" for name, n in found["splits"].items())
     entropy, alphabet, folds = found["entropy"], found["alphabet"], found["folds"]
     named = ", ".join(f"{number} {name}" for number, name in enumerate(folds[:MOST_SYMBOLS], 1))
+    more = f" and {len(folds) - MOST_SYMBOLS:,} more" if len(folds) > MOST_SYMBOLS else ""
     lines = {
         "text": f"{found['name']}: {found['characters']:,} characters, {memory.size(found['bytes'])}, "
         f"{found['documents']:,} document{'s' * (found['documents'] != 1)}",
         "sha256": found["sha256"],
         "splits": f"{splits} characters",
-        "data.fold": named + (f" and {len(folds) - MOST_SYMBOLS:,} more" if len(folds) > MOST_SYMBOLS else ""),
+        **({"data.fold": named + more} if folds else {}),
         "alphabet": f"{found['symbols']:,} symbols",
         "entropy": f"{entropy['uniform']:.4f} bits per character if all were equally frequent, "
         f"{entropy['unigram']:.4f} by their frequencies, {entropy['bigram']:.4f} after the character before",
