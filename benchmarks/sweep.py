@@ -7,11 +7,17 @@ In every round each of these starts afresh and ends, one after the other: the le
 estimate of 400 batches every 300, 500 characters of text); the sweep with one job per core;
 the same one job at a time. Apart from its training loop, a job spends time on its exact evaluation, dashboard,
 checkpoints, samples and record; the launcher adds the time in which a worker has no job. The text is the clone's.
+
+    python benchmarks/sweep.py --packs
+
+The 48 default bigrams that differ in their seed, of 5,000 steps each: trained together in one process per core
+(hydra.launcher.pack=auto), and each in a process of its own.
 """
 
 import argparse
 import csv
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -43,11 +49,45 @@ def of_jobs(sweep_dir: Path) -> tuple[float, float, float]:
     return at_work, sum(float(row["train/seconds"]) for row in rows), max(ends.values()) - min(begins.values())
 
 
+def packs(rounds: int, console: Console) -> None:
+    """Compare packed sweeps with sweeps of one job per process."""
+    jobs = 48
+    seconds: dict[str, list[float]] = {"1": [], "auto": []}
+    losses: dict[str, dict[str, float]] = {}
+    largest: dict[str, float] = {}
+    with tempfile.TemporaryDirectory(dir=".") as folder:
+        for number in track(range(rounds), "rounds", console=console, transient=True):
+            for pack, times in seconds.items():
+                sweep_dir = Path(folder, f"{number}_{pack}")
+                command = [sys.executable, str(TRAIN), "-m", f"seed=range(1,{jobs + 1})", "trainer=cpu"]
+                times.append(timed([*command, f"hydra.launcher.pack={pack}", f"hydra.sweep.dir={sweep_dir}"]))
+                rows = csv.DictReader((sweep_dir / "results.csv").read_text().splitlines())
+                losses[pack] = {row["seed"]: float(row["val/loss"]) for row in rows}
+                largest.setdefault(pack, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)  # so far
+    table = Table("", "seconds, median", "fastest", "slowest", "jobs per minute", "largest process so far, MB")
+    for pack, times in seconds.items():
+        median = statistics.median(times)
+        told = [f"{value:.1f}" for value in (median, min(times), max(times), 60 * jobs / median)]
+        table.add_row(f"pack={pack}", *told, f"{largest[pack]:.0f}")
+    console.print(table)
+    ratios = [alone / packed for alone, packed in zip(seconds["1"], seconds["auto"], strict=True)]
+    differences = [abs(loss - losses["auto"][seed]) for seed, loss in losses["1"].items()]
+    console.print(
+        f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as many jobs per minute"
+    )
+    console.print(f"largest difference of two losses: {max(differences):g}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lecture", type=Path, required=True, help="the folder of a clone")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--lecture", type=Path, help="the folder of a clone")
+    what.add_argument("--packs", action="store_true", help="compare packed sweeps with others")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    if args.packs:
+        packs(args.rounds, Console())
+        return
     corpus, console = (args.lecture / "input.txt").absolute(), Console()
     n_jobs = {SWEEP: len(os.sched_getaffinity(0)), ONE: 1}
     seconds: dict[str, list[float]] = {LECTURE: [], SWEEP: [], ONE: []}

@@ -200,7 +200,8 @@ def test_only_what_a_pack_knows_trains_together(overrides, packs, tmp_path):
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("train", [*overrides, f"run_dir={tmp_path}"])
         other = compose("train", [*overrides, "run_dir=elsewhere", "seed=2", "optimizer.lr=0.5"])
-    kinds = [kind_of(OmegaConf.to_container(c, resolve=True), on_gpu=False, chdir=False) for c in (cfg, other)]
+    plain: list[Any] = [OmegaConf.to_container(c, resolve=True) for c in (cfg, other)]
+    kinds = [kind_of(run, on_gpu=False, chdir=False) for run in plain]
     assert [kind is not None for kind in kinds] == [packs, packs]
     assert kinds[0] == kinds[1]
 

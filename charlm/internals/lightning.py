@@ -63,7 +63,8 @@ def count_own_step(trainer: L.Trainer, schedulers: int) -> None:
 @contextmanager
 def step_metrics(trainer: Any, module: L.LightningModule, batch: Any) -> Iterator[None]:
     """Let hooks log metrics of a step that the loop has not taken, and pass them on as the loop does at its end."""
-    connector, loop, logged = trainer._logger_connector, trainer.fit_loop.epoch_loop, {}
+    connector, loop = trainer._logger_connector, trainer.fit_loop.epoch_loop
+    logged: dict[str, Any] = {}
     connector.on_batch_start(batch)
     of_step: Any = {"log": logged, "callback": logged, "pbar": {}}
     # Instance attributes, which hide methods that take as long as the steps of a bigram.

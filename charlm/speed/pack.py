@@ -10,7 +10,7 @@ All of it is bitwise equal to running alone (tests/test_pack.py).
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -161,7 +161,7 @@ class Lane:
         self.taken = losses, batch
         self.due = next(self.loops, 0)
 
-    def epochs(self) -> Iterator[int]:
+    def epochs(self) -> Generator[int, None, None]:
         """Run Lightning's loops from the first batch to the last. Yields the number of steps that are due."""
         fit = self.trainer.fit_loop
         loop, fetcher = fit.epoch_loop, fit._data_fetcher

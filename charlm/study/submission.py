@@ -346,7 +346,7 @@ def system(name: str, runs: Sequence[Run], measured: dict[str, Measured]) -> Sys
     found = [blocks for run in runs if (one := measured.get(run.folder)) and (blocks := one.blocks)]
     if not found or len(found) < len(runs) or len({len(characters) for characters, _ in found}) > 1:
         return None
-    return system_of(name, [run.seed or 0 for run in runs], found)
+    return system_of(name, [run.seed or 0 for run in runs], [None] * len(runs), found)
 
 
 def row_of(runs: Sequence[Run], measured: dict[str, Measured], mine: System) -> dict[str, str]:

@@ -8,6 +8,7 @@ ledger.py       sweep.json: the jobs of a sweep and their states
 sweep.py        runs the jobs that are not done, and prints the table
 pool.py         jobs in parallel on this machine
 engine.py       jobs on Slurm or Ray
+packing.py      which jobs train together in one process
 job.py          one job: a fresh process with its own folder
 processes.py    the processes of a sweep: its jobs, and the fork server that imports for all of them
 preload.py      what the fork server imports
