@@ -228,7 +228,8 @@ class Table:
 class Counts(Table):
     """Next-symbol counts of every context in a text, and the same in all folds of the text but one.
 
-    Counts back off by the three discounts of Chen and Goodman (1998).
+    Counts back off as in modified Kneser-Ney (Chen and Goodman 1998, section 3): in all but the longest contexts, the
+    count of a symbol is after how many different symbols it and its context stand, the start of the text included.
 
     Args:
         text: ids (N,) int64 on the CPU, where counting gives the same bits each time; N of at least 2.

@@ -226,6 +226,14 @@ def test_a_checkpoint_keeps_the_counted_text():
             checkpoint.trained(NODE, V, weights | {"text": wrong})
 
 
+def test_weights_that_learned_from_counts_by_another_rule_are_refused():
+    weights = a_model().state_dict()
+    older = {name: value for name, value in weights.items() if name != "rule"}
+    for wrong, rule in ((older, 1), (weights | {"rule": torch.tensor(3)}, 3)):
+        with pytest.raises(ValueError, match=f"trained on counts by rule {rule}, and this version counts by rule 2"):
+            checkpoint.trained(NODE, V, wrong)
+
+
 def test_contexts_have_numbers_of_their_own():
     idx = torch.randint(65, (1, 100_000), generator=torch.Generator().manual_seed(0))
     for n in (1, 2, 3, 8):

@@ -1,11 +1,14 @@
 """Mixture: n-gram counts of the last 1, 2, ... characters, weighted by networks, mixed with Transformers.
 
 Counting knows a small text by heart at once; a network learns what to make of it. The logits are the log-probabilities
-of symbols alone, and what each longer context changes in those of the shorter one, each with a weight; and to that a
-Transformer adds what it knows. It is the mixing of contexts of Mahoney's PAQ (2005; as a network: Knoll and de Freitas,
-"A machine learning perspective on predictive coding with PAQ", 2012) and the residual of Li et al., "Residual learning
-of neural text generation with n-gram language model" (2022). Counts back off by the three discounts of Chen and
-Goodman, "An empirical study of smoothing techniques for language modeling" (1998).
+of symbols alone, and what each longer context changes in those of the shorter one, each with a weight: first contexts
+of the training text, then those of the window itself, where names and phrases return. The weights depend on how often a
+context was seen and on what a Transformer makes of the window, and the Transformer adds logits of its own. It is the
+mixing of contexts of Mahoney's PAQ (2005; as a network: Knoll and de Freitas, "A machine learning perspective on
+predictive coding with PAQ", 2012) and the residual of Li et al., "Residual learning of neural text generation with
+n-gram language model" (2022). Counts of the text back off as in modified Kneser-Ney (Chen and Goodman, "An empirical
+study of smoothing techniques for language modeling", 1998), those of the window by a Dirichlet prior (MacKay and Peto,
+1995); the latter are the cache of Kuhn and De Mori (1990).
 
 Counted on the very text that the network trains on, contexts would teach it to believe them blindly. So the text is cut
 into folds, and in each the network is shown the counts of all others: deleted estimation (Jelinek and Mercer,
@@ -30,6 +33,7 @@ from charlm.model.transformerpp import Cache, TransformerPP
 
 PRIORS = (512.0, 32.0, 8.0)  # how many counts in a window of 1, 2, 3 and more characters the probabilities before weigh
 
+RULE = 2  # of counting; weights that were trained on counts by another rule would be wrong
 MIXTURES: WeakValueDictionary[int, "Mixture"] = WeakValueDictionary()  # by their numbers
 NUMBERS = count()
 
@@ -143,6 +147,8 @@ class Mixture(Counting):
         settings: dict[str, Any] = {"block_size": block_size, "n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
         settings |= {"mlp": mlp, "dropout": dropout, "checkpointing": checkpointing}
         self.networks = nn.ModuleList(Network(vocab_size, n_context, n_recent, **settings) for _ in range(n_networks))
+        self.register_buffer("rule", torch.tensor(RULE))
+        self.register_load_state_dict_pre_hook(check_rule)
         self.register()
 
     def register(self) -> None:
@@ -219,8 +225,15 @@ class Mixture(Counting):
         return features.to(next(self.parameters()).dtype)
 
 
+def check_rule(model: Any, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Refuse weights that learned from counts by another rule; PyTorch calls this before it loads them."""
+    rule = state_dict.get(f"{prefix}rule", torch.tensor(1))
+    if rule.numel() != 1 or int(rule) != RULE:
+        raise ValueError(f"it was trained on counts by rule {rule.tolist()}, and this version counts by rule {RULE}")
+
+
 def recent(idx: Tensor, last: int, n_recent: int, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Count in idx (B, T) what followed the contexts of 1 to R characters that end at each of its `last` positions.
+    """Count in windows idx (B, T) what followed the contexts of 1 to R characters at each of the `last` positions.
 
     Args:
         p: (B, last, V): the probabilities of symbols before.
