@@ -57,6 +57,36 @@ def discounts(counts: Tensor) -> Tensor:
     return torch.tensor([0.0, *(min(max(d, 0.1 * i), 0.9 * i) for i, d in enumerate(found, 1))])
 
 
+class Level(NamedTuple):
+    """The contexts of n symbols in a text, at each of its N - n positions that have one and a next symbol."""
+
+    contexts: Tensor  # (C,): their hashes, sorted
+    context: Tensor  # (N - n,): number of the context
+    pairs: Tensor  # (P,): number of the context * V + next symbol, sorted
+    pair: Tensor  # (N - n,): number of the pair
+    times: Tensor  # (P,): how often it occurs
+
+
+def level(text: Tensor, vocab_size: int, n: int) -> Level:
+    """Group the positions of a text, (N,) int64, by their contexts of n symbols. With n of 0, there is one context."""
+    h = hashes(text[None, :-1], n)[0, n - 1 :] if n else torch.zeros_like(text[1:])
+    contexts, context = h.unique(return_inverse=True)
+    pairs, pair, times = (context * vocab_size + text[max(n, 1) :]).unique(return_inverse=True, return_counts=True)
+    return Level(contexts, context, pairs, pair, times)
+
+
+def anywhere(of: Level) -> Tensor:
+    """Return a place of each pair of a level, (P,): an index into `pair`."""
+    place = of.pair.new_empty(len(of.pairs))
+    place[of.pair] = torch.arange(len(of.pair))
+    return place
+
+
+def span(of: Level, values: Tensor, reduce: str) -> Tensor:
+    """The smallest (amin) or largest (amax) of the `values` (N - n,) at the places of each pair of a level: (P,)."""
+    return values.new_zeros(len(of.pairs)).scatter_reduce(0, of.pair, values, reduce, include_self=False)
+
+
 class Found(NamedTuple):
     """Counts at n positions, for K lengths of context."""
 
@@ -67,6 +97,10 @@ class Found(NamedTuple):
     def log_p(self) -> Tensor:
         """After the longest context that was ever seen, (n, V)."""
         return self.alone + self.change.sum(0)
+
+    def last_of(self, T: int) -> "Found":
+        """Return what was found at the last of every T positions."""
+        return Found(self.alone[T - 1 :: T], self.change[:, T - 1 :: T], self.seen[T - 1 :: T])
 
 
 class Table:
@@ -194,7 +228,8 @@ class Table:
 class Counts(Table):
     """Next-symbol counts of every context in a text, and the same in all folds of the text but one.
 
-    Counts back off by the three discounts of Chen and Goodman (1998).
+    Counts back off as in modified Kneser-Ney (Chen and Goodman 1998, section 3): in all but the longest contexts, the
+    count of a symbol is after how many different symbols it and its context stand, the start of the text included.
 
     Args:
         text: ids (N,) int64 on the CPU, where counting gives the same bits each time; N of at least 2.
@@ -224,31 +259,41 @@ class Counts(Table):
         nothing = torch.empty(0, dtype=torch.uint8 if V <= 256 else torch.int32)  # symbols of no entries
         zeros = self.alone.new_zeros
         table = [(y.new_zeros(1), nothing, zeros(0), zeros(1), zeros(1, 3))]
-        n_rows = 1
+        n_rows, K = 1, min(self.K, len(y))
         whole, others = torch.zeros_like(self.fold), self.fold  # rows of the shorter context at each position
         codes, log_p = torch.arange(self.alone.numel()), self.alone.flatten()  # and all of its entries
-        for n in range(1, min(self.K, len(y)) + 1):
+        here = level(self.text, V, 1)
+        for n in range(1, K + 1):
             at = self.position[n - 1 :]
-            contexts, context = hashes(self.text[None, :-1], n)[0, at].unique(return_inverse=True)
-            pairs, times = (context * V + y[at]).unique(return_counts=True)
-            symbols = pairs % V
+            longer = level(self.text, V, n + 1) if n < K else None
+            contexts, context, symbols = here.contexts, here.context, here.pairs % V
+            # Count each occurrence of a pair; or, where longer contexts follow, each longer pair that ends with it.
+            place, home = at - (n - 1), self.fold[at]
+            if longer:
+                first, last = (span(longer, home[1:], reduce) for reduce in ("amin", "amax"))
+                place = F.pad(anywhere(longer) + 1, (1, 0))  # as if another symbol stood before the text
+                home = F.pad(torch.where(first == last, first, 0), (1, 0), value=1)  # the only fold that it occurs in
+            times = here.pair[place].bincount(minlength=len(here.pairs))
             # A context has its own row, and one per fold that it occurs in, counted in all others: if it occurs there.
             in_folds, in_fold = (context * (n_folds + 1) + self.fold[at]).unique(return_inverse=True)
-            starts = F.pad((pairs // V).bincount(minlength=len(contexts)).cumsum(0), (1, 0))
+            starts = F.pad((here.pairs // V).bincount(minlength=len(contexts)).cumsum(0), (1, 0))
             row, entry = spread(starts, in_folds // (n_folds + 1))
-            here, times_here = (in_fold * V + y[at]).unique(return_counts=True)
+            within = place[home > 0]
+            inside, times_inside = (in_fold[within] * V + y[at][within]).unique(return_counts=True)
             code = row * V + symbols[entry]
-            place = torch.searchsorted(here, code).clamp_max(len(here) - 1)
-            elsewhere = times[entry] - torch.where(here[place] == code, times_here[place], 0)
+            found = torch.searchsorted(inside, code).clamp_max(len(inside) - 1)
+            elsewhere = times[entry] - torch.where(inside[found] == code, times_inside[found], 0)
             kept = elsewhere > 0
             occurs = torch.zeros(len(in_folds), dtype=torch.bool)
             occurs[row[kept]] = True
             number = len(contexts) - 1 + occurs.cumsum(0)
 
-            rows = torch.cat((pairs // V, number[row[kept]]))
+            rows = torch.cat((here.pairs // V, number[row[kept]]))
             symbols = torch.cat((symbols, symbols[entry[kept]]))
             counts = torch.cat((times, elsewhere[kept]))
             lower = y.new_zeros(len(contexts) + int(occurs.sum()))
+            often = context.bincount()
+            often = torch.cat((often, (often[in_folds // (n_folds + 1)] - in_fold.bincount())[occurs]))
             there = occurs[in_fold]
             number = number[in_fold]
             lower[context], lower[number[there]] = whole[at], others[at][there]
@@ -259,14 +304,16 @@ class Counts(Table):
             log_p = ((counts - discount + left[rows] * below.exp()) / total[rows]).log()
             lengths = rows.bincount(minlength=len(lower))
             other = torch.where(total > 0, (left / total).log(), 0.0)
-            seen = torch.stack((SCALE * total.log1p(), SCALE * lengths.log1p(), (total > 0) * SCALE), 1)
+            seen = torch.stack((SCALE * often.log1p(), SCALE * lengths.log1p(), (total > 0) * SCALE), 1)
             table.append((lengths, symbols.to(nothing.dtype), log_p - below, other, seen))
             self.keys.append((contexts, n_rows))
             self.rows_at[n - 1, at] = torch.where(there, n_rows + number, 0).int()
             n_rows += len(lower)
             whole, others = torch.zeros_like(whole), torch.zeros_like(others)
             whole[at], others[at] = context, number  # where it occurs nowhere else, no longer one does
-            report(n, min(self.K, len(y)))
+            report(n, K)
+            if longer:
+                here = longer
         columns = (torch.cat(column) for column in zip(*table, strict=True))
         lengths, self.symbols, self.change, self.other, self.seen = columns
         self.starts = F.pad(lengths.cumsum(0), (1, 0))

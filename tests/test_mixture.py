@@ -1,7 +1,7 @@
 """charlm.model.mixture: its counts against a reference that counts one by one, and what becomes of them."""
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from charlm import checkpoint
 from charlm.counts import Counts, Table, discounts, hashes
 from charlm.generate import generate
-from charlm.model.mixture import Mixture
+from charlm.model.mixture import Mixture, recent
 
 V, K, PARTS = 5, 4, 3
-NODE = {"_target_": "charlm.model.mixture.Mixture", "block_size": 12, "n_context": K, "n_folds": PARTS}
+NODE = {"_target_": "charlm.model.mixture.Mixture", "block_size": 12, "n_context": K, "n_recent": 3, "n_folds": PARTS}
 NODE |= {"n_networks": 2, "n_layer": 1, "n_head": 2, "n_embd": 8, "mlp": "relu2", "dropout": 0.0}
 
 
@@ -41,21 +41,38 @@ def a_model(text: Tensor | None = None) -> Mixture:
 
 
 def reference(text: list[int], context: list[int], without: range | None, n_context: int = K) -> list[float]:
-    """P(symbol | context) by counting one by one, where nothing is counted that is predicted within `without`."""
+    """P(symbol | context) by Kneser and Ney, counting one by one, without what is predicted at the places `without`."""
     places = [i for i in range(1, len(text)) if without is None or i - 1 not in without]
     alone = Counter(text[i] for i in places)
     p = [(alone[s] + 0.1) / (len(places) + 0.1 * V) for s in range(V)]
-    for n in range(1, n_context + 1):
-        if n > len(context):
-            break
-        seen = Counter(text[i] for i in places if i >= n and text[i - n : i] == context[-n:])
+    longest = min(n_context, len(text) - 1)
+    for n in range(1, min(longest, len(context)) + 1):
+        seen = {gram[-1]: c for gram, c in grams(text, places, n, longest).items() if gram[:-1] == tuple(context[-n:])}
         total = sum(seen.values())
         if not total:
             continue
-        pairs = Counter(tuple(text[i - n : i + 1]) for i in range(n, len(text)))  # discounts are of the whole text
-        discount = discounts(torch.tensor([*pairs.values()])).tolist()
+        # discounts are of the whole text
+        discount = discounts(torch.tensor([*grams(text, [*range(1, len(text))], n, longest).values()])).tolist()
         left = sum(discount[min(c, 3)] for c in seen.values())
-        p = [(seen[s] - discount[min(seen[s], 3)] + left * p[s]) / total for s in range(V)]
+        p = [(seen.get(s, 0) - discount[min(seen.get(s, 0), 3)] + left * p[s]) / total for s in range(V)]
+    return p
+
+
+def grams(text: list[int], places: list[int], n: int, longest: int) -> dict[tuple[int, ...], int]:
+    """How often each n characters and the next occur; where longer contexts follow, after how many symbols."""
+    before = defaultdict(list)
+    for i in places:
+        if i >= n:
+            before[tuple(text[i - n : i + 1])].append(text[i - n - 1] if i > n else None)  # None: nothing
+    return {gram: len(found if n == longest else set(found)) for gram, found in before.items()}
+
+
+def reference_in_window(window: list[int], p: list[float], n_recent: int) -> list[float]:
+    """P(symbol) where those that followed the same contexts in the window raise its probability `p`."""
+    for n in range(1, n_recent + 1):
+        ends = [i for i in range(n, len(window)) if window[i - n : i] == window[len(window) - n :]]
+        seen, prior = Counter(window[i] for i in ends), {1: 512, 2: 32}.get(n, 8)
+        p = [(seen[s] + prior * p[s]) / (len(ends) + prior) for s in range(V)]
     return p
 
 
@@ -69,6 +86,31 @@ def test_counts_are_those_of_counting_one_by_one(symbols, n_folds):
     found = counts.look_up(rows.flatten(1), alone.flatten()).log_p().exp()
     for t in range(idx.shape[1]):
         assert found[t].tolist() == pytest.approx(reference(symbols, symbols[: t + 1], None), abs=1e-4)
+
+
+@given(st.lists(st.integers(0, V - 1), min_size=4, max_size=60), st.integers(2, PARTS))
+@settings(max_examples=30, deadline=None)
+def test_in_and_out_of_folds_probabilities_sum_to_one(symbols, n_folds):
+    text = torch.tensor(symbols)
+    counts = Counts(text, V, K, n_folds)
+    T = min(len(text) - 1, 10)
+    for rows, alone in (counts.rows(text[None, :T]), counts.rows_elsewhere(text[:-1].unfold(0, T, 1))):
+        p = counts.look_up(rows.flatten(1), alone.flatten()).log_p().exp()
+        assert p.sum(1).tolist() == pytest.approx([1.0] * len(p), abs=1e-5)
+
+
+def test_without_the_last_fold_counts_are_those_of_the_text_before_it(monkeypatch):
+    monkeypatch.setattr("charlm.counts.discounts", lambda _: torch.tensor([0.0, 0.5, 0.7, 0.9]))  # else of all folds
+    text = a_text()
+    counts = Counts(text, V, K, PARTS)
+    start = int((counts.fold == PARTS).nonzero()[0])
+    before = Counts(text[: start + 1], V, K, PARTS)  # what the last fold predicts comes after
+    chunks = text[start:-1].unfold(0, 10, 1)
+    rows, alone = counts.rows_elsewhere(chunks)
+    expected_rows, expected_alone = before.rows(chunks)
+    found = counts.look_up(rows.flatten(1), alone.flatten()).log_p()
+    expected = before.look_up(expected_rows.flatten(1), expected_alone.flatten()).log_p()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_in_each_part_of_the_text_only_the_others_count():
@@ -120,7 +162,23 @@ def test_it_begins_as_the_counts_are():
     assert model(idx).detach().softmax(-1).flatten().tolist() == pytest.approx([1 / V] * 12 * V)
     model.count(a_text())
     p = model.eval()(idx).softmax(-1)[0, -1]
-    assert p.tolist() == pytest.approx(reference(a_text().tolist(), idx[0].tolist(), None), abs=1e-4)
+    counted = reference(a_text().tolist(), idx[0].tolist(), None)
+    expected = reference_in_window(idx[0].tolist(), counted, NODE["n_recent"])
+    assert expected != pytest.approx(counted, abs=1e-3)
+    assert p.tolist() == pytest.approx(expected, abs=1e-4)
+
+
+@given(st.lists(st.integers(0, V - 1), min_size=1, max_size=30), st.integers(0, 6), st.data())
+@settings(max_examples=40, deadline=None)
+def test_what_a_window_repeats_is_counted_one_by_one(symbols, n_recent, data):
+    last = data.draw(st.integers(1, len(symbols)))
+    p = torch.rand(1, last, V, generator=torch.Generator().manual_seed(len(symbols))).softmax(-1)
+    change, seen = recent(torch.tensor([symbols]), last, n_recent, p)
+    assert seen.shape == (last, 2 * n_recent)
+    found = (p[0].log() + change.sum(0)).exp()
+    for i in range(last):
+        window = symbols[: len(symbols) - last + i + 1]
+        assert found[i].tolist() == pytest.approx(reference_in_window(window, p[0, i].tolist(), n_recent), abs=1e-5)
 
 
 def test_decoding_with_counts_is_the_forward_pass():
@@ -166,6 +224,14 @@ def test_a_checkpoint_keeps_the_counted_text():
     for wrong in (torch.full((9,), V, dtype=torch.uint8), torch.zeros(3, 3, dtype=torch.uint8), torch.zeros(4)):
         with pytest.raises(ValueError, match="is not one of its symbols"):
             checkpoint.trained(NODE, V, weights | {"text": wrong})
+
+
+def test_weights_that_learned_from_counts_by_another_rule_are_refused():
+    weights = a_model().state_dict()
+    older = {name: value for name, value in weights.items() if name != "rule"}
+    for wrong, rule in ((older, 1), (weights | {"rule": torch.tensor(3)}, 3)):
+        with pytest.raises(ValueError, match=f"trained on counts by rule {rule}, and this version counts by rule 2"):
+            checkpoint.trained(NODE, V, wrong)
 
 
 def test_contexts_have_numbers_of_their_own():

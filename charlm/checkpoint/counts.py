@@ -10,7 +10,7 @@ from charlm.errors import warn
 from charlm.files import is_regular, write_atomically
 
 COUNTS = "counts.safetensors"
-VERSION = "1"  # of the counting; a table that was made by other rules would be wrong
+VERSION = "2"  # of the counting; a table that was made by other rules would be wrong
 
 
 def write_counts(model: Any, folder: Path) -> None:

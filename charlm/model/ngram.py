@@ -6,35 +6,17 @@ smoothing techniques for language modeling" (1998), compare the ways to do that.
 """
 
 import math
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import torch
 from annotated_types import Ge, Le
 from torch import Tensor
 from torch.nn import functional as F
 
-from charlm.counts import SCALE, Counting, Reporter, Table, discounts, hashes, memory_to_count, silent
+from charlm.counts import SCALE, Counting, Reporter, Table, anywhere, discounts, level, memory_to_count, silent
 from charlm.model import keeps_arguments
 
 Smoothing = Literal["kneser_ney", "witten_bell", "backoff"]
-
-
-class Level(NamedTuple):
-    """The contexts of n symbols in a text, at each of its N - n positions that have one and a next symbol."""
-
-    contexts: Tensor  # (C,): their hashes, sorted
-    context: Tensor  # (N - n,): number of the context
-    pairs: Tensor  # (P,): number of the context * V + next symbol, sorted
-    pair: Tensor  # (N - n,): number of the pair
-    times: Tensor  # (P,): how often it occurs
-
-
-def level(text: Tensor, vocab_size: int, n: int) -> Level:
-    """Group the positions of a text, (N,) int64, by their contexts of n symbols. With n of 0, there is one context."""
-    h = hashes(text[None, :-1], n)[0, n - 1 :] if n else torch.zeros_like(text[1:])
-    contexts, context = h.unique(return_inverse=True)
-    pairs, pair, times = (context * vocab_size + text[max(n, 1) :]).unique(return_inverse=True, return_counts=True)
-    return Level(contexts, context, pairs, pair, times)
 
 
 def counted(text: Tensor, vocab_size: int, order: int, smoothing: Smoothing, report: Reporter = silent) -> Table:
@@ -77,13 +59,6 @@ def counted(text: Tensor, vocab_size: int, order: int, smoothing: Smoothing, rep
     found = Table(alone[None], keys, starts, symbols.to(torch.uint8 if V <= 256 else torch.int32), change, other, seen)
     found.K = order - 1
     return found
-
-
-def anywhere(of: Level) -> Tensor:
-    """Return a place of each pair of a level, (P,): an index into `pair`."""
-    place = of.pair.new_empty(len(of.pairs))
-    place[of.pair] = torch.arange(len(of.pair))
-    return place
 
 
 @keeps_arguments
