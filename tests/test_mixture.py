@@ -163,7 +163,7 @@ def test_it_begins_as_the_counts_are():
     model.count(a_text())
     p = model.eval()(idx).softmax(-1)[0, -1]
     counted = reference(a_text().tolist(), idx[0].tolist(), None)
-    expected = reference_in_window(idx[0].tolist(), counted, NODE["n_recent"])
+    expected = reference_in_window(idx[0].tolist(), counted, 3)
     assert expected != pytest.approx(counted, abs=1e-3)
     assert p.tolist() == pytest.approx(expected, abs=1e-4)
 
