@@ -79,6 +79,11 @@ def step_metrics(trainer: Any, module: L.LightningModule, batch: Any) -> Iterato
         del loop._results.metrics, module.log
 
 
+def fetcher_of(trainer: L.Trainer) -> Any:
+    """Return the loop's data fetcher, which its methods take."""
+    return trainer.fit_loop._data_fetcher
+
+
 def batches_of(fetcher: Any) -> Iterator[Any]:
     """Return the iterator of the one train loader inside the loop's data fetcher, to take batches from it directly."""
     batches: Iterator[Any] = fetcher.iterator._iterator.iterators[0]

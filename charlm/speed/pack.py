@@ -20,7 +20,7 @@ from torch import Tensor
 from charlm.callbacks import Attention, BigramTable, Checkpoint, Progress, Recorder, Samples
 from charlm.callbacks.at_steps import AtSteps
 from charlm.data.chunks import BATCHES_PER_DRAW, RandomChunks, gather_chunks
-from charlm.internals.lightning import count_own_step, count_steps, step_metrics
+from charlm.internals.lightning import count_own_step, count_steps, fetcher_of, step_metrics
 from charlm.internals.torch import add_to_all, fused_adamw, log_softmax_backward
 from charlm.logger import CSV, TensorBoard
 from charlm.module import Batch, LanguageModel
@@ -163,8 +163,8 @@ class Lane:
 
     def epochs(self) -> Generator[int, None, None]:
         """Run Lightning's loops from the first batch to the last. Yields the number of steps that are due."""
-        fit = self.trainer.fit_loop
-        loop, fetcher = fit.epoch_loop, fit._data_fetcher
+        fit, fetcher = self.trainer.fit_loop, fetcher_of(self.trainer)
+        loop = fit.epoch_loop
         while True:
             loop.reset()
             loop.on_run_start(fetcher)
