@@ -116,13 +116,13 @@ def main() -> None:
         of_job = [f"{statistics.median(one):.2f}" for one in zip(*beside.get(name, []), strict=True)]
         table.add_row(name, *told, *of_job)
     console.print(table)
-    for ones, others, what in (
+    for ones, others, claim in (
         (seconds[SWEEP], seconds[LECTURE], "of the script's time"),
         (seconds[ONE], seconds[SWEEP], "the throughput of one at a time, from command to end"),
         (together[ONE], together[SWEEP], "the throughput of one at a time, while jobs are at work"),
     ):
         ratios = [a / b for a, b in zip(ones, others, strict=True)]
-        console.print(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) {what}")
+        console.print(f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) {claim}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Text from a model, token by token."""
 
 import codecs
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from charlm.model import device_of
 from charlm.tokenizer import Tokenizer
 
 BYTES_OF_CHARACTER = 4  # that UTF-8 has at most
+LARGEST_TABLE = 1000  # symbols of a model whose probabilities are computed all at once
 MULTITHREADED = 1e8  # weights times samples: with fewer, a step is too little work for several threads
 
 
@@ -93,6 +94,9 @@ def steps(
     state: Any = None
     model.eval()
     try:
+        if decode and most == 1 and temperature > 0 and (V := int(model(seen[:1, -1:]).shape[-1])) <= LARGEST_TABLE:
+            yield from steps_of_table(decode, last_idx, V, length, generator, temperature, top_k, top_p)
+            return
         for _ in range(length):
             # Entering inference mode takes as long as a step of a small model, so it is entered only if necessary.
             with nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode():
@@ -116,6 +120,24 @@ def steps(
         model.train(was_training)
 
 
+def steps_of_table(
+    decode: Callable[..., tuple[Tensor, Any]],
+    last_idx: Tensor,
+    V: int,
+    length: int,
+    generator: torch.Generator | None,
+    *settings: Any,
+) -> Iterator[Step]:
+    """Yield the steps of a model that sees one token: its probabilities are a table, which is computed once."""
+    with torch.inference_mode():
+        logits = decode(torch.arange(V, device=last_idx.device)[:, None], None)[0].float()  # (V, V)
+        p = probabilities(logits, *settings)
+    for _ in range(length):
+        next_idx = draw(p.index_select(0, last_idx), generator)
+        yield Step(last_idx, logits.index_select(0, last_idx), next_idx)
+        last_idx = next_idx
+
+
 def sample(
     logits: Tensor,
     generator: torch.Generator | None = None,
@@ -126,6 +148,13 @@ def sample(
     """One id per row of logits (B, V): (B,) int64."""
     if temperature == 0:
         return logits.argmax(-1)
+    return draw(probabilities(logits, temperature, top_k, top_p), generator)
+
+
+def probabilities(
+    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """The probabilities by which `sample` draws, for a temperature above 0: logits (B, V) -> (B, V)."""
     if temperature != 1:
         logits = logits / temperature
     if top_k is not None and top_k < logits.shape[-1]:
@@ -136,9 +165,13 @@ def sample(
         # On the CPU, because the sum on a GPU is not deterministic, and PyTorch may refuse it.
         before = p.cpu().cumsum(-1).to(p.device) - p  # probability of all likelier characters
         logits = logits.masked_fill((before >= top_p).scatter(1, order, before >= top_p), -torch.inf)
+    return logits.softmax(-1)
+
+
+def draw(p: Tensor, generator: torch.Generator | None) -> Tensor:
+    """One id per row of probabilities (B, V): (B,) int64."""
     # The smallest of exponential variables has the probability of its rate: torch.multinomial without its checks.
-    race = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits.softmax(-1) / race).argmax(-1)
+    return (p / torch.empty_like(p).exponential_(generator=generator)).argmax(-1)
 
 
 def sample_text(

@@ -119,7 +119,7 @@ def test_without_decode_a_model_is_given_the_last_block_size_characters(use_cach
 def test_with_decode_a_character_is_given_once_and_the_newer_half_of_a_full_window_once_more():
     assert lengths_given(Decoding(6), 4, 10) == [4, 1, 1, 3, 1, 1, 1, 3, 1, 1]
     assert lengths_given(Decoding(6), 9, 6) == [6, 3, 1, 1, 1, 3]
-    assert lengths_given(Decoding(1), 3, 4) == [1, 1, 1, 1]
+    assert lengths_given(Decoding(1), 3, 4) == [1, 1]  # its size, and all of its probabilities at once
 
 
 def test_without_the_cache_the_windows_are_the_same():

@@ -61,6 +61,8 @@ def attention(model: Any, idx: Tensor) -> Tensor | None:
 
 def draw_attention(model: nn.Module, data: CharDataModule, most: int) -> Image.Image | None:
     """Draw the attention of a GPT on the first tokens of val, a row for each layer; None for other models."""
+    if not isinstance(model, GPT):
+        return None
     idx = data.splits["val"][: min(data.block_size, most)].long()
     maps = attention(model, idx[None].to(device_of(model)))
     if maps is None:
