@@ -17,11 +17,11 @@ The 48 default bigrams that differ in their seed, of 5,000 steps each: trained t
 import argparse
 import csv
 import os
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -49,26 +49,51 @@ def of_jobs(sweep_dir: Path) -> tuple[float, float, float]:
     return at_work, sum(float(row["train/seconds"]) for row in rows), max(ends.values()) - min(begins.values())
 
 
+class Memory(threading.Thread):
+    """Samples how much memory all other processes of this session take together, shared pages once (PSS; Linux)."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.most, self.ended = 0, threading.Event()
+        self.session = os.getsid(0)
+
+    def run(self) -> None:
+        while not self.ended.wait(0.5):
+            self.most = max(self.most, sum(map(self.pss, Path("/proc").glob("[0-9]*"))))
+
+    def pss(self, process: Path) -> int:
+        """Return the bytes of a process of this session, and 0 for all others."""
+        try:
+            if os.getsid(int(process.name)) != self.session or int(process.name) == os.getpid():
+                return 0
+            return 1024 * int((process / "smaps_rollup").read_text().partition("\nPss:")[2].split()[0])
+        except (OSError, IndexError):
+            return 0  # it has ended
+
+
 def packs(rounds: int, console: Console) -> None:
     """Compare packed sweeps with sweeps of one job per process."""
     jobs = 48
     seconds: dict[str, list[float]] = {"1": [], "auto": []}
     losses: dict[str, dict[str, float]] = {}
-    largest: dict[str, float] = {}
+    memory: dict[str, int] = {"1": 0, "auto": 0}
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for number in track(range(rounds), "rounds", console=console, transient=True):
             for pack, times in seconds.items():
                 sweep_dir = Path(folder, f"{number}_{pack}")
                 command = [sys.executable, str(TRAIN), "-m", f"seed=range(1,{jobs + 1})", "trainer=cpu"]
+                watch = Memory()
+                watch.start()
                 times.append(timed([*command, f"hydra.launcher.pack={pack}", f"hydra.sweep.dir={sweep_dir}"]))
+                watch.ended.set()
+                memory[pack] = max(memory[pack], watch.most)
                 rows = csv.DictReader((sweep_dir / "results.csv").read_text().splitlines())
                 losses[pack] = {row["seed"]: float(row["val/loss"]) for row in rows}
-                largest.setdefault(pack, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024)  # so far
-    table = Table("", "seconds, median", "fastest", "slowest", "jobs per minute", "largest process so far, MB")
+    table = Table("", "seconds, median", "fastest", "slowest", "jobs per minute", "memory of all, MB")
     for pack, times in seconds.items():
         median = statistics.median(times)
         told = [f"{value:.1f}" for value in (median, min(times), max(times), 60 * jobs / median)]
-        table.add_row(f"pack={pack}", *told, f"{largest[pack]:.0f}")
+        table.add_row(f"pack={pack}", *told, f"{memory[pack] / 1e6:,.0f}")
     console.print(table)
     ratios = [alone / packed for alone, packed in zip(seconds["1"], seconds["auto"], strict=True)]
     differences = [abs(loss - losses["auto"][seed]) for seed, loss in losses["1"].items()]
