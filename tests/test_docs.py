@@ -66,6 +66,9 @@ def test_each_command_that_a_cpu_can_run_runs(tmp_path, train, charlm, shakespea
     """With few steps and a short text, and the placeholders of the pages as runs and files."""
     (tmp_path / "my.txt").write_text(shakespeare[:20_000], encoding="utf-8")
     (tmp_path / "unseen.txt").write_text(shakespeare[20_000:22_000], encoding="utf-8")
+    (tmp_path / "plays").mkdir()
+    for number in (1, 2):
+        (tmp_path / "plays" / f"{number}.txt").write_text(shakespeare[: 10_000 * number], encoding="utf-8")
     short, env = ["data=text", "data.path=my.txt", "trainer.max_steps=4"], {"CHARLM_DATA": os.environ["CHARLM_DATA"]}
     for name in ("RUN", "OTHER"):
         assert not train("model=gpt", *short, f"seed={len(name)}", f"hydra.run.dir=outputs/{name}").code
@@ -94,6 +97,8 @@ def shortened(words: list[str]) -> list[str]:
         kept.append("hydra.sweeper.n_trials=2")
     if any(word.startswith("experiment=cpu_90s") for word in kept):
         kept += ["data.final_targets=10_000", "scheduler.warmup_steps=1"]
+    if "sweep=plays" in kept:
+        return [*kept, "data=text", "data.path=plays", "data.fold=1,2"]
     several = "-m" in kept or any(word.startswith("sweep=") for word in kept)
     return [*kept, "data=text", "data.path=my.txt"] if several else kept
 
