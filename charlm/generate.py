@@ -13,7 +13,7 @@ from charlm.model import device_of
 from charlm.tokenizer import Tokenizer
 
 BYTES_OF_CHARACTER = 4  # that UTF-8 has at most
-LARGEST_TABLE = 1000  # symbols of a model whose probabilities are computed all at once
+MOST_SYMBOLS_AT_ONCE = 1000  # symbols of a model whose probabilities are computed all at once
 MULTITHREADED = 1e8  # weights times samples: with fewer, a step is too little work for several threads
 
 
@@ -94,7 +94,12 @@ def steps(
     state: Any = None
     model.eval()
     try:
-        if decode and most == 1 and temperature > 0 and (V := int(model(seen[:1, -1:]).shape[-1])) <= LARGEST_TABLE:
+        if (
+            decode
+            and most == 1
+            and temperature > 0
+            and (V := int(model(seen[:1, -1:]).shape[-1])) <= MOST_SYMBOLS_AT_ONCE
+        ):
             yield from steps_of_table(decode, last_idx, V, length, generator, temperature, top_k, top_p)
             return
         for _ in range(length):

@@ -200,7 +200,7 @@ def test_weights_survive_a_file(case, tmp_path):
 def test_a_checkpoint_holds_parameters_and_nothing_else(case):
     model = small(case)
     counted = {"text"} if hasattr(model, "count") else set()
-    counted |= {"rule"} if hasattr(model, "networks") else set()  # of the counting that the weights learned from
+    counted |= {"rule"} if hasattr(model, "networks") else set()  # version of the counting
     assert model.state_dict().keys() == {name for name, _ in model.named_parameters()} | counted
 
 

@@ -15,6 +15,7 @@ from charlm import checkpoint
 from charlm.certify import certify
 from charlm.data import CharDataModule
 from charlm.data.corpora import SHAKESPEARE_SHA256, load_corpus
+from charlm.data.datamodule import VAL_FRACTION
 from charlm.errors import InputError
 from charlm.evaluate import Blocks, evaluate
 from charlm.home import CONF
@@ -32,7 +33,6 @@ from charlm.study.systems import data_of, system_of
 FEWEST_SEEDS = 3
 LEVEL = 0.01  # a record has a p value below it
 TOLERANCE = 1e-4  # nats per character, between results.json and the loss that is computed again, on another device
-VAL_FRACTION = 0.1
 # Settings of the data that a submission may not change. The splits themselves are compared with the text, too.
 STANDARD = {"val_fraction": VAL_FRACTION, "test_fraction": 0.0, "min_context": 1}
 ON_VAL = {"Best": "callbacks=best", "EarlyStopping": "callbacks=early_stopping"}  # observers that choose on val

@@ -119,12 +119,13 @@ class Pool:
             running.process.kill()  # processes that it left behind
             self.running.remove(running)
             self.gpus += running.gpus
-            died = len(running.jobs) > 1 and not self.stopping and running.verdict is None
+            shared = len(running.jobs) > 1
+            died = shared and not self.stopping and running.verdict is None
             for job in running.jobs:
                 if died and job.unsettled():  # perhaps by another job of its process: it goes on alone
                     self.again.append(replace(job, others=()))
                     continue
-                how = running.verdict or job.how(None if len(running.jobs) > 1 else running.process.exitcode)
+                how = running.verdict or job.how(None if shared else running.process.exitcode)
                 ended(job, STOPPED if self.stopping and how.startswith("failed") else how)
 
     def stop(self, ended: Callable[[Job, str], None]) -> None:
