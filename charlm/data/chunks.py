@@ -256,7 +256,8 @@ class Windows:
         self.n_targets = len(ids) - 1
         self.sizes = sizes
         there = 1 + -(-(self.n_targets - block_size) // self.stride)  # windows over the whole split
-        if most is None or most >= self.n_targets:
+        self.whole = most is None or most >= self.n_targets
+        if most is None or self.whole:
             self.numbers = torch.arange(there)
         else:
             n = max(1, 1 + (most - block_size) // self.stride)
@@ -271,7 +272,7 @@ class Windows:
     @property
     def share(self) -> float:
         """The part of the split's targets that is counted."""
-        return int(self.counts().sum()) / self.n_targets
+        return 1.0 if self.whole else int(self.counts().sum()) / self.n_targets
 
     @property
     def partial(self) -> bool:

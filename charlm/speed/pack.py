@@ -33,6 +33,8 @@ CALLBACKS = {Attention, BigramTable, Checkpoint, Progress, Recorder, Samples, Gr
 LOGGERS = {CSV, TensorBoard}
 TOKENS_AT_ONCE = 65_536  # of all runs, which are gathered together
 
+Settings = tuple[Any, ...]  # of an optimizer: lr, betas, weight_decay, eps
+
 
 class Pack:
     """Runs that train together in this process.
@@ -218,6 +220,9 @@ class Steps:
         self.first_pair = (torch.arange(R) * V * V)[:, None]
         self.k = lanes[0].trainer.fit_loop.epoch_loop.batch_progress.total.ready
         self.batch: Batch  # of all runs, (R, B, T) each
+        self.settings: Sequence[Settings] = ()  # of the optimizers, at the newest step
+        self.alike: list[tuple[Settings, list[int], list[list[Tensor]]]] = []  # lanes and states of equal settings
+        self.known: dict[tuple[int, ...], list[list[Tensor]]] = {}  # by lanes
 
     @torch.no_grad()
     def take(self, n: int) -> list[Sequence[Tensor]]:
@@ -252,25 +257,35 @@ class Steps:
 
     def update(self, gradients: Tensor) -> None:
         """Update each table by its own optimizer and schedule; equal settings share one call of the kernel."""
-        alike: dict[tuple[Any, ...], list[int]] = {}
-        for i, lane in enumerate(self.lanes):
-            [group] = lane.optimizer.param_groups
-            lane.lr = group["lr"]
-            if lane.optimizer.kept:
-                alike.setdefault((group["lr"], *group["betas"], group["weight_decay"], group["eps"]), []).append(i)
-            else:  # the first step, which creates the averages
-                lane.table.grad = gradients[i]
+        groups = [lane.optimizer.param_groups[0] for lane in self.lanes]
+        settings = [(group["lr"], group["betas"], group["weight_decay"], group["eps"]) for group in groups]
+        for lane, (lr, *_) in zip(self.lanes, settings, strict=True):
+            lane.lr = lr
+        if all(lane.optimizer.kept for lane in self.lanes):
+            self.update_together(gradients, settings)
+        else:  # the first step, which creates the averages
+            for lane, gradient in zip(self.lanes, gradients, strict=True):
+                lane.table.grad = gradient
                 lane.optimizer.step()
                 lane.table.grad = None
-        for (lr, beta1, beta2, weight_decay, eps), members in alike.items():
-            kept = [self.lanes[i].optimizer.kept[0] for i in members]
-            _, parameters, averages, squares, steps = (
-                [part for parts in column for part in parts] for column in zip(*kept, strict=True)
-            )
+        for lane in self.lanes:
+            for scheduler in lane.schedulers:
+                scheduler.step()
+
+    def update_together(self, gradients: Tensor, settings: Sequence[Settings]) -> None:
+        """Call the kernel once for all optimizers of equal settings."""
+        if settings != self.settings:
+            self.settings = settings
+            alike: dict[Settings, list[int]] = {}
+            for i, one in enumerate(settings):
+                alike.setdefault(one, []).append(i)
+            self.alike = [(one, members, self.states(tuple(members))) for one, members in alike.items()]
+        each = gradients.unbind()
+        for (lr, (beta1, beta2), weight_decay, eps), members, (tables, averages, squares, steps) in self.alike:
             add_to_all(steps, 1)
             fused_adamw(
-                parameters,
-                [gradients[i] for i in members],
+                tables,
+                [each[i] for i in members],
                 averages,
                 squares,
                 [],
@@ -283,9 +298,14 @@ class Steps:
                 amsgrad=False,
                 maximize=False,
             )
-        for lane in self.lanes:
-            for scheduler in lane.schedulers:
-                scheduler.step()
+
+    def states(self, members: tuple[int, ...]) -> list[list[Tensor]]:
+        """Return the tables, both averages and the step counters of the optimizers of these lanes."""
+        if members not in self.known:
+            [kept] = zip(*(self.lanes[i].optimizer.kept for i in members), strict=True)
+            columns = [*zip(*kept, strict=True)][1:]
+            self.known[members] = [[part for parts in column for part in parts] for column in columns]
+        return self.known[members]
 
 
 class Outputs:
