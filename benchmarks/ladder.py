@@ -178,7 +178,7 @@ def draw(rungs: list[Rung], file: Path) -> None:
         error = statistics.stdev(rung.losses) if len(rung.losses) > 1 else None
         axes.errorbar(*end, yerr=error, fmt="o", c=color, capsize=3, label=f"{rung.name}: {end[1]:.3f}")
     axes.axhline(QUOTED, ls="--", lw=1, c="black", label=f"nanoGPT's for an A100, as it quotes: {QUOTED}")
-    axes.set(xscale="log", ylim=(1.35, 2.6), xlabel="seconds from start to end", ylabel="val loss, nats per character")
+    axes.set(xscale="log", ylim=(1.3, 2.6), xlabel="seconds from start to end", ylabel="val loss, nats per character")
     axes.legend(fontsize=8)
     figure.savefig(file, dpi=120)
 
