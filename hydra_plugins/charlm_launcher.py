@@ -166,7 +166,7 @@ class LocalLauncher(SweepLauncher):
         n_jobs: Annotated[int, Ge(1)] | Literal["auto"],
         jobs_per_gpu: Annotated[int, Ge(1)] | Literal["auto"],
         timeout: Annotated[float, Gt(0)] | None,
-        pack: Annotated[int, Ge(1)] | Literal["auto"],
+        pack: Annotated[int, Ge(1)] | Literal["auto"] = "auto",
     ):
         self.limits: Any = {"n_jobs": n_jobs, "jobs_per_gpu": jobs_per_gpu, "timeout": timeout}
         self.pack: Any = pack if timeout is None else 1  # the limit is one job's

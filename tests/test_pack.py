@@ -125,7 +125,7 @@ def test_a_job_that_diverges_harms_no_other(sweep, tmp_path):
 
 
 def test_a_job_of_a_stopped_pack_resumes_alone(sweep, begin, train, tmp_path, text_file):
-    """SIGTERM makes every job save at the same step."""
+    """SIGTERM makes every job save where it logs next, or one log later if it comes while others log."""
     assert sweep("whole", "seed=1,2,3", "trainer.max_steps=6000").code == 0
     fixed = ["data=text", f"data.path={text_file}", *SETTINGS, "hydra.launcher.pack=auto", "hydra.launcher.n_jobs=1"]
     process = begin("-m", *fixed, "seed=1,2,3", "trainer.max_steps=6000", "hydra.sweep.dir=s")
@@ -134,7 +134,9 @@ def test_a_job_of_a_stopped_pack_resumes_alone(sweep, begin, train, tmp_path, te
     assert process.end(120).code == 143
     records = [json.loads((job / "run.json").read_text()) for job in jobs_of(tmp_path / "s")]
     assert [record["status"] for record in records] == ["stopped"] * 3
-    assert len({record["step"] for record in records}) == 1
+    steps = [record["step"] for record in records]
+    assert max(steps) - min(steps) <= 40
+    assert max(steps) < 6000
     for seed in (1, 2, 3):
         assert train(f"resume='s/seed={seed}'").code == 0
     check_equal(tmp_path / "s", tmp_path / "whole")
