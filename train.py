@@ -16,7 +16,7 @@ from charlm.errors import one_line_errors, raise_received
 from charlm.home import CONF
 from charlm.preflight.command import check_command
 from charlm.run.record import Run, follows
-from charlm.run.resume import prepare_run, tidy
+from charlm.run.resume import prepare_run, remove_results
 from charlm.run.trust import foreign
 from charlm.sweep.command import sweep
 from charlm.sweep.plan import is_sweep
@@ -77,7 +77,7 @@ def train(cfg: DictConfig, state: Any, run: Run) -> tuple[dict[str, Any], str] |
     run.tell(config, corpus, trainer, steps, initial.sha256 if initial else None)
     if trainer.is_global_zero:
         if state:
-            tidy(Path(cfg.run_dir))
+            remove_results(Path(cfg.run_dir))
         if hasattr(model, "counts") and not begun:
             checkpoint.write_counts(model, Path(cfg.run_dir) / "checkpoints")
         terminal.header(config, data, model, trainer, steps, why_threads)

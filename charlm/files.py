@@ -165,6 +165,13 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], pre
             os.close(folder)
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove what processes that were killed have left half-written, at any depth."""
+    for leftover in contents(folder):
+        if leftover.name.startswith(PARTIAL) and is_regular(leftover):
+            leftover.unlink()
+
+
 def replace(source: str, target: Path) -> None:
     """Rename a file over another. Windows refuses while another process reads that, so try again for a second."""
     for _ in range(20):

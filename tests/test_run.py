@@ -265,11 +265,14 @@ def test_a_run_that_goes_on_in_other_surroundings_says_so(copied, train):
 def test_a_run_that_was_killed_before_its_first_state_can_be_begun_again(copied, train, tmp_path):
     for file in ("results.json", "checkpoints/last.ckpt", "checkpoints/previous.ckpt"):
         (copied / file).unlink(missing_ok=True)
+    for place in (copied, copied / "checkpoints"):
+        (place / ".partial-abc123").write_bytes(b"half")
     ended = train(f"resume={copied}")
     assert ended.code == 2
     assert f"begin it again with rerun={copied}" in ended.err
     assert train(f"rerun={copied}").code == 0
     assert told(copied)["status"] == "finished"
+    assert not [*copied.rglob(".partial-*")]
 
 
 def test_a_second_ctrl_c_stops_at_once(begin, tmp_path, text_file):

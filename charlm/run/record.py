@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import TypedDict
 
 from charlm.errors import DISK_TROUBLE, DiskError, InputError, chain, interrupted, out_of_memory, uninterrupted, warn
-from charlm.files import as_json, read_json, write_atomically, write_json
+from charlm.files import as_json, read_json, remove_partial, write_atomically, write_json
 from charlm.run.folder import claim, is_first
 from charlm.run.results import RESULTS
 from charlm.run.trust import all_references, check_record
@@ -96,6 +96,7 @@ class Run:
         if is_first():
             if not claim(self.folder):
                 raise InputError(f"another process trains in {self.folder} just now: wait for it, or stop it")
+            remove_partial(self.folder)
             self.before = previous(self.folder)
             if self.before:
                 self.record["earlier"] = [*self.before["earlier"], session(self.before)]

@@ -9,7 +9,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from charlm.data.corpora import corpus_of
 from charlm.errors import InputError
-from charlm.files import PARTIAL, contents, is_regular
 from charlm.run.overrides import changes
 from charlm.run.record import previous, read_record
 from charlm.run.results import BLOCKS, RESULTS, whole_results
@@ -143,11 +142,8 @@ def moved(node: Any, old: str, new: str) -> Any:
     return new + node.removeprefix(old) if inside and old else node
 
 
-def tidy(run_dir: Path) -> None:
-    """Remove half-written files of a killed run, and the results of a run that continues beyond its end."""
-    for leftover in contents(run_dir):
-        if leftover.name.startswith(PARTIAL) and is_regular(leftover):
-            leftover.unlink()
+def remove_results(run_dir: Path) -> None:
+    """Remove the results of a run that continues beyond its end."""
     for name in (RESULTS, BLOCKS):
         (run_dir / name).unlink(missing_ok=True)
 

@@ -336,3 +336,11 @@ class Outputs:
     def close(self) -> None:
         for descriptor in self.descriptors.values():
             os.close(descriptor)
+
+    def return_to(self) -> None:
+        """Print and log to there for good, and close the files of the loggers that take its place."""
+        others = [handler for handler in logging.getLogger().handlers if handler not in self.handlers]
+        self.use()
+        self.close()
+        for handler in others:
+            handler.close()

@@ -201,8 +201,7 @@ def be_apart(argv: list[str], cfg: bytes | None, log: str) -> None:
     except BaseException:
         traceback.print_exc()
     finally:
-        outputs.use()
-        outputs.close()
+        outputs.return_to()
         HydraConfig.instance().cfg = hydra
 
 
