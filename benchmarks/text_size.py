@@ -24,8 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from charlm.counts import Counting
-from charlm.data import CharDataModule
-from charlm.data.corpora import CORPORA
+from charlm.data.corpora import CORPORA, load_corpus
 from charlm.model.mixture import Mixture
 from charlm.model.ngram import NGram
 from charlm.tokenizer import ByteTokenizer, CharTokenizer
@@ -44,8 +43,7 @@ LEARNED = {  # settings of what learns, beside those of experiment=cpu_90s
 
 def text_of(name: str) -> str:
     """Return the characters of a file or a corpus."""
-    data = CharDataModule(corpus=name, val_fraction=0.1) if name in CORPORA else CharDataModule(path=name)
-    return data.corpus.text
+    return (load_corpus(name) if name in CORPORA else load_corpus("text", name)).text
 
 
 def seconds_to_count(model: Counting, ids: Tensor) -> float:

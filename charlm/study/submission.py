@@ -23,6 +23,7 @@ from charlm.model import device_of
 from charlm.run.overrides import typed
 from charlm.run.record import RUN_JSON, flat
 from charlm.run.reproduce import reproduce
+from charlm.run.results import whole_results
 from charlm.run.trust import check_run, foreign
 from charlm.study.comparison import Comparison, System, compare
 from charlm.study.notes import ALIKE
@@ -32,7 +33,7 @@ from charlm.study.systems import data_of, system_of
 
 FEWEST_SEEDS = 3
 LEVEL = 0.01  # a record has a p value below it
-TOLERANCE = 1e-4  # nats per character, between results.json and the loss that is computed again, on another device
+TOLERANCE = 1e-4  # relative, between results.json and what is computed again, perhaps on another device
 # Settings of the data that a submission may not change. The splits themselves are compared with the text, too.
 STANDARD = {"val_fraction": VAL_FRACTION, "test_fraction": 0.0, "min_context": 1}
 ON_VAL = {"Best": "callbacks=best", "EarlyStopping": "callbacks=early_stopping"}  # observers that choose on val
@@ -325,10 +326,14 @@ def measure(run: Run, device: str, tracked: Tracked) -> Measured:
         failures.append("the splits are not the first 90% of the text for train, and the rest for val")
     blocks = Blocks(data.splits["val"], data.sizes)
     with tracked(f"evaluating {run.name}") as report:
-        loss = evaluate(loaded.model, data.windows("val", device_of(loaded.model)), report, blocks).nats_per_char
-    claimed = run.figures.get("val/loss")
-    if claimed is not None and not abs(claimed - loss) <= TOLERANCE:
-        failures.append(f"{run.name}: results.json has a val loss of {claimed:.4f}, and its checkpoint has {loss:.4f}")
+        score = evaluate(loaded.model, data.windows("val", device_of(loaded.model)), report, blocks)
+    tokens = data.batch_size * data.block_size * loaded.config["trainer"]["accumulate_grad_batches"]
+    tokens *= loaded.step * run.record["environment"].get("processes", 1)
+    true = score.figures("val") | {"parameters": parameters, "train/tokens": tokens}
+    claimed: Any = whole_results(Path(run.folder)) or {}
+    for name, value in true.items():
+        if claimed.get(name) is None or not math.isclose(claimed[name], value, rel_tol=TOLERANCE):
+            failures.append(f"{run.name}: results.json has {name}={claimed.get(name)}, and its checkpoint has {value}")
     failures += [f"{run.name}: {one.name}: {one.failure}" for one in certify(loaded.model, data) if one.failure]
     return Measured(parameters, data.block_size, blocks.summed(), tuple(failures))
 
