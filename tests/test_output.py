@@ -143,7 +143,7 @@ def test_a_sweep_whose_pipe_closes_stops_and_resume_finishes_it(tmp_path, train,
             except BlockingIOError:
                 break
     os.set_blocking(writer.fileno(), True)
-    jobs = ["seed=1,2,3", "hydra.launcher.n_jobs=1", "hydra.sweep.dir=sweep"]
+    jobs = ["seed=1,2,3", "hydra.launcher.n_jobs=1", "hydra.launcher.pack=1", "hydra.sweep.dir=sweep"]
     with started([TRAIN, "-m", *TINY, f"data.path={text_file}", *jobs], tmp_path, writer) as process:
         writer.close()
         first = tmp_path / "sweep" / "seed=1" / RESULTS
