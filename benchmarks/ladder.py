@@ -34,6 +34,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 from torch import nn
 
@@ -286,7 +287,7 @@ def main() -> None:
     if args.png:
         parser.error("--png draws one text: leave out --split plays")
     folds = args.folds or [*range(1, len(PLAYS) + 1)]
-    found = [measure(args, fold) for fold in folds]
+    found = [measure(args, fold) for fold in track(folds, "plays", console=Console(stderr=True))]
     Console(width=max(140, Console().width)).print(table_of(found, over_folds), by_play(found, folds))
 
 
