@@ -166,10 +166,10 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object], pre
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what processes that were killed have left half-written, at any depth."""
-    for leftover in contents(folder):
-        if leftover.name.startswith(PARTIAL) and is_regular(leftover):
-            leftover.unlink()
+    """Remove what processes that were killed have left half-written in a folder, but not in the folders below it."""
+    for leftover in folder.glob(f"{PARTIAL}*"):
+        if is_regular(leftover):
+            leftover.unlink(missing_ok=True)
 
 
 def replace(source: str, target: Path) -> None:

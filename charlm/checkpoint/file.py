@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from charlm.checkpoint import archive
 from charlm.checkpoint.content import check_content
 from charlm.errors import InputError, warn
-from charlm.files import PARTIAL, check_kind, write_atomically
+from charlm.files import check_kind, remove_partial, write_atomically
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"  # two generations: damage to one file costs the steps between them
 BEST = "best.ckpt"
@@ -91,7 +91,6 @@ def write(content: dict[str, Any], path: Path) -> None:
         OSError: if it cannot be written; the old file is then untouched.
     """
     path.parent.mkdir(exist_ok=True)  # not its parents: fail if the user has removed the run folder
-    for stray in path.parent.glob(f"{PARTIAL}*"):  # left by a process that was killed while it wrote
-        stray.unlink(missing_ok=True)
+    remove_partial(path.parent)
     previous = path.with_name(PREVIOUS) if path.name == LAST else None
     write_atomically(path, partial(archive.dump, content), previous)

@@ -96,7 +96,8 @@ class Run:
         if is_first():
             if not claim(self.folder):
                 raise InputError(f"another process trains in {self.folder} just now: wait for it, or stop it")
-            remove_partial(self.folder)
+            for place in ("", "checkpoints", ".hydra"):  # a run that this folder holds below may be at work
+                remove_partial(self.folder / place)
             self.before = previous(self.folder)
             if self.before:
                 self.record["earlier"] = [*self.before["earlier"], session(self.before)]
