@@ -1,6 +1,6 @@
 """The budget of a run: optimizer steps, tokens or time, whichever is spent first."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
@@ -80,6 +80,13 @@ def within_tokens(max_steps: int, max_tokens: int | None, tokens_per_step: int) 
         return max_steps
     steps = -(-max_tokens // tokens_per_step)
     return max_steps if 0 < max_steps <= steps else steps
+
+
+def tokens_of_step(config: Mapping[str, Any], processes: int) -> int:
+    """Return how many tokens one step of an optimizer sees, by the settings of a run, in all its processes."""
+    data = config["data"]
+    tokens: int = data["batch_size"] * data["block_size"] * config["trainer"]["accumulate_grad_batches"]
+    return tokens * processes
 
 
 def limit_tokens(trainer: "L.Trainer", max_tokens: int | None, tokens_per_batch: int) -> None:

@@ -98,6 +98,17 @@ def test_an_altered_figure_is_not_that_of_the_checkpoint(name, copied, submit):
     assert f"seed=2: results.json has {name}={changed}, and its checkpoint has " in line
 
 
+def test_what_is_no_number_is_refused_as_well(copied, submit):
+    record, file = copied / "seed=1" / "run.json", copied / "seed=2" / "results.json"
+    told = json.loads(record.read_text())
+    told["environment"]["processes"] = "many"
+    record.write_text(json.dumps(told))
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"val/bits_per_byte": "low"}))
+    lines = refusals(submit(copied))
+    assert any("seed=2: results.json has val/bits_per_byte=low, and its checkpoint has " in line for line in lines)
+    assert any("does not record how many processes" in line for line in lines)
+
+
 def test_each_broken_rule_of_a_run_is_a_line(runs, submit):
     lines = refusals(submit(runs / "bad"))
     starts = [

@@ -24,7 +24,7 @@ from hydra.core.utils import JobRuntime, run_job, setup_globals
 from hydra.types import HydraContext
 from omegaconf import DictConfig
 
-from charlm.budget import steps_of, within_tokens
+from charlm.budget import steps_of, tokens_of_step, within_tokens
 from charlm.files import is_regular
 from charlm.internals.hydra import job_callbacks
 from charlm.preflight.command_line import options
@@ -70,7 +70,7 @@ class Job:
         kind: Callable[[bool], str | None] = lambda on_gpu: None,
     ) -> "Job":
         """Return the job of a config, which is also given as plain types, on a machine with `gpus`."""
-        trainer, data = plain["trainer"], plain["data"]
+        trainer = plain["trainer"]
         gpus = gpus if trainer["accelerator"] in ("auto", "gpu", "cuda") else 0
         devices = trainer["devices"]
         if isinstance(devices, str) and devices != "auto":
@@ -78,7 +78,7 @@ class Job:
         several = {"auto": 1, -1: gpus or 1}
         processes = len(devices) if isinstance(devices, list) else several.get(devices, devices)
         steps = steps_of(trainer["max_steps"], plain["max_tokens"], trainer["max_time"])
-        tokens = data["batch_size"] * data["block_size"] * trainer["accumulate_grad_batches"] * processes
+        tokens = tokens_of_step(plain, processes)
         steps = within_tokens(steps, plain["max_tokens"], tokens)
         cost = tokens if plain["max_tokens"] else 1
         on_gpu = gpus > 0
