@@ -132,7 +132,8 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
     again = f"the rest: {COMMAND} resume={terminal.quote(sweep_dir)}{elsewhere}"
     done = sum(outcome(row["status"]) in ("finished", "pruned") for row in ranked)
     if stopped:
-        stop(f"{why}stopped with {done} of {source.total} jobs done; {again}", stopped)
+        left_to_do = f"; {again}" if done < source.total else ""
+        stop(f"{why}stopped with {done} of {source.total} jobs done{left_to_do}", stopped)
     if done < source.total:
         why = f"see {LOG} in their folders under {terminal.quote(sweep_dir)}"
         stop(f"{source.total - done} of {source.total} jobs failed; {why}; {again}", 1)
