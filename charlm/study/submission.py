@@ -49,9 +49,10 @@ class BudgetClass(NamedTuple):
     """A class of the table: an upper limit on what each run may take.
 
     Args:
-        seconds: from start to end or, with `training_only`, of training.
-        cores: of a CPU, without a GPU; None: one GPU.
-        parameters, tokens: of the model, and trained on.
+        seconds: that a run takes from its start to its end; with `training_only`, that its training takes.
+        cores: of the CPU, where a run has no GPU; None: a run has one GPU.
+        parameters: that the model has.
+        tokens: that it was trained on.
     """
 
     title: str

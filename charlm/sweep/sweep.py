@@ -129,12 +129,11 @@ def run_jobs(source: Source, ledger: Ledger, sweep_dir: Path, pool: Pool | Engin
     alone = ["hydra.mode=RUN"] if is_sweep(best) else []  # and not the whole study again
     terminal.sweep_summary(sweep_dir, ranked, source.swept, [*options(sys.argv), *best, *alone] if best else [])
     elsewhere = f" hydra/launcher={ledger.content['launcher']}" * (ledger.content["launcher"] != "local")
-    again = f"the rest: {COMMAND} resume={terminal.quote(sweep_dir)}{elsewhere}"
     done = sum(outcome(row["status"]) in ("finished", "pruned") for row in ranked)
+    again = f"; the rest: {COMMAND} resume={terminal.quote(sweep_dir)}{elsewhere}" * (done < source.total)
     if stopped:
-        left_to_do = f"; {again}" if done < source.total else ""
-        stop(f"{why}stopped with {done} of {source.total} jobs done{left_to_do}", stopped)
+        stop(f"{why}stopped with {done} of {source.total} jobs done{again}", stopped)
     if done < source.total:
         why = f"see {LOG} in their folders under {terminal.quote(sweep_dir)}"
-        stop(f"{source.total - done} of {source.total} jobs failed; {why}; {again}", 1)
+        stop(f"{source.total - done} of {source.total} jobs failed; {why}{again}", 1)
     return rows
