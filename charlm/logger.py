@@ -97,8 +97,10 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Lightning's also writes a hparams.yaml, which would repeat .hydra/config.yaml."""
-        self.experiment.flush()
+        """Do nothing. Lightning calls this whenever it logs, and would write a hparams.yaml, as .hydra/config.yaml is.
+
+        What was logged reaches the file after SECONDS_BETWEEN_WRITES, and at each checkpoint and at the end.
+        """
 
     @rank_zero_only
     def finalize(self, status: str) -> None:

@@ -1,6 +1,7 @@
 """Heat map of next-character probabilities: the model's next to the counted ones."""
 
 import io
+from functools import cache
 from typing import Annotated
 
 import lightning as L
@@ -48,7 +49,7 @@ class BigramTable(DashboardCallback):
         if self.frame is None:
             data = trainer.datamodule  # type: ignore[attr-defined]
             self.shown, counted = table_of(data.pairs("train"), data.tokenizer.vocab_size, self.most_characters)
-            self.frame = draw_frame([*data.tokenizer.decode(self.shown)], ["learned", "counted in the training text"])
+            self.frame = frame_of(data.tokenizer.decode(self.shown)).copy()
             paste(self.frame, counted, 1)
         idx = self.shown.to(device_of(model))
         logits = model(idx[:, None])[:, -1]  # (n, V)
@@ -65,6 +66,12 @@ def table_of(pairs: Pairs, vocab_size: int, most: int) -> tuple[Tensor, Tensor]:
     place = torch.full((vocab_size,), n).index_copy_(0, shown, torch.arange(n))  # n: not shown
     among = torch.bincount(place[first] * (n + 1) + place[second], counts, (n + 1) ** 2).view(n + 1, n + 1)[:n, :n]
     return shown, (among / frequency[shown].clamp_min(1)[:, None]).float()
+
+
+@cache
+def frame_of(labels: str) -> Image.Image:
+    """Draw the frame of a run, once for all runs of a process with the same characters."""
+    return draw_frame([*labels], ["learned", "counted in the training text"])
 
 
 def draw_frame(labels: list[str], titles: list[str], caption: str = CAPTION) -> Image.Image:
