@@ -11,7 +11,9 @@ checkpoints, samples and record; the launcher adds the time in which a worker ha
     python benchmarks/sweep.py --packs
 
 The 48 default bigrams that differ in their seed, of 5,000 steps each: trained together in one process per core
-(hydra.launcher.pack=auto), and each in a process of its own.
+(hydra.launcher.pack=auto), and each in a process of its own. With --pack and overrides, other jobs, as in
+
+    python benchmarks/sweep.py --packs --pack 16 model=gpt model.n_layer=2 model.n_embd=64 trainer=gpu
 """
 
 import argparse
@@ -71,17 +73,16 @@ class Memory(threading.Thread):
             return 0  # it has ended
 
 
-def packs(rounds: int, console: Console) -> None:
+def packs(rounds: int, console: Console, jobs: int, size: str, overrides: list[str]) -> None:
     """Compare packed sweeps with sweeps of one job per process."""
-    jobs = 48
-    seconds: dict[str, list[float]] = {"1": [], "auto": []}
+    seconds: dict[str, list[float]] = {"1": [], size: []}
     losses: dict[str, dict[str, float]] = {}
-    memory: dict[str, int] = {"1": 0, "auto": 0}
+    memory: dict[str, int] = {"1": 0, size: 0}
     with tempfile.TemporaryDirectory(dir=".") as folder:
         for number in track(range(rounds), "rounds", console=console, transient=True):
             for pack, times in seconds.items():
                 sweep_dir = Path(folder, f"{number}_{pack}")
-                command = [sys.executable, str(TRAIN), "-m", f"seed=range(1,{jobs + 1})", "trainer=cpu"]
+                command = [sys.executable, str(TRAIN), "-m", f"seed=range(1,{jobs + 1})", *overrides]
                 watch = Memory()
                 watch.start()
                 times.append(timed([*command, f"hydra.launcher.pack={pack}", f"hydra.sweep.dir={sweep_dir}"]))
@@ -95,8 +96,8 @@ def packs(rounds: int, console: Console) -> None:
         told = [f"{value:.1f}" for value in (median, min(times), max(times), 60 * jobs / median)]
         table.add_row(f"pack={pack}", *told, f"{memory[pack] / 1e6:,.0f}")
     console.print(table)
-    ratios = [alone / packed for alone, packed in zip(seconds["1"], seconds["auto"], strict=True)]
-    differences = [abs(loss - losses["auto"][seed]) for seed, loss in losses["1"].items()]
+    ratios = [alone / packed for alone, packed in zip(seconds["1"], seconds[size], strict=True)]
+    differences = [abs(loss - losses[size][seed]) for seed, loss in losses["1"].items()]
     console.print(
         f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times as many jobs per minute"
     )
@@ -109,9 +110,12 @@ def main() -> None:
     what.add_argument("--lecture", type=Path, help="the folder of a clone")
     what.add_argument("--packs", action="store_true", help="compare packed sweeps with others")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=48, help="of --packs")
+    parser.add_argument("--pack", default="auto", help="hydra.launcher.pack of the packed sweep")
+    parser.add_argument("overrides", nargs="*", default=["trainer=cpu"], help="of both sweeps of --packs")
     args = parser.parse_args()
     if args.packs:
-        packs(args.rounds, Console())
+        packs(args.rounds, Console(), args.jobs, args.pack, args.overrides)
         return
     corpus, console = (args.lecture / "input.txt").absolute(), Console()
     n_jobs = {SWEEP: len(os.sched_getaffinity(0)), ONE: 1}

@@ -36,6 +36,7 @@ class SweepLauncher(Launcher):
     """Keeps the ledger of a sweep, and runs its jobs on a pool or an engine."""
 
     cautions: Sequence[str] = ()  # that were printed: a search checks again and again
+    pack: int | Literal["auto"] = 1  # jobs in a process
 
     @abstractmethod
     def pool(self, gpus: int) -> "Pool | Engine": ...
@@ -132,7 +133,7 @@ class SweepLauncher(Launcher):
         fingerprint = hashlib.sha256(itself.encode()).hexdigest()
         folder = self.sweep_dir / place(fingerprint, cfg.hydra.sweep.subdir)
         cfg.hydra.run.dir = str(folder)
-        kind = partial(kind_of, run, chdir=bool(cfg.hydra.job.chdir))
+        kind = partial(kind_of, run, chdir=bool(cfg.hydra.job.chdir), rounding=self.pack != "auto")
         return run, partial(
             Job.of, overrides, folder, fingerprint, run, pickle.dumps(cfg), self.settings(cfg), kind=kind
         )
@@ -169,14 +170,12 @@ class LocalLauncher(SweepLauncher):
         pack: Annotated[int, Ge(1)] | Literal["auto"] = "auto",
     ):
         self.limits: Any = {"n_jobs": n_jobs, "jobs_per_gpu": jobs_per_gpu, "timeout": timeout}
-        self.pack: Any = pack if timeout is None else 1  # the limit is one job's
+        self.pack = pack if timeout is None else 1  # the limit is one job's
 
     def packed(self, jobs: "Sequence[Job]") -> "Sequence[Job]":
         from charlm.sweep.packing import packed
-        from charlm.system import posix
 
-        n_jobs = self.limits["n_jobs"]
-        return packed(jobs, self.pack, posix.cores() if n_jobs == "auto" else n_jobs)
+        return packed(jobs, self.pack, self.limits["n_jobs"])
 
     def pool(self, gpus: int) -> "Pool":
         from charlm.sweep import Pool

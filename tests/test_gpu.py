@@ -68,6 +68,18 @@ def test_compiled_training_reaches_the_same_loss(on_gpu, model):
     assert losses[1:] == pytest.approx([losses[0]] * (len(ways) - 1), abs=1e-3)
 
 
+def test_gpts_train_together_on_a_gpu(train, tmp_path, text_file):
+    fixed = ["data=text", f"data.path={text_file}", "trainer=gpu", "trainer.precision=32-true", "trainer.max_steps=60"]
+    shape = ["model=gpt", "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "data.block_size=8", "seed=1,2,3"]
+    for size in (1, 3):
+        place = [f"hydra.launcher.pack={size}", f"hydra.sweep.dir={size}"]
+        assert train("-m", *fixed, *shape, *place, timeout=280, CUDA_VISIBLE_DEVICES=GPUS).code == 0
+    records = [json.loads((tmp_path / "3" / f"seed={seed}" / "run.json").read_text()) for seed in (1, 2, 3)]
+    assert len({record["process"]["pid"] for record in records}) == 1
+    for seed in (1, 2, 3):
+        assert largest_difference(tmp_path / "1" / f"seed={seed}", tmp_path / "3" / f"seed={seed}") < 1e-3
+
+
 def test_text_written_on_a_gpu_is_repeatable(on_gpu, charlm):
     folder = on_gpu("a", "model=gpt")
     texts = [

@@ -11,15 +11,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hydra import compose, initialize_config_dir
+from lightning import Trainer
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from charlm import checkpoint
+from charlm.evaluate import mean_loss
+from charlm.model.gpt import GPT
+from charlm.module import LanguageModel
 from charlm.run.results import read_validations
+from charlm.speed.stacked_gpt import StackedGradient
 from charlm.sweep import Job
-from charlm.sweep.packing import kind_of, packed
+from charlm.sweep.packing import kind_of, packed, share
+from charlm.system import posix
 from tests.conftest import ROOT, Process
 from tests.test_forkserver import until
 from tests.test_resume import same
@@ -103,6 +111,68 @@ def test_a_packed_sweep_leaves_what_its_jobs_leave_alone(sweep, tmp_path):
         assert log.count("What to type next") == 1
         assert f"seed {json.loads((job / 'run.json').read_text())['seed']}" in log
         assert not (job / "train.log").read_text().count("Error")
+
+
+def test_gpts_in_a_pack_are_what_they_are_alone_but_for_rounding(sweep, tmp_path):
+    shape = ["model=gpt", "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "data.block_size=8"]
+    settings = ["trainer.max_steps=130", "trainer.gradient_clip_val=0.5", "scheduler=warmup_cosine", "model.bias=true"]
+    jobs = [*shape, *settings, "seed=1,2", "optimizer.lr=3e-3,1e9", "optimizer.weight_decay=0.1"]
+    packed, alone = sweep("packed", *jobs, "hydra.launcher.n_jobs=1", pack=4), sweep("alone", *jobs, pack=1)
+    assert packed.code == alone.code == 1  # lr=1e9 diverges
+    together, apart = jobs_of(tmp_path / "packed"), jobs_of(tmp_path / "alone")
+    assert len({process_of(job) for job in together}) == 1
+    assert len({process_of(job) for job in apart}) == 4
+    for one, other in zip(together, apart, strict=True):
+        records = [json.loads((job / "run.json").read_text()) for job in (one, other)]
+        if one.name.endswith("=1000000000.0"):
+            assert [record["status"] for record in records] == ["failed"] * 2
+            assert [record["reason"].partition(":")[0] for record in records] == ["training diverged"] * 2
+            continue
+        assert [record["status"] for record in records] == ["finished"] * 2
+        losses = [np.fromfile(job / "losses.f32", np.float32) for job in (one, other)]
+        assert len(losses[0]) == len(losses[1]) == 130
+        np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)
+        assert losses[0][-10:].mean() < losses[0][:10].mean() - 0.3
+        validations = [read_validations(job) for job in (one, other)]
+        assert [v[0] for v in validations[0]] == [v[0] for v in validations[1]] == [90]
+        found, wanted = story(one), story(other)
+        assert found["files"] == wanted["files"]
+        for name, value in wanted["results"].items():
+            near = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+            assert found["results"][name] == near, name
+        for tag, points in wanted["scalars"].items():
+            np.testing.assert_allclose(found["scalars"][tag], points, rtol=1e-4, atol=1e-4, err_msg=tag)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("settings", [{}, {"bias": True}, {"activation": "gelu_tanh", "n_layer": 3}])
+def test_a_stacked_gpt_is_each_of_its_gpts(settings, precision):
+    torch.manual_seed(1)
+    models = [
+        GPT(**{"vocab_size": 11, "block_size": 7, "n_layer": 1, "n_head": 2, "n_embd": 6} | settings) for _ in "abc"
+    ]
+    for model in models:
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter)  # gains and biases too
+    weights = {
+        name: torch.stack([dict(m.named_parameters())[name].data for m in models])
+        for name, _ in models[0].named_parameters()
+    }
+    trainer = Trainer(accelerator="cpu", precision=precision, gradient_clip_val=3.0, logger=False)
+    x, y = torch.randint(11, (2, 3, 4, 5))  # (R, B, T) each
+    gradients, losses = StackedGradient(trainer, LanguageModel(models[0]), weights)(x, y)
+    for r, model in enumerate(models):
+        with trainer.precision_plugin.train_step_context():
+            loss = mean_loss(model, x[r], y[r])
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        assert norm > 3
+        rtol, atol = (1e-4, 1e-5) if precision == "32-true" else (0.05, 0.02)
+        torch.testing.assert_close(losses[r], loss.detach(), rtol=rtol, atol=atol)
+        for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+            assert parameter.grad is not None
+            assert torch.allclose(gradient[r], parameter.grad, rtol, atol), name
+            assert gradient.is_contiguous()  # the fused kernel of AdamW would take its numbers in another order
 
 
 def test_a_job_that_diverges_harms_no_other(sweep, tmp_path):
@@ -203,9 +273,31 @@ def test_only_what_a_pack_knows_trains_together(overrides, packs, tmp_path):
         cfg = compose("train", [*overrides, f"run_dir={tmp_path}"])
         other = compose("train", [*overrides, "run_dir=elsewhere", "seed=2", "optimizer.lr=0.5"])
     plain: list[Any] = [OmegaConf.to_container(c, resolve=True) for c in (cfg, other)]
-    kinds = [kind_of(run, on_gpu=False, chdir=False) for run in plain]
+    kinds = [kind_of(run, on_gpu=False, chdir=False, rounding=False) for run in plain]
     assert [kind is not None for kind in kinds] == [packs, packs]
     assert kinds[0] == kinds[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "packs"),
+    [
+        ([], True),
+        (["trainer.gradient_clip_val=1.0", "data.block_size=16"], True),
+        (["trainer.precision=bf16-mixed"], True),
+        (["trainer.precision=16-mixed"], False),
+        (["model.dropout=0.1"], False),
+        (["model.checkpointing=true"], False),
+        (["model=transformerpp"], False),
+        (["compile=true"], False),
+    ],
+)
+def test_gpts_train_together_where_rounding_may_differ(overrides, packs, tmp_path):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose("train", ["model=gpt", *overrides, f"run_dir={tmp_path}"])
+    run: Any = OmegaConf.to_container(cfg, resolve=True)
+    kinds = [kind_of(run, on_gpu, chdir=False, rounding=True) for on_gpu in (False, True)]
+    assert [kind is not None for kind in kinds] == [packs, packs]
+    assert kind_of(run, on_gpu=True, chdir=False, rounding=False) is None
 
 
 def test_jobs_are_shared_out_evenly(tmp_path):
@@ -220,3 +312,9 @@ def test_jobs_are_shared_out_evenly(tmp_path):
     (tmp_path / "1" / "checkpoints" / "last.ckpt").touch()
     found = [[first.name, *(other.name for other in first.others)] for first in packed(jobs, 3, 2)]
     assert found == [["0", "2", "3"], ["4"], ["1"], ["5"], ["6", "7"]]
+
+
+def test_two_packs_share_a_core_if_there_are_jobs_enough(monkeypatch):
+    monkeypatch.setattr(posix, "cores", lambda: 2)
+    assert [share(jobs, "auto") for jobs in (1, 4, 14, 16, 48)] == [1, 2, 7, 4, 12]
+    assert [share(jobs, 2) for jobs in (1, 4, 14, 16, 48)] == [1, 2, 7, 8, 24]

@@ -1,10 +1,10 @@
-"""Several runs of one shape trained together: one step computes the gradients of all tables at once.
+"""Several runs of one shape trained together: one step computes the gradients of all of them at once.
 
 Each run keeps its own Trainer, callbacks, loggers and folder. Lightning's loop of one run is entered within that of
 the run before; the innermost takes the steps of all. After each step that Lightning would take itself, every run does
 what its own loop would do then: it calls the hooks, logs, validates and saves.
 
-All of it is bitwise equal to running alone (tests/test_pack.py).
+For bigrams all of it is bitwise equal to running alone, and for GPTs within rounding (tests/test_pack.py).
 """
 
 import logging
@@ -19,21 +19,19 @@ from torch import Tensor
 
 from charlm.callbacks import Attention, BigramTable, Checkpoint, Progress, Recorder, Samples
 from charlm.callbacks.at_steps import AtSteps
-from charlm.data.chunks import BATCHES_PER_DRAW, RandomChunks, gather_chunks
+from charlm.data.chunks import RandomChunks
 from charlm.internals.lightning import count_own_step, count_steps, fetcher_of, step_metrics
-from charlm.internals.torch import add_to_all, fused_adamw, log_softmax_backward
 from charlm.logger import CSV, TensorBoard
 from charlm.module import Batch, LanguageModel
 from charlm.optimizer.adamw import AdamW
 from charlm.speed.grouped_steps import MOST_STEPS, GroupedSteps, steps_before_due
+from charlm.speed.packed_steps import Steps
+from charlm.speed.stacked_gpt import stacks
 from charlm.speed.table_gradient import table_gradient
 
 # A pack knows what these do between two steps. With any other, a run trains alone.
 CALLBACKS = {Attention, BigramTable, Checkpoint, Progress, Recorder, Samples, GroupedSteps}
 LOGGERS = {CSV, TensorBoard}
-TOKENS_AT_ONCE = 65_536  # of all runs, which are gathered together
-
-Settings = tuple[Any, ...]  # of an optimizer: lr, betas, weight_decay, eps
 
 
 class Pack:
@@ -104,19 +102,24 @@ class Pack:
 
 
 def fits(trainer: Any, module: LanguageModel) -> bool:
-    """Return whether a run is a bigram on a CPU, and has nothing that a pack does not know."""
-    loader = trainer.train_dataloader
+    """Return whether a run is a bigram on a CPU or a GPT, and has nothing that a pack does not know."""
     kinds = {type(c) for c in trainer.callbacks}
-    fresh = trainer.global_step == 0 and trainer.max_steps > 0 and trainer.gradient_clip_val is None
     return bool(
         Recorder in kinds <= CALLBACKS
         and {type(logger) for logger in trainer.loggers} <= LOGGERS
-        and type(loader) is RandomChunks
+        and type(trainer.train_dataloader) is RandomChunks
         and [type(optimizer) for optimizer in trainer.optimizers] == [AdamW]
-        and fresh
-        and module.device.type == "cpu"
-        and table_gradient(trainer, module, loader.batch_size * loader.block_size)
+        and trainer.global_step == 0
+        and trainer.max_steps > 0
+        and (is_table(trainer, module) or stacks(trainer, module))
     )
+
+
+def is_table(trainer: Any, module: LanguageModel) -> bool:
+    """Return whether a run trains a bigram on a CPU, whose steps in a pack are bitwise what they are alone."""
+    loader = trainer.train_dataloader
+    simple = module.device.type == "cpu" and trainer.gradient_clip_val is None
+    return simple and table_gradient(trainer, module, loader.batch_size * loader.block_size) is not None
 
 
 class Lane:
@@ -130,7 +133,10 @@ class Lane:
         self.trainer, self.module = trainer, module
         self.loader: RandomChunks = trainer.train_dataloader
         self.optimizer: AdamW = trainer.optimizers[0]
-        self.table: torch.nn.Parameter = self.optimizer.param_groups[0]["params"][0]
+        self.is_table = is_table(trainer, module)
+        speed = next(c for c in trainer.callbacks if isinstance(c, GroupedSteps))
+        group = speed.group(module.model, self.loader.batch_size * self.loader.block_size, module.device)
+        self.most = MOST_STEPS if group.unmeasured else group.most  # steps between two calls of hooks
         self.schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.interval == "step"]
         self.recorder: Recorder = next(c for c in trainer.callbacks if isinstance(c, Recorder))
         self.outputs = Outputs()
@@ -141,10 +147,19 @@ class Lane:
         self.taken: tuple[Sequence[Tensor], Batch]
 
     def like(self, other: "Lane") -> bool:
-        """Return whether both see batches of one size, of one text."""
-        mine, theirs = self.loader, other.loader
-        shapes = [(loader.batch_size, loader.block_size) for loader in (mine, theirs)]
-        return shapes[0] == shapes[1] and self.table.shape == other.table.shape and torch.equal(mine.ids, theirs.ids)
+        """Return whether both have one shape, and see batches of one size, of one text."""
+        shapes = [
+            (
+                lane.loader.batch_size,
+                lane.loader.block_size,
+                lane.is_table,
+                lane.trainer.precision,
+                lane.trainer.gradient_clip_val,
+                {name: parameter.shape for name, parameter in lane.module.model.named_parameters()},
+            )
+            for lane in (self, other)
+        ]
+        return shapes[0] == shapes[1] and torch.equal(self.loader.ids, other.loader.ids)
 
     @contextmanager
     def responsible(self) -> Iterator[None]:
@@ -171,7 +186,7 @@ class Lane:
             loop.reset()
             loop.on_run_start(fetcher)
             while not loop.done:
-                yield steps_before_due(self.trainer, MOST_STEPS) + 1
+                yield steps_before_due(self.trainer, self.most) + 1
                 self.advance_batch(*self.taken)
                 loop.on_advance_end(fetcher)  # validates if that is due
                 loop.on_iteration_done()
@@ -199,113 +214,6 @@ class Lane:
             for callback in trainer.callbacks:
                 callback.on_train_batch_end(trainer, module, outputs, batch, 0)
             module.on_train_batch_end(outputs, batch, 0)
-
-
-class Steps:
-    """The steps of several runs: one call per operation for the gradients of all tables.
-
-    Shape legend: R runs, V symbols, B chunks in a batch, T = block_size.
-    """
-
-    def __init__(self, lanes: Sequence[Lane]):
-        self.lanes, loader = lanes, lanes[0].loader
-        self.tables = torch.stack([lane.table.data for lane in lanes])  # (R, V, V)
-        for lane, table in zip(lanes, self.tables, strict=True):
-            lane.table.data = table  # a view, so that everything sees the newest weights
-        R, V, _ = self.tables.shape
-        tokens = loader.batch_size * loader.block_size
-        self.together = max(1, TOKENS_AT_ONCE // (R * tokens))  # steps whose batches are gathered together
-        self.count = torch.tensor(tokens)
-        self.of_pairs = (-torch.ones(()) / self.count).expand(R * tokens)
-        self.first_pair = (torch.arange(R) * V * V)[:, None]
-        self.k = lanes[0].trainer.fit_loop.epoch_loop.batch_progress.total.ready
-        self.batch: Batch  # of all runs, (R, B, T) each
-        self.settings: Sequence[Settings] = ()  # of the optimizers, at the newest step
-        self.alike: list[tuple[Settings, list[int], list[list[Tensor]]]] = []  # lanes and states of equal settings
-        self.known: dict[tuple[int, ...], list[list[Tensor]]] = {}  # by lanes
-
-    @torch.no_grad()
-    def take(self, n: int) -> list[Sequence[Tensor]]:
-        """Take n steps, and return their losses for each run."""
-        losses = [self.step(x, y) for x, y in self.batches(n)]  # (R,) each
-        return [of_run.unbind() for of_run in torch.stack(losses, 1)]
-
-    def newest(self) -> list[Batch]:
-        """Return the newest batch of each run, (B, T) each."""
-        return [*zip(*self.batch, strict=True)]
-
-    def batches(self, n: int) -> Iterator[Batch]:
-        """Return the next n batches of all runs, (R, B, T) each."""
-        end, loader = self.k + n, self.lanes[0].loader
-        while self.k < end:
-            draw, row = divmod(self.k, BATCHES_PER_DRAW)
-            m = min(self.together, end - self.k, BATCHES_PER_DRAW - row)
-            starts = torch.stack([lane.loader.draw(draw)[row : row + m] for lane in self.lanes], 1)  # (m, R, B)
-            xs, ys = gather_chunks(loader.ids, starts, loader.block_size)
-            for self.batch in zip(xs, ys, strict=True):
-                yield self.batch
-            self.k += m
-
-    def step(self, x: Tensor, y: Tensor) -> Tensor:
-        """Take a step on x, y (R, B, T) -> losses (R,); see `charlm.speed.table_gradient`."""
-        R, V, _ = self.tables.shape
-        log_p = self.tables.log_softmax(-1)  # (R, V, V)
-        pairs = torch.add(y, x, alpha=V).view(R, -1) + self.first_pair  # (R, B * T)
-        of_log_p = log_p.new_zeros(log_p.numel()).scatter_add_(0, pairs.view(-1), self.of_pairs).view_as(log_p)
-        self.update(log_softmax_backward(of_log_p, log_p, torch.float32))
-        return log_p.take(pairs).neg_().sum(1) / self.count
-
-    def update(self, gradients: Tensor) -> None:
-        """Update each table by its own optimizer and schedule; equal settings share one call of the kernel."""
-        groups = [lane.optimizer.param_groups[0] for lane in self.lanes]
-        settings = [(group["lr"], group["betas"], group["weight_decay"], group["eps"]) for group in groups]
-        for lane, (lr, *_) in zip(self.lanes, settings, strict=True):
-            lane.lr = lr
-        if all(lane.optimizer.kept for lane in self.lanes):
-            self.update_together(gradients, settings)
-        else:  # the first step, which creates the averages
-            for lane, gradient in zip(self.lanes, gradients, strict=True):
-                lane.table.grad = gradient
-                lane.optimizer.step()
-                lane.table.grad = None
-        for lane in self.lanes:
-            for scheduler in lane.schedulers:
-                scheduler.step()
-
-    def update_together(self, gradients: Tensor, settings: Sequence[Settings]) -> None:
-        """Call the kernel once for all optimizers of equal settings."""
-        if settings != self.settings:
-            self.settings = settings
-            alike: dict[Settings, list[int]] = {}
-            for i, one in enumerate(settings):
-                alike.setdefault(one, []).append(i)
-            self.alike = [(one, members, self.states(tuple(members))) for one, members in alike.items()]
-        each = gradients.unbind()
-        for (lr, (beta1, beta2), weight_decay, eps), members, (tables, averages, squares, steps) in self.alike:
-            add_to_all(steps, 1)
-            fused_adamw(
-                tables,
-                [each[i] for i in members],
-                averages,
-                squares,
-                [],
-                steps,
-                lr=lr,
-                beta1=beta1,
-                beta2=beta2,
-                weight_decay=weight_decay,
-                eps=eps,
-                amsgrad=False,
-                maximize=False,
-            )
-
-    def states(self, members: tuple[int, ...]) -> list[list[Tensor]]:
-        """Return the tables, both averages and the step counters of the optimizers of these lanes."""
-        if members not in self.known:
-            [kept] = zip(*(self.lanes[i].optimizer.kept for i in members), strict=True)
-            columns = [*zip(*kept, strict=True)][1:]
-            self.known[members] = [[part for parts in column for part in parts] for column in columns]
-        return self.known[members]
 
 
 class Outputs:

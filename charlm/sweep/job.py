@@ -102,7 +102,7 @@ class Job:
         """Start or resume the job, and those that share its process, in a fresh process."""
         first, *others = [job.task() for job in (self, *self.others)]
         if others:
-            process = launch(become_pack, [first, *others], threads, daemon=False)
+            process = launch(become_pack, [first, *others], list(gpus), daemon=False)
         else:
             process = launch(become, *first, threads, list(gpus), daemon=False)
         return Running(self, process, time.monotonic(), list(gpus))
@@ -172,14 +172,14 @@ def become(connection: Connection, argv: list[str], cfg: bytes | None, log: str,
     be(argv, pickle.loads(cfg) if cfg else None)
 
 
-def become_pack(connection: Connection, jobs: Sequence[Task], threads: int) -> None:
-    """Run several jobs in one process, which trains them together.
+def become_pack(connection: Connection, jobs: Sequence[Task], gpus: list[int]) -> None:
+    """Run several jobs in one process, which trains them together, on a CPU with one thread.
 
     Args:
         connection: open as long as the jobs run.
         jobs: what `become` takes of each.
     """
-    prepare(threads, [])
+    prepare(1, gpus)
     from charlm.speed import GroupedSteps
     from charlm.speed.pack import Pack
 

@@ -10,6 +10,7 @@ from types import FrameType
 from typing import Any, Literal, NoReturn
 
 from charlm.sweep.job import Job, Running
+from charlm.sweep.packing import PER_CORE
 from charlm.sweep.processes import wait_for
 from charlm.system import posix
 
@@ -97,7 +98,7 @@ class Pool:
             return False
         if self.n_jobs != "auto":
             return len(self.running) < self.n_jobs
-        return job.on_gpu or job.processes + sum(running.job.processes for running in self.running) <= self.cores
+        return job.on_gpu or cores_of(job) + sum(cores_of(running.job) for running in self.running) <= self.cores
 
     def take(self, number: int) -> list[int]:
         """Return distinct GPUs for a job, the least busy first."""
@@ -145,6 +146,11 @@ class Pool:
                 for running in self.running:
                     running.process.kill()
             self.reap(ended)
+
+
+def cores_of(job: Job) -> float:
+    """Return how many cores a job keeps busy."""
+    return 1 / PER_CORE if job.others else job.processes
 
 
 @contextmanager

@@ -12,11 +12,12 @@ NAMES = [
     "charlm.callbacks",
     "charlm.data.datamodule",
     "charlm.evaluate",
+    "charlm.finish",
     "charlm.generate",
     "charlm.logger",
 ]
 NAMES += ["charlm.module", "charlm.preflight.settings", "charlm.sweep.job", "charlm.trainer", "charlm.model.bigram"]
-NAMES += ["charlm.optimizer.adamw", "charlm.scheduler"]
+NAMES += ["charlm.optimizer.adamw", "charlm.scheduler", "charlm.speed.pack"]
 SECONDS_BETWEEN_LOOKS = 0.2
 
 imported = threading.Event()
