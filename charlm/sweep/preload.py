@@ -17,7 +17,7 @@ NAMES = [
     "charlm.logger",
 ]
 NAMES += ["charlm.module", "charlm.preflight.settings", "charlm.sweep.job", "charlm.trainer", "charlm.model.bigram"]
-NAMES += ["charlm.optimizer.adamw", "charlm.scheduler", "charlm.speed.pack"]
+NAMES += ["charlm.optimizer.adamw", "charlm.scheduler"]
 SECONDS_BETWEEN_LOOKS = 0.2
 
 imported = threading.Event()
