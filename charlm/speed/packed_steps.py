@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TOKENS_AT_ONCE = 65_536  # of all runs, which are gathered together
 
-Settings = tuple[Any, ...]  # of an optimizer's group of parameters: lr, betas, weight_decay, eps
+Settings = tuple[Any, ...]  # lr, betas, weight_decay and eps of a group of parameters
 Member = tuple[int, int]  # a run, and a group of parameters of its optimizer
 
 
@@ -86,7 +86,7 @@ class Steps:
         """Update all weights by the optimizer and the schedule of each run; equal settings share a call of the kernel.
 
         Args:
-            gradients: by weight and by run.
+            gradients: one for each weight and run.
         """
         groups = [group for lane in self.lanes for group in lane.optimizer.param_groups]
         settings = [(group["lr"], group["betas"], group["weight_decay"], group["eps"]) for group in groups]

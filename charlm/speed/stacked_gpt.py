@@ -20,10 +20,11 @@ from charlm.module import LanguageModel
 
 
 class StackedGPT:
-    """
+    """The forward pass of several GPTs.
+
     Args:
-        model: one of the GPTs, for its shape.
-        weights: of all, by the names of its parameters: (R, ...) each.
+        model: one of the GPTs, whose shape all have.
+        weights: those of all GPTs, stacked by parameter name: (R, ...) each.
     """
 
     def __init__(self, model: GPT, weights: Mapping[str, Tensor]):
@@ -66,9 +67,9 @@ class StackedGradient:
     """Computes the mean losses of the batches of all runs and the gradients of all weights.
 
     Args:
-        trainer: that of one of the runs, for its precision and its largest norm of a gradient.
-        module: of the same run.
-        weights: of all, by the names of their parameters: (R, ...) each.
+        trainer: one run's, with the precision and the limit of the gradient norm that all runs have.
+        module: the same run's.
+        weights: those of all runs, stacked by parameter name: (R, ...) each.
     """
 
     def __init__(self, trainer: Any, module: LanguageModel, weights: Mapping[str, Tensor]):

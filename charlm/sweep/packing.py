@@ -1,4 +1,4 @@
-"""Which jobs of a sweep train together in one process: those of one model that differ in seed and optimization only.
+"""The jobs of a sweep that train together in one process: one model, and other seeds or settings of the optimization.
 
 Bigrams on a CPU are bitwise what they would be alone. GPTs are so within rounding, and train together only if
 hydra.launcher.pack is a number (tests/test_pack.py).
