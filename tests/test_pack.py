@@ -24,9 +24,10 @@ from charlm.evaluate import mean_loss
 from charlm.model.gpt import GPT
 from charlm.module import LanguageModel
 from charlm.run.results import read_validations
+from charlm.speed.pack import CALLBACKS, LOGGERS
 from charlm.speed.stacked_gpt import StackedGradient
 from charlm.sweep import Job
-from charlm.sweep.packing import kind_of, packed, share
+from charlm.sweep.packing import OBSERVERS, kind_of, packed, share
 from charlm.system import posix
 from tests.conftest import ROOT, Process
 from tests.test_forkserver import until
@@ -312,6 +313,11 @@ def test_jobs_are_shared_out_evenly(tmp_path):
     (tmp_path / "1" / "checkpoints" / "last.ckpt").touch()
     found = [[first.name, *(other.name for other in first.others)] for first in packed(jobs, 3, 2)]
     assert found == [["0", "2", "3"], ["4"], ["1"], ["5"], ["6", "7"]]
+
+
+def test_the_sweep_and_the_pack_know_the_same_callbacks_and_loggers():
+    """The process of a sweep names them, since it does without PyTorch; that of a job has the classes."""
+    assert {known.__name__ for known in CALLBACKS | LOGGERS} == {*OBSERVERS, "Recorder", "GroupedSteps"}
 
 
 def test_two_packs_share_a_core_if_there_are_jobs_enough(monkeypatch):
