@@ -41,6 +41,7 @@ SETTINGS = [
     "callbacks.checkpoint.every_n_steps=150",
     "sample_length=20",
 ]
+TINY = ["model=gpt", "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "data.block_size=8"]
 JOBS = ["seed=1,2", "optimizer.lr=1e-3,1e-1", "scheduler=constant,warmup_cosine"]
 
 
@@ -99,6 +100,21 @@ def check_equal(one: Path, other: Path) -> None:
             assert same(found[part], value), (a.name, part)
 
 
+def check_near(one: Path, other: Path, tolerance: float) -> None:
+    """Compare two runs that may differ by rounding, which grows from step to step."""
+    losses = [np.fromfile(job / "losses.f32", np.float32) for job in (one, other)]
+    np.testing.assert_allclose(losses[0], losses[1], atol=tolerance)
+    assert losses[0][-10:].mean() < losses[0][:10].mean() - 0.3
+    found, wanted = story(one), story(other)
+    assert found["files"] == wanted["files"]
+    assert [step for step, _ in found["validations"]] == [step for step, _ in wanted["validations"]]
+    for name, value in wanted["results"].items():
+        near = pytest.approx(value, rel=tolerance) if isinstance(value, float) else value
+        assert found["results"][name] == near, name
+    for tag, points in wanted["scalars"].items():
+        np.testing.assert_allclose(found["scalars"][tag], points, rtol=tolerance, atol=tolerance, err_msg=tag)
+
+
 def test_a_packed_sweep_leaves_what_its_jobs_leave_alone(sweep, tmp_path):
     packed, alone = sweep("packed", *JOBS), sweep("alone", *JOBS, pack=1)
     assert packed.code == alone.code == 0, packed.err + alone.err
@@ -115,9 +131,8 @@ def test_a_packed_sweep_leaves_what_its_jobs_leave_alone(sweep, tmp_path):
 
 
 def test_gpts_in_a_pack_are_what_they_are_alone_but_for_rounding(sweep, tmp_path):
-    shape = ["model=gpt", "model.n_layer=2", "model.n_head=2", "model.n_embd=16", "data.block_size=8"]
     settings = ["trainer.max_steps=130", "trainer.gradient_clip_val=0.5", "scheduler=warmup_cosine", "model.bias=true"]
-    jobs = [*shape, *settings, "seed=1,2", "optimizer.lr=3e-3,1e9", "optimizer.weight_decay=0.1"]
+    jobs = [*TINY, *settings, "seed=1,2", "optimizer.lr=3e-3,1e9", "optimizer.weight_decay=0.1"]
     packed, alone = sweep("packed", *jobs, "hydra.launcher.n_jobs=1", pack=4), sweep("alone", *jobs, pack=1)
     assert packed.code == alone.code == 1  # lr=1e9 diverges
     together, apart = jobs_of(tmp_path / "packed"), jobs_of(tmp_path / "alone")
@@ -130,19 +145,7 @@ def test_gpts_in_a_pack_are_what_they_are_alone_but_for_rounding(sweep, tmp_path
             assert [record["reason"].partition(":")[0] for record in records] == ["training diverged"] * 2
             continue
         assert [record["status"] for record in records] == ["finished"] * 2
-        losses = [np.fromfile(job / "losses.f32", np.float32) for job in (one, other)]
-        assert len(losses[0]) == len(losses[1]) == 130
-        np.testing.assert_allclose(losses[0], losses[1], atol=1e-4)
-        assert losses[0][-10:].mean() < losses[0][:10].mean() - 0.3
-        validations = [read_validations(job) for job in (one, other)]
-        assert [v[0] for v in validations[0]] == [v[0] for v in validations[1]] == [90]
-        found, wanted = story(one), story(other)
-        assert found["files"] == wanted["files"]
-        for name, value in wanted["results"].items():
-            near = pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
-            assert found["results"][name] == near, name
-        for tag, points in wanted["scalars"].items():
-            np.testing.assert_allclose(found["scalars"][tag], points, rtol=1e-4, atol=1e-4, err_msg=tag)
+        check_near(one, other, tolerance=1e-4)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
@@ -195,11 +198,13 @@ def test_a_job_that_diverges_harms_no_other(sweep, tmp_path):
     check_equal(tmp_path / "s", tmp_path / "alone")
 
 
-def test_a_job_of_a_stopped_pack_resumes_alone(sweep, begin, train, tmp_path, text_file):
+@pytest.mark.parametrize("model", ["bigram", pytest.param("gpt", marks=pytest.mark.slow)])
+def test_a_job_of_a_stopped_pack_resumes_alone(model, sweep, begin, train, tmp_path, text_file):
     """SIGTERM makes every job save where it logs next, or one log later if it comes while others log."""
-    assert sweep("whole", "seed=1,2,3", "trainer.max_steps=6000").code == 0
-    fixed = ["data=text", f"data.path={text_file}", *SETTINGS, "hydra.launcher.pack=auto", "hydra.launcher.n_jobs=1"]
-    process = begin("-m", *fixed, "seed=1,2,3", "trainer.max_steps=6000", "hydra.sweep.dir=s")
+    jobs = [*(TINY if model == "gpt" else []), "seed=1,2,3", "trainer.max_steps=6000", "hydra.launcher.n_jobs=1"]
+    assert sweep("whole", *jobs, pack=3).code == 0
+    fixed = ["data=text", f"data.path={text_file}", *SETTINGS, "hydra.launcher.pack=3"]
+    process = begin("-m", *fixed, *jobs, "hydra.sweep.dir=s")
     until(lambda: (tmp_path / "s" / "seed=3" / "losses.f32").exists(), "training")
     process.send_signal(signal.SIGTERM)
     assert process.end(120).code == 143
@@ -210,7 +215,11 @@ def test_a_job_of_a_stopped_pack_resumes_alone(sweep, begin, train, tmp_path, te
     assert max(steps) < 6000
     for seed in (1, 2, 3):
         assert train(f"resume='s/seed={seed}'").code == 0
-    check_equal(tmp_path / "s", tmp_path / "whole")
+    if model == "bigram":
+        check_equal(tmp_path / "s", tmp_path / "whole")
+        return
+    for one, other in zip(jobs_of(tmp_path / "s"), jobs_of(tmp_path / "whole"), strict=True):
+        check_near(one, other, tolerance=0.01)
 
 
 def kill_and_resume(
