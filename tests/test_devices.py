@@ -389,7 +389,7 @@ def test_the_gpu_benchmark_says_what_it_would_measure(monkeypatch, capsys):
     assert ended.value.code == 1
     first, *rest = capsys.readouterr().out.splitlines()
     assert "GPU" in first
-    assert len(rest) == 13
+    assert len(rest) == 14
 
 
 def test_small_models_share_a_gpu_in_a_sweep():
