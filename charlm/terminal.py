@@ -191,12 +191,13 @@ def tracked(title: str) -> Iterator[Callable[[int, int], None]]:
             yield lambda done, total: bar.update(task, completed=done, total=total)
         return
     began = told = time.monotonic()
+    before = 0  # at the newest line; the same again would only have a longer estimate
 
     def tell(done: int, total: int) -> None:
-        nonlocal told
+        nonlocal told, before
         now = time.monotonic()
-        if 0 < done < total and now - told > SECONDS_BETWEEN_LINES:
-            told, left = now, (now - began) * (total - done) / done
+        if before < done < total and now - told > SECONDS_BETWEEN_LINES:
+            told, before, left = now, done, (now - began) * (total - done) / done
             errors.print(f"{title}: {100 * done / total:.0f}%, {left:,.0f} s left", soft_wrap=True)
 
     yield tell

@@ -248,10 +248,10 @@ def test_a_signal_that_was_ignored_stays_ignored():
 
 
 def test_long_work_tells_in_a_pipe_how_far_it_is(capsys, monkeypatch):
-    times = iter([0.0, 6.0, 7.0, 12.0, 20.0])
+    times = iter([0.0, 6.0, 7.0, 12.0, 18.0, 20.0])
     monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(times)))
     with terminal.tracked("evaluating") as report:
-        for done in (1, 2, 3, 4):
+        for done in (1, 2, 3, 3, 4):  # no line without progress
             report(done, 4)
     told = capsys.readouterr()
     assert told.out == ""
